@@ -1,0 +1,125 @@
+"""Tokenized preference pairs: one value for a pair, and a column store that holds millions of them.
+
+The store is one safetensors file that is memory-mapped, so that every rank of a machine reads the same pages.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import overload
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+TokenIds = npt.NDArray[np.int32]
+Lengths = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenPair:
+    """One preference in tokens. The two sequences are prompt + chosen and prompt + rejected."""
+
+    prompt: TokenIds
+    """Token ids that are conditioned on and never scored; the first holds BOS where the tokenizer has one."""
+    chosen: TokenIds
+    """Token ids of the preferred completion, its end token included."""
+    rejected: TokenIds
+    """Token ids of the other completion, its end token included."""
+    row: str
+    """Where the pair came from, for messages: `file.jsonl:17`."""
+
+
+class TokenPairs(Sequence[TokenPair]):
+    """An immutable column store of pairs: one flat array of token ids and 3 lengths a pair.
+
+    Args:
+        tokens: int32 [tokens], for each pair its prompt, chosen and rejected ids, end to end.
+        lengths: int64 [pairs, 3], tokens of prompt, chosen and rejected.
+        rows: where each pair came from.
+    """
+
+    def __init__(self, tokens: TokenIds, lengths: Lengths, rows: Sequence[str]) -> None:
+        if lengths.shape != (len(rows), 3) or int(lengths.sum()) != len(tokens):
+            raise ValueError("tokens, lengths and rows do not describe the same pairs")
+        self._tokens = tokens
+        self._rows = rows
+        self.lengths = lengths
+        self._starts = np.concatenate([[0], np.cumsum(lengths.sum(axis=1))])
+
+    @classmethod
+    def from_pairs(cls, pairs: Iterable[TokenPair]) -> TokenPairs:
+        """Collect pairs into a store."""
+        parts: list[TokenIds] = []
+        lengths: list[tuple[int, int, int]] = []
+        rows: list[str] = []
+        for pair in pairs:
+            parts += [pair.prompt, pair.chosen, pair.rejected]
+            lengths.append((len(pair.prompt), len(pair.chosen), len(pair.rejected)))
+            rows.append(pair.row)
+        tokens = np.concatenate(parts).astype(np.int32) if parts else np.zeros(0, np.int32)
+        return cls(tokens, np.array(lengths, np.int64).reshape(-1, 3), rows)
+
+    @overload
+    def __getitem__(self, index: int) -> TokenPair: ...
+    @overload
+    def __getitem__(self, index: slice) -> TokenPairs: ...
+    def __getitem__(self, index: int | slice) -> TokenPair | TokenPairs:
+        if isinstance(index, slice):
+            return TokenPairs.from_pairs(self[i] for i in range(*index.indices(len(self))))
+        start = int(self._starts[index])
+        n_prompt, n_chosen, n_rejected = (int(n) for n in self.lengths[index])
+        middle, end = start + n_prompt + n_chosen, start + n_prompt + n_chosen + n_rejected
+        return TokenPair(
+            prompt=self._tokens[start : start + n_prompt],
+            chosen=self._tokens[start + n_prompt : middle],
+            rejected=self._tokens[middle:end],
+            row=self._rows[index],
+        )
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[TokenPair]:
+        return (self[index] for index in range(len(self)))
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all prompts, chosen and rejected completions, each prompt counted once."""
+        return len(self._tokens)
+
+    @property
+    def largest_token_id(self) -> int:
+        """The largest id in the store, -1 if it is empty."""
+        return int(self._tokens.max(initial=-1))
+
+    def digest(self) -> str:
+        """SHA-256 of ids and lengths: equal digests mean equal training input, in the same order."""
+        digest = hashlib.sha256(np.ascontiguousarray(self.lengths).tobytes())
+        digest.update(np.ascontiguousarray(self._tokens).tobytes())
+        return digest.hexdigest()
+
+    def save(self, path: Path) -> None:
+        """Write the store as one safetensors file."""
+        rows = "\n".join(row.replace("\n", " ") for row in self._rows).encode()
+        save_file(
+            {
+                "tokens": np.ascontiguousarray(self._tokens),
+                "lengths": np.ascontiguousarray(self.lengths),
+                "rows": np.frombuffer(rows, np.uint8),
+            },
+            path,
+        )
+
+    @classmethod
+    def load(cls, path: Path) -> TokenPairs:
+        """Open a saved store; token ids stay in the file until they are looked at."""
+        with safe_open(path, framework="numpy") as file:
+            rows = bytes(file.get_tensor("rows")).decode()
+            lengths = file.get_tensor("lengths")
+            tokens = file.get_tensor("tokens")
+        return cls(tokens, lengths, rows.split("\n") if len(lengths) else [])

@@ -1,0 +1,13 @@
+"""Errors that a user can mend. The commands print their message without a traceback and exit with 2."""
+
+
+class UserError(ValueError):
+    """Something outside the program is wrong: a file, a row, a setting. The message says what, where and the fix."""
+
+
+class RecipeError(UserError):
+    """A recipe that cannot be run as it is written."""
+
+
+class DataError(UserError):
+    """Preference data that cannot be read or trained on."""

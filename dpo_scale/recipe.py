@@ -1,0 +1,330 @@
+"""Every setting of a run, typed and closed. Imports no torch, so that mistakes are reported in a second.
+
+A recipe is one YAML file plus `section.field=value` overrides. Unknown keys, repeated keys and wrong types are
+errors, all reported together. Each number has one owner: what stands here stands in no other file (the
+DeepSpeed JSON owns stage, buckets and the policy's offload; the launcher owns ranks and nodes).
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from dpo_scale.errors import RecipeError
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveInt = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A part of the recipe: frozen, no unknown keys, no silent conversion of types."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True
+    )
+
+
+class ModelSection(Section):
+    path: str
+    """Folder or hub name of the causal language model that training starts from."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    tokenizer: str | None = None
+    """Folder or hub name of the tokenizer; null means the model's own."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Precision of forward and backward. Master weights, optimizer state and accumulated gradients are fp32."""
+    attention: Literal["auto", "varlen", "flash_attn", "flex", "sdpa"] = "auto"
+    """Kernel behind the shared and packed layouts; auto takes the first that the machine has."""
+    activation_checkpointing: bool = False
+    """Recompute each layer in the backward pass: less memory, about a third more compute."""
+    dropout: bool = False
+    """Keep the model's own dropout. DPO compares two models on the same text, so the default is off."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+
+
+class ReferenceSection(Section):
+    path: str | None = None
+    """Folder or hub name of the frozen reference; null means the policy's starting weights."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub reference."""
+    schedule: Literal["upfront", "per_batch"] = "upfront"
+    """upfront: score everything, release the reference, then train. per_batch: score each step's missing rows."""
+    offload: Literal["none", "cpu", "nvme"] = "cpu"
+    """Where the reference's shards rest between forwards (ds_configs/reference_*.json)."""
+    nvme_path: str | None = None
+    """Node-local folder for offload: nvme."""
+    cache_dir: str | None = None
+    """Store of reference log-probs, shared by runs; null means $XDG_CACHE_HOME/dpo_scale/reference."""
+    rank_tokens: PositiveInt | None = None
+    """Tokens in one scoring micro-batch on one rank; null means four times batch.rank_tokens."""
+
+    @model_validator(mode="after")
+    def _nvme_needs_a_folder(self) -> ReferenceSection:
+        if self.offload == "nvme" and not self.nvme_path:
+            raise ValueError("offload: nvme needs reference.nvme_path, a node-local folder")
+        return self
+
+
+class DataSource(Section):
+    path: str
+    """File, folder, glob or hub dataset (name:split)."""
+    columns: dict[str, str] | None = None
+    """Field name that the reader expects -> column name in this source."""
+    rows: PositiveInt | None = None
+    """Take this many rows, drawn with run.seed; null takes all."""
+
+
+class DataSection(Section):
+    train: list[DataSource] = Field(min_length=1)
+    """Sources of training pairs; a plain string stands for {path: ...}."""
+    evaluate: list[DataSource] = []
+    """Sources of held-out pairs."""
+    max_length: PositiveInt = 2048
+    """Longest prompt plus completion, in tokens."""
+    max_prompt_length: PositiveInt | None = None
+    """Longest prompt, in tokens."""
+    max_completion_length: PositiveInt | None = None
+    """Longest completion, in tokens."""
+    truncation: Literal["drop", "keep_start_of_prompt", "keep_end_of_prompt", "keep_start"] = "drop"
+    """What happens to a pair over a limit: dropped, its prompt cut at one end, or its completions cut at the end."""
+    chat_template: str | None = None
+    """A file with a Jinja template; null means the tokenizer's own."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """For rows that cannot be read: stop with their place and reason, or count and skip."""
+    on_no_preference: Literal["error", "skip"] = "skip"
+    """For pairs that carry no preference (equal or empty completions): stop, or count and skip."""
+    workers: Annotated[int, Field(ge=0)] = 0
+    """Processes that tokenize; 0 means one for each core this job may use."""
+    cache_dir: str | None = None
+    """Store of tokenized data; null means $XDG_CACHE_HOME/dpo_scale/tokens."""
+
+    @field_validator("train", "evaluate", mode="before")
+    @classmethod
+    def _strings_are_paths(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = [value]
+        if isinstance(value, list):
+            return [{"path": item} if isinstance(item, str) else item for item in value]
+        return value
+
+
+class BatchSection(Section):
+    global_pairs: PositiveInt
+    """Pairs in one optimizer step, over all ranks."""
+    rank_tokens: PositiveInt = 16384
+    """Tokens in one training micro-batch on one rank; the number of micro-batches follows from it."""
+    layout: Literal["auto", "shared", "packed", "padded"] = "auto"
+    """How pairs become rows: prompt shared by both completions, packed end to end, or padded."""
+
+
+class LossSection(Section):
+    type: Literal["sigmoid"] = "sigmoid"
+    """The preference loss."""
+    beta: Annotated[float, Field(gt=0.0)]
+    """Strength of the pull to the reference. 0.1 is usual for sums, 2 to 10 for means; there is no default."""
+    reduction: Literal["mean", "sum"] = "mean"
+    """How a sequence's token log-probs become one number."""
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.0
+    """Assumed share of pairs whose preference is the wrong way round (cDPO)."""
+
+
+class OptimSection(Section):
+    learning_rate: Annotated[float, Field(ge=0.0)] = 5e-7
+    """Peak learning rate."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Decay from the peak to zero over the run, after the warm-up."""
+    warmup_ratio: Fraction = 0.1
+    """Share of the steps over which the learning rate rises from zero to the peak."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    """Decoupled weight decay, applied to matrices only (norms and biases are spared)."""
+    betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.999)
+    """AdamW's moment decay rates."""
+    eps: Annotated[float, Field(gt=0.0)] = 1e-8
+    """AdamW's denominator offset."""
+    max_grad_norm: Annotated[float, Field(ge=0.0)] = 1.0
+    """Clip the global gradient norm to this; 0 clips nothing."""
+
+
+class EvaluateSection(Section):
+    every_steps: PositiveInt | None = None
+    """Steps between held-out passes; null means only at the end."""
+    at_start: bool = True
+    """Evaluate before the first step."""
+
+
+class CheckpointSection(Section):
+    every_steps: PositiveInt | None = None
+    """Steps between checkpoints; null means only at the end."""
+    every_minutes: Annotated[float, Field(gt=0.0)] | None = 30.0
+    """Minutes between checkpoints."""
+    keep_last: PositiveInt = 2
+    """Newest checkpoints to keep."""
+    keep_every: PositiveInt | None = None
+    """Keep for good the checkpoints whose step is a multiple of this."""
+
+
+class TrackSection(Section):
+    every_steps: PositiveInt = 10
+    """Steps between two logged lines."""
+    to: list[str] = ["jsonl"]
+    """jsonl (always on), tensorboard, wandb and the other trackers that Accelerate offers."""
+
+
+class RunSection(Section):
+    output_dir: str
+    """Folder of the run."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the order of pairs and of everything else that is drawn."""
+    epochs: PositiveInt = 1
+    """Passes over the training pairs."""
+    max_steps: PositiveInt | None = None
+    """Stop after this many optimizer steps even if epochs remain."""
+    resume: str = "auto"
+    """auto: go on from the newest valid checkpoint; never: start anew; or the path of a checkpoint."""
+    stop_after: Annotated[float, Field(gt=0.0)] | None = None
+    """Commit a checkpoint and stop after this many minutes of wall-clock time."""
+
+
+class Recipe(Section):
+    """All sections of a run."""
+
+    model: ModelSection
+    reference: ReferenceSection = ReferenceSection()
+    data: DataSection
+    batch: BatchSection
+    loss: LossSection
+    optim: OptimSection = OptimSection()
+    evaluate: EvaluateSection = EvaluateSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    track: TrackSection = TrackSection()
+    run: RunSection
+
+    @property
+    def reference_path(self) -> str:
+        """Folder or hub name of the reference."""
+        return self.reference.path or self.model.path
+
+    @property
+    def reference_revision(self) -> str | None:
+        """Revision of the reference."""
+        return self.reference.revision if self.reference.path else self.model.revision
+
+    @property
+    def scoring_rank_tokens(self) -> int:
+        """Tokens in one scoring micro-batch on one rank."""
+        return self.reference.rank_tokens or 4 * self.batch.rank_tokens
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in a YAML file with `section.field=value` overrides on top.
+
+    Raises RecipeError, listing every mistake at once.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise RecipeError(f"{path}: {error.strerror}; give the path of a recipe file") from error
+    try:
+        document = yaml.load(text, Loader=_RecipeLoader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: {error}") from error
+    if not isinstance(document, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of sections (model, data, batch, ...)")
+    sections = {name: {} if value is None else value for name, value in document.items()}
+    mistakes = _apply_overrides(sections, overrides)
+    try:
+        recipe = Recipe.model_validate(sections)
+    except ValidationError as error:
+        mistakes += [_explain(item) for item in error.errors()]
+    if mistakes:
+        count = f"{len(mistakes)} mistake{'s' if len(mistakes) > 1 else ''}"
+        raise RecipeError(f"{path}: {count}\n" + "\n".join(f"  {line}" for line in mistakes))
+    return recipe
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML with every default spelled out."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+
+
+def cache_root() -> Path:
+    """Where caches live unless the recipe says otherwise."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dpo_scale"
+
+
+class _RecipeLoader(yaml.SafeLoader):
+    """Safe YAML that refuses repeated keys and reads `5e-7` as a number (YAML 1.1 makes it a string)."""
+
+
+def _mapping_without_repeats(loader: _RecipeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    keys = [loader.construct_object(key) for key, _ in node.value]  # type: ignore[no-untyped-call]
+    for index, key in enumerate(keys):
+        if key in keys[:index]:
+            line = node.value[index][0].start_mark.line + 1
+            raise yaml.YAMLError(f"line {line}: {key!r} stands here for the second time; keep one")
+    return loader.construct_mapping(node, deep=True)
+
+
+_RecipeLoader.add_constructor("tag:yaml.org,2002:map", _mapping_without_repeats)
+_RecipeLoader.yaml_implicit_resolvers = {
+    first: list(resolvers) for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def _apply_overrides(sections: dict[str, Any], overrides: Sequence[str]) -> list[str]:
+    """Write `section.field=value` settings into the sections; returns what is wrong with them."""
+    mistakes = []
+    for override in overrides:
+        name, equals, value = override.removeprefix("--").partition("=")
+        section, dot, field = name.partition(".")
+        if not (equals and dot and field):
+            mistakes.append(f"{override}: an override has the form section.field=value")
+            continue
+        target = sections.setdefault(section, {})
+        if not isinstance(target, dict):
+            mistakes.append(f"{override}: {section} is not a section")
+            continue
+        try:
+            target[field] = yaml.load(value, Loader=_RecipeLoader)
+        except yaml.YAMLError as error:
+            mistakes.append(f"{override}: {error}")
+    return mistakes
+
+
+def _explain(item: Any) -> str:
+    """One validation error as `section.field: reason, and a suggestion`."""
+    location: tuple[Any, ...] = item["loc"]
+    name = ".".join(str(part) for part in location)
+    if item["type"] == "extra_forbidden":
+        known = _known_keys(location[:-1])
+        near = difflib.get_close_matches(str(location[-1]), known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+        return f"{name}: unknown key; {hint}"
+    if item["type"] == "missing":
+        return f"{name}: required, and not set"
+    reason = item["msg"].removeprefix("Value error, ")
+    return f"{name}: {reason} (got {item['input']!r})"
+
+
+def _known_keys(location: tuple[Any, ...]) -> list[str]:
+    if not location:
+        return list(Recipe.model_fields)
+    if location[0] == "data" and len(location) > 2:
+        return list(DataSource.model_fields)
+    section = Recipe.model_fields[str(location[0])].annotation
+    assert isinstance(section, type)
+    assert issubclass(section, Section)
+    return list(section.model_fields)
