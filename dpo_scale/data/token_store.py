@@ -1,0 +1,227 @@
+"""Tokenized data on disk, addressed by all that determines it, written whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import numpy.typing as npt
+from transformers import PreTrainedTokenizerBase
+
+from dpo_scale.data.report import DataReport, SourceReport, describe
+from dpo_scale.data.sources import open_dataset, source_files
+from dpo_scale.data.token_pairs import Lengths, TokenIds, TokenPairs
+from dpo_scale.errors import UserError
+from dpo_scale.files import fsync_folder, remembered_sha256, sha256_of_file
+from dpo_scale.recipe import DataSection, DataSource, cache_root
+
+_CODE = (
+    "sources.py",
+    "preferences.py",
+    "tokenization.py",
+    "preparation.py",
+    "report.py",
+    "token_store.py",
+)
+_SETTINGS = frozenset(
+    {
+        "max_length",
+        "max_prompt_length",
+        "max_completion_length",
+        "truncation",
+        "on_bad_row",
+        "on_no_preference",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Column:
+    """One file of a store: numbers of one type, end to end."""
+
+    file: str
+    dtype: str
+
+
+_TOKENS = _Column("tokens.i32", "<i4")
+_LENGTHS = _Column("lengths.i64", "<i8")
+_ROW_FILES = _Column("row_files.i32", "<i4")
+_ROW_NUMBERS = _Column("row_numbers.i64", "<i8")
+_COLUMNS = (_TOKENS, _LENGTHS, _ROW_FILES, _ROW_NUMBERS)
+
+
+class RowPlaces(Sequence[str]):
+    """`file:number` of each pair, kept as two columns of numbers."""
+
+    def __init__(
+        self, names: Sequence[str], files: npt.NDArray[np.int32], numbers: npt.NDArray[np.int64]
+    ) -> None:
+        self._names = names
+        self._files = files
+        self._numbers = numbers
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[str]: ...
+    def __getitem__(self, index: int | slice) -> str | Sequence[str]:
+        if isinstance(index, slice):
+            return RowPlaces(self._names, self._files[index], self._numbers[index])
+        return f"{self._names[self._files[index]]}:{self._numbers[index]}"
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenStore:
+    """The folder of one set of pairs."""
+
+    folder: Path
+
+    @classmethod
+    def for_content(
+        cls,
+        sources: Sequence[DataSource],
+        data: DataSection,
+        tokenizer: PreTrainedTokenizerBase,
+        template: str | None,
+        *,
+        seed: int,
+    ) -> TokenStore:
+        """The store that belongs to these data files, tokenizer, template and settings."""
+        root = Path(data.cache_dir) if data.cache_dir else cache_root() / "tokens"
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"data.cache_dir: {root}: {error.strerror}; choose another folder"
+            ) from error
+        content = {
+            "code": [sha256_of_file(Path(__file__).with_name(name)) for name in _CODE],
+            "versions": [
+                importlib.metadata.version(name) for name in ("tokenizers", "transformers")
+            ],
+            "tokenizer": tokenizer_fingerprint(tokenizer),
+            "template": template,
+            "settings": data.model_dump(include=set(_SETTINGS)),
+            "sources": [_source_identity(source, root, seed) for source in sources],
+        }
+        text = json.dumps(content, sort_keys=True)
+        return cls(root / hashlib.sha256(text.encode()).hexdigest()[:32])
+
+    def load(self) -> tuple[TokenPairs, DataReport] | None:
+        """The pairs mapped into memory and their report; None if they are not there."""
+        try:
+            document = json.loads((self.folder / "report.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        pairs = _open_pairs(self.folder, document["files"])
+        return pairs, DataReport.from_json(document["report"])
+
+    @contextmanager
+    def writer(self) -> Iterator[PairWriter]:
+        """Collects pairs in a temporary folder that becomes the store when all went well."""
+        temporary = self.folder.with_name(f".{self.folder.name}.{uuid.uuid4().hex}")
+        temporary.mkdir()
+        writer = PairWriter(temporary)
+        try:
+            yield writer
+            fsync_folder(temporary)
+            try:
+                temporary.rename(self.folder)
+            except OSError:
+                # Another process was first, with the same content.
+                if not (self.folder / "report.json").is_file():
+                    raise
+            fsync_folder(self.folder.parent)
+        finally:
+            writer.close()
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+class PairWriter:
+    """Appends pairs to the columns of a store; memory does not grow with their number."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._streams = {column: (folder / column.file).open("wb") for column in _COLUMNS}
+        self._files: dict[str, int] = {}
+
+    def add(self, tokens: TokenIds, lengths: Lengths, places: Sequence[str]) -> None:
+        """Append pairs: flat token ids, [pairs, 3] lengths, and where each came from."""
+        split = [place.rpartition(":") for place in places]
+        self._append(_TOKENS, tokens)
+        self._append(_LENGTHS, lengths)
+        files = [self._files.setdefault(name, len(self._files)) for name, _, _ in split]
+        self._append(_ROW_FILES, files)
+        self._append(_ROW_NUMBERS, [int(number) for _, _, number in split])
+
+    def _append(self, column: _Column, values: npt.ArrayLike) -> None:
+        self._streams[column].write(np.asarray(values, column.dtype).tobytes())
+
+    def finish(self, sources: tuple[SourceReport, ...]) -> None:
+        """Write the report of what was added."""
+        for column in self._streams.values():
+            column.flush()
+            os.fsync(column.fileno())
+        names = list(self._files)
+        report = describe(_open_pairs(self._folder, names), sources)
+        with (self._folder / "report.json").open("w", encoding="utf-8") as stream:
+            json.dump({"files": names, "report": report.to_json()}, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    def close(self) -> None:
+        """Close the files."""
+        for stream in self._streams.values():
+            stream.close()
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of what decides a tokenizer's ids."""
+    if tokenizer.is_fast:
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
+        rules: Any = tokenizer.backend_tokenizer.to_str()
+    else:
+        rules = json.dumps(
+            [sorted(tokenizer.get_vocab().items()), repr(sorted(tokenizer.init_kwargs))]
+        )
+    parts = [type(tokenizer).__name__, rules, tokenizer.bos_token_id, tokenizer.eos_token_id]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _open_pairs(folder: Path, names: Sequence[str]) -> TokenPairs:
+    tokens, lengths, files, numbers = (_map(folder, column) for column in _COLUMNS)
+    return TokenPairs(tokens, lengths.reshape(-1, 3), RowPlaces(names, files, numbers))
+
+
+def _map(folder: Path, column: _Column) -> npt.NDArray[Any]:
+    file = folder / column.file
+    if not file.stat().st_size:  # an empty file cannot be mapped
+        return np.zeros(0, column.dtype)
+    return np.asarray(np.memmap(file, column.dtype, "r"))
+
+
+def _source_identity(source: DataSource, root: Path, seed: int) -> dict[str, Any]:
+    """What decides a source's rows: its files' contents, or the fingerprint of a hub dataset."""
+    files = source_files(source.path)
+    content: Any = [[str(file), remembered_sha256(file, root)] for file in files]
+    return {
+        "path": source.path,
+        "columns": source.columns,
+        "rows": source.rows,
+        "seed": None if source.rows is None else seed,
+        "content": content or open_dataset(source.path)._fingerprint,
+    }

@@ -1,0 +1,331 @@
+"""PreferencePair -> TokenPair: chat templates, the prompt's boundary, truncation.
+
+A prompt and a completion are tokenized as one text, as a model would have written them. The
+boundary is where the tokens of the prompt alone stop being a prefix of both joined texts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from dpo_scale.data.preferences import Message, PreferencePair
+from dpo_scale.data.token_pairs import TokenIds, TokenPair
+from dpo_scale.errors import DataError, UserError
+from dpo_scale.recipe import DataSection
+
+# Reasons why a pair is set aside, as the report names them.
+EQUAL = "chosen and rejected are equal"
+EMPTY_CHOSEN = "chosen is empty"
+EMPTY_REJECTED = "rejected is empty"
+EMPTY_PROMPT = "prompt is empty, and the tokenizer has no BOS to stand for it"
+EQUAL_AFTER_CUT = "chosen and rejected are equal after the cut"
+PROMPT_TOO_LONG = "prompt longer than the limit"
+COMPLETION_TOO_LONG = "completion longer than the limit"
+PAIR_TOO_LONG = "prompt and completion longer than data.max_length"
+TEMPLATE_FAILED = "chat template failed"
+NO_PREFERENCE = frozenset({EQUAL, EMPTY_CHOSEN, EMPTY_REJECTED, EQUAL_AFTER_CUT})
+# What was cut from a pair that stays.
+PROMPT_START_CUT = "start of the prompt cut"
+PROMPT_END_CUT = "end of the prompt cut"
+CHOSEN_CUT = "end of chosen cut"
+REJECTED_CUT = "end of rejected cut"
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A pair in tokens and what was done to it."""
+
+    pair: TokenPair
+    cuts: tuple[str, ...]
+    boundary_moved: bool
+    """The prompt's own tokens are no prefix of the joined texts: its tail is scored, too."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """A pair that is set aside."""
+
+    row: str
+    reason: str
+    """One of the reasons above, under which it is counted."""
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Texts:
+    """A pair as the three texts that are tokenized, and whether an end token has to be added."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+    add_bos: bool
+    add_end: tuple[bool, bool]
+
+
+class PairTokenizer:
+    """Turns batches of pairs into tokens. Picklable, so that worker processes can hold one.
+
+    Args:
+        tokenizer: with an end token; with a chat template if there are chats.
+        data: limits, truncation and the template file.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, data: DataSection) -> None:
+        if tokenizer.eos_token_id is None:
+            raise UserError(
+                f"{tokenizer.name_or_path or 'tokenizer'}: no end token; set eos_token in "
+                "tokenizer_config.json"
+            )
+        self.tokenizer = tokenizer
+        self.data = data
+        self.template = chat_template(tokenizer, data)
+        self._adds_bos = _adds_bos(tokenizer)
+
+    def tokenize(self, pairs: Sequence[PreferencePair]) -> list[Kept | Dropped]:
+        """Tokens of each pair, or why it is set aside, in the order given."""
+        outcomes: list[Kept | Dropped | None] = []
+        texts: list[_Texts] = []
+        for pair in pairs:
+            prepared = self._texts(pair)
+            if isinstance(prepared, _Texts):
+                texts.append(prepared)
+                outcomes.append(None)
+            else:
+                outcomes.append(prepared)
+        flat = [part for text in texts for part in (text.prompt, text.chosen, text.rejected)]
+        encoded = self._encode(flat)
+        triples = iter(zip(texts, encoded[0::3], encoded[1::3], encoded[2::3], strict=True))
+        return [
+            self._assemble(pair.row, *next(triples)) if outcome is None else outcome
+            for pair, outcome in zip(pairs, outcomes, strict=True)
+        ]
+
+    def _encode(self, texts: list[str]) -> list[TokenIds]:
+        if not texts:
+            return []
+        if self.tokenizer.is_fast:
+            # The Rust tokenizer itself: no dictionaries of masks for millions of texts.
+            backend: Any = self.tokenizer.backend_tokenizer
+            backend.no_truncation()
+            backend.no_padding()
+            encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
+            return [np.array(encoding.ids, np.int32) for encoding in encodings]
+        ids = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return [np.array(row, np.int32) for row in ids]
+
+    def _texts(self, pair: PreferencePair) -> _Texts | Dropped:
+        reason = no_preference(pair)
+        if reason:
+            return Dropped(pair.row, reason)
+        if pair.is_chat:
+            return self._render(pair)
+        assert isinstance(pair.prompt, str)
+        assert isinstance(pair.chosen, str)
+        assert isinstance(pair.rejected, str)
+        bos = self.tokenizer.bos_token
+        return _Texts(
+            prompt=pair.prompt,
+            chosen=pair.prompt + pair.chosen,
+            rejected=pair.prompt + pair.rejected,
+            add_bos=self._adds_bos and not pair.prompt.startswith(str(bos)),
+            add_end=(True, True),
+        )
+
+    def _render(self, pair: PreferencePair) -> _Texts | Dropped:
+        """The chat as the template writes it; special tokens are the template's business."""
+        if self.template is None:
+            raise UserError(
+                f"{pair.row}: a chat, but the tokenizer has no chat template; "
+                "set data.chat_template to a file with one"
+            )
+        assert not isinstance(pair.prompt, str)
+        assert not isinstance(pair.chosen, str)
+        assert not isinstance(pair.rejected, str)
+        continues = pair.prompt[-1]["role"] == "assistant"
+        try:
+            prompt = self._apply(pair, pair.prompt, not continues, continues)
+            chosen = self._apply(pair, pair.prompt + pair.chosen)
+            rejected = self._apply(pair, pair.prompt + pair.rejected)
+        except (jinja2.TemplateError, ValueError, TypeError, KeyError) as error:
+            return Dropped(
+                pair.row, TEMPLATE_FAILED, str(error).splitlines()[0] if str(error) else ""
+            )
+        return _Texts(
+            prompt=prompt,
+            chosen=chosen,
+            rejected=rejected,
+            add_bos=False,
+            add_end=(_ends_open(chosen, pair.chosen), _ends_open(rejected, pair.rejected)),
+        )
+
+    def _apply(
+        self,
+        pair: PreferencePair,
+        messages: tuple[Message, ...],
+        generation_prompt: bool = False,
+        continue_final: bool = False,
+    ) -> str:
+        text: str = self.tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            tools=list(pair.tools) if pair.tools else None,
+            chat_template=self.template,
+            add_generation_prompt=generation_prompt,
+            continue_final_message=continue_final,
+            tokenize=False,
+            **(pair.chat_template_kwargs or {}),
+        )
+        return text
+
+    def _assemble(
+        self, row: str, text: _Texts, prompt: TokenIds, chosen: TokenIds, rejected: TokenIds
+    ) -> Kept | Dropped:
+        boundary = min(_common_prefix(prompt, chosen), _common_prefix(prompt, rejected))
+        moved = boundary < len(prompt)
+        head, chosen, rejected = prompt[:boundary], chosen[boundary:], rejected[boundary:]
+        if text.add_bos or (not len(head) and self.tokenizer.bos_token_id is not None):
+            head = _with(np.zeros(0, np.int32), self.tokenizer.bos_token_id, head)
+        if not len(head):
+            return Dropped(row, EMPTY_PROMPT)
+        end = self.tokenizer.eos_token_id
+        if text.add_end[0] and not (len(chosen) and chosen[-1] == end):
+            chosen = _with(chosen, end)
+        if text.add_end[1] and not (len(rejected) and rejected[-1] == end):
+            rejected = _with(rejected, end)
+        if np.array_equal(chosen, rejected):
+            return Dropped(row, EQUAL)
+        return _truncate(
+            TokenPair(head, chosen, rejected, row), self.data, moved, self._keeps_bos(head)
+        )
+
+    def _keeps_bos(self, prompt: TokenIds) -> bool:
+        return bool(prompt[0] == self.tokenizer.bos_token_id)
+
+
+def chat_template(tokenizer: PreTrainedTokenizerBase, data: DataSection) -> str | None:
+    """The template's text: the file of the recipe, or the tokenizer's own."""
+    if data.chat_template is None:
+        own = tokenizer.chat_template
+        return own.get("default") if isinstance(own, dict) else own
+    try:
+        return Path(data.chat_template).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"data.chat_template: {data.chat_template} cannot be read ({error}); "
+            "give a file with a Jinja template"
+        ) from error
+
+
+def no_preference(pair: PreferencePair) -> str | None:
+    """Why a pair says nothing about what is preferred, if so."""
+    if _is_empty(pair.chosen):
+        return EMPTY_CHOSEN
+    if _is_empty(pair.rejected):
+        return EMPTY_REJECTED
+    return EQUAL if pair.chosen == pair.rejected else None
+
+
+def _is_empty(completion: str | tuple[Message, ...]) -> bool:
+    """No text but whitespace, and no tool call."""
+    if isinstance(completion, str):
+        return not completion.strip()
+    return not any(
+        message.get("tool_calls") or message.get("reasoning_content") or _content(message).strip()
+        for message in completion
+    )
+
+
+def _content(message: Message) -> str:
+    """The text of a message, its parts joined where it has several."""
+    content = message.get("content", "")
+    if isinstance(content, list):
+        parts = [part.get("text", "") if isinstance(part, dict) else part for part in content]
+        return "".join(part for part in parts if isinstance(part, str))
+    return content if isinstance(content, str) else ""
+
+
+def _ends_open(rendered: str, completion: tuple[Message, ...]) -> bool:
+    """Whether the template wrote nothing behind the last message: no end would be learned."""
+    content = _content(completion[-1]).strip()
+    return bool(content) and rendered.rstrip().endswith(content)
+
+
+def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer puts BOS in front of a plain text."""
+    ids = tokenizer("a")["input_ids"]
+    return tokenizer.bos_token_id is not None and bool(ids) and ids[0] == tokenizer.bos_token_id
+
+
+def _common_prefix(left: TokenIds, right: TokenIds) -> int:
+    size = min(len(left), len(right))
+    differs = left[:size] != right[:size]
+    return int(differs.argmax()) if differs.any() else size
+
+
+def _with(ids: TokenIds, token: int, tail: TokenIds | None = None) -> TokenIds:
+    parts = [ids, np.array([token], np.int32)]
+    return np.concatenate(parts if tail is None else [*parts, tail])
+
+
+# --- truncation --------------------------------------------------------------------------------
+
+
+def _truncate(pair: TokenPair, data: DataSection, moved: bool, keeps_bos: bool) -> Kept | Dropped:
+    """The pair within the limits of the recipe, or the limit that drops it."""
+    longest = max(len(pair.chosen), len(pair.rejected))
+    fits_prompt = data.max_prompt_length is None or len(pair.prompt) <= data.max_prompt_length
+    fits_completion = data.max_completion_length is None or longest <= data.max_completion_length
+    fits = len(pair.prompt) + longest <= data.max_length
+    if fits_prompt and fits_completion and fits:
+        return Kept(pair, (), moved)
+    if data.truncation == "drop":
+        if not fits_prompt or len(pair.prompt) >= data.max_length:
+            return Dropped(pair.row, PROMPT_TOO_LONG, f"{len(pair.prompt)} tokens")
+        if not fits_completion:
+            return Dropped(pair.row, COMPLETION_TOO_LONG, f"{longest} tokens")
+        return Dropped(pair.row, PAIR_TOO_LONG, f"{len(pair.prompt) + longest} tokens")
+    if data.truncation == "keep_start":
+        return _cut_completions(pair, data, moved, fits_prompt)
+    return _cut_prompt(pair, data, moved, keeps_bos, fits_completion)
+
+
+def _cut_completions(
+    pair: TokenPair, data: DataSection, moved: bool, fits_prompt: bool
+) -> Kept | Dropped:
+    """Both completions end at the same token position; no end token is added there."""
+    room = data.max_length - len(pair.prompt)
+    if data.max_completion_length is not None:
+        room = min(room, data.max_completion_length)
+    if not fits_prompt or room < 1:
+        return Dropped(pair.row, PROMPT_TOO_LONG, f"{len(pair.prompt)} tokens")
+    chosen, rejected = pair.chosen[:room], pair.rejected[:room]
+    if np.array_equal(chosen, rejected):
+        return Dropped(pair.row, EQUAL_AFTER_CUT)
+    cuts = ((CHOSEN_CUT,) if len(pair.chosen) > room else ()) + (
+        (REJECTED_CUT,) if len(pair.rejected) > room else ()
+    )
+    return Kept(TokenPair(pair.prompt, chosen, rejected, pair.row), cuts, moved)
+
+
+def _cut_prompt(
+    pair: TokenPair, data: DataSection, moved: bool, keeps_bos: bool, fits_completion: bool
+) -> Kept | Dropped:
+    """The prompt loses one end until the longer completion fits; BOS stays in front."""
+    longest = max(len(pair.chosen), len(pair.rejected))
+    room = data.max_length - longest
+    if data.max_prompt_length is not None:
+        room = min(room, data.max_prompt_length)
+    if not fits_completion or room < 1 + keeps_bos:
+        return Dropped(pair.row, COMPLETION_TOO_LONG, f"{longest} tokens")
+    if data.truncation == "keep_start_of_prompt":
+        prompt, cut = pair.prompt[:room], PROMPT_END_CUT
+    else:
+        tail = pair.prompt[len(pair.prompt) - (room - keeps_bos) :]
+        prompt, cut = np.concatenate([pair.prompt[: int(keeps_bos)], tail]), PROMPT_START_CUT
+    return Kept(TokenPair(prompt, pair.chosen, pair.rejected, pair.row), (cut,), moved)

@@ -1,0 +1,190 @@
+"""The two ZeRO-3 engines: the policy with its optimizer, the reference without one."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import deepspeed
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from dpo_scale.data.layouts import MicroBatch
+from dpo_scale.model.log_probs import CompletionLogProbs
+from dpo_scale.recipe import Recipe
+
+
+@contextmanager
+def loading_for(accelerator: Accelerator, role: str) -> Iterator[None]:
+    """Inside, models are built under zero.Init with the configuration of a role: policy or reference."""
+    accelerator.state.select_deepspeed_plugin(role)
+    try:
+        yield
+    finally:
+        accelerator.state.select_deepspeed_plugin("policy")
+
+
+def mark_experts_as_leaves(model: nn.Module) -> None:
+    """Let ZeRO-3 gather each mixture of experts as one: ranks route tokens differently, and a rank that skips an
+    expert would wait for ever for those that do not.
+    """
+    blocks = [
+        module
+        for module in model.modules()
+        if isinstance(getattr(module, "experts", None), nn.Module)
+    ]
+    for block in blocks:
+        deepspeed.utils.set_z3_leaf_module(block, True)
+
+
+class PolicyEngine:
+    """The policy under ZeRO-3: forward, backward of a sum, one step."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: CompletionLogProbs,
+        optimizer: torch.optim.Optimizer,
+        recipe: Recipe,
+    ) -> None:
+        mark_experts_as_leaves(model)
+        self.engine, _ = accelerator.prepare(model, optimizer)
+        self._world_size = accelerator.num_processes
+        self._check_what_arrived(recipe)
+
+    def _check_what_arrived(self, recipe: Recipe) -> None:
+        """Compare the engine with the recipe: a setting that was lost on the way must not train in silence."""
+        engine, dtype = self.engine, recipe.model.dtype
+        assert engine.zero_optimization_stage() == 3
+        assert engine.gradient_clipping() == recipe.optim.max_grad_norm
+        assert engine.bfloat16_enabled() == (dtype == "bfloat16")
+        assert engine.fp16_enabled() == (dtype == "float16")
+        assert engine.gradient_accumulation_steps() == 1
+        assert engine.dp_world_size == self._world_size
+        for parameter in engine.module.parameters():
+            own = -(-parameter.ds_numel // self._world_size)
+            assert parameter.ds_tensor.numel() == own, "a parameter is not sharded over all ranks"
+
+    @property
+    def model(self) -> CompletionLogProbs:
+        module: CompletionLogProbs = self.engine.module
+        return module
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The optimizer's parameter groups; their learning rates may be set between steps."""
+        groups: list[dict[str, Any]] = self.engine.optimizer.param_groups
+        return groups
+
+    def train(self, mode: bool = True) -> None:
+        self.engine.train(mode)
+
+    def __call__(self, batch: MicroBatch, *, plain: bool = False) -> Tensor:
+        """Completion log-probs, fp32 [C]."""
+        logps_C: Tensor = self.engine(batch, plain=plain)
+        return logps_C
+
+    def backward(self, loss_sum: Tensor, *, global_pairs: int, is_last: bool) -> None:
+        """Accumulate the gradient of `sum over all ranks and micro-batches / global_pairs`.
+
+        ZeRO averages over ranks, hence the factor; it is the only division besides that by the true pair count.
+        """
+        self.engine.set_gradient_accumulation_boundary(is_last)
+        self.engine.backward(loss_sum * (self._world_size / global_pairs), scale_wrt_gas=False)
+
+    def step(self) -> bool:
+        """Clip and apply the accumulated gradient. False if DeepSpeed skipped the step over a non-finite gradient."""
+        self.engine.step()
+        applied: bool = self.engine.was_step_applied()
+        return applied
+
+    def grad_norm(self) -> float:
+        """Global gradient norm of the last step, before clipping."""
+        norm = self.engine.get_global_grad_norm()
+        return float(norm) if norm is not None else float("nan")
+
+    @property
+    def loss_scale(self) -> float:
+        """fp16 loss scale; 1 in other precisions."""
+        return float(self.engine.optimizer.cur_scale) if self.engine.fp16_enabled() else 1.0
+
+
+class ReferenceEngine:
+    """A frozen model under ZeRO-3 inference: no optimizer, no gradients, parameters offloaded between forwards."""
+
+    def __init__(self, accelerator: Accelerator, model: CompletionLogProbs) -> None:
+        mark_experts_as_leaves(model)
+        model.eval().requires_grad_(False)
+        # Not accelerator.prepare: a second prepared model breaks save_state and replaces the policy's config.
+        config = accelerator.state.get_deepspeed_plugin("reference").deepspeed_config
+        self.engine, *_ = deepspeed.initialize(model=model, config=config)
+        self.engine.eval()
+
+    @torch.no_grad()
+    def __call__(self, batch: MicroBatch, *, plain: bool = False) -> Tensor:
+        """Completion log-probs, fp32 [C]."""
+        logps_C: Tensor = self.engine(batch, plain=plain)
+        return logps_C
+
+    @property
+    def model(self) -> CompletionLogProbs:
+        module: CompletionLogProbs = self.engine.module
+        return module
+
+    def resident_elements(self) -> int:
+        """Elements of gathered (whole) parameters that are on the device right now."""
+        return sum(parameter.numel() for parameter in self.engine.module.parameters())
+
+    def release(self) -> None:
+        """Give back everything: shards, gathered parameters, hooks, pinned buffers and what keeps them alive."""
+        release_zero3(self.engine)
+        del self.engine
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.accelerator.memory.empty_host_cache() if hasattr(
+                torch.accelerator.memory, "empty_host_cache"
+            ) else torch._C._host_emptyCache()
+
+
+def release_zero3(engine: Any) -> None:
+    """Free a ZeRO-3 engine that has no optimizer.
+
+    `engine.destroy()` leaves two global references to the modules: the stack of modules in forward, and a class-level
+    cache of the parameter coordinator. Both are private; `tests/unit/test_private_names.py` guards them.
+    """
+    from deepspeed.runtime.zero import parameter_offload
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    module = engine.module
+    engine.empty_partition_cache()
+    engine.destroy()
+    engine.module_forward_pre_hook.remove()
+    engine.module_forward_post_hook.remove()
+    for parameter in module.parameters():
+        for shard in ("ds_tensor", "ds_secondary_tensor"):
+            tensor = getattr(parameter, shard, None)
+            if tensor is not None:
+                tensor.data = torch.empty(0, dtype=tensor.dtype)
+    parameter_offload.FWD_MODULE_STACK[:] = [
+        entry for entry in parameter_offload.FWD_MODULE_STACK if entry is not module
+    ]
+    _clear_cache(
+        PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
+    )
+
+
+def _clear_cache(function: Callable[..., Any]) -> None:
+    """Clear an lru_cache that may be wrapped by decorators that hide it."""
+    pending = [function]
+    while pending:
+        current = pending.pop()
+        if hasattr(current, "cache_clear"):
+            current.cache_clear()
+            return
+        cells = getattr(current, "__closure__", None) or ()
+        pending += [cell.cell_contents for cell in cells if callable(cell.cell_contents)]
+    raise AssertionError("the parameter coordinator's cache is not where it was")

@@ -1,0 +1,173 @@
+"""Ranks and the collectives that the rest of the program may use, started by `accelerate launch`."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
+
+from dpo_scale.distributed import zero_config
+from dpo_scale.errors import RecipeError, UserError
+from dpo_scale.recipe import Recipe
+from dpo_scale.shipped_files import shipped_file
+
+T = TypeVar("T")
+
+TIMEOUT = timedelta(minutes=60)
+"""Longest wait in a collective: one rank may read and tokenize data while the others wait."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Who this process is, and the collectives. Every method that is not a property is called by all ranks."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def is_local_main(self) -> bool:
+        return self.local_rank == 0
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+    def broadcast_object(self, value: T, source: int = 0) -> T:
+        """The value that rank `source` gave, on every rank."""
+        box = [value]
+        dist.broadcast_object_list(box, src=source, device=self.device)
+        return box[0]
+
+    def gather_objects(self, value: T) -> list[T]:
+        """The values of all ranks, in rank order, on every rank."""
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank."""
+        box = torch.tensor(int(flag), device=self.device)
+        dist.all_reduce(box, op=dist.ReduceOp.MAX)
+        return bool(box.item())
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum over ranks of a tensor on this rank's device, written into it."""
+        dist.all_reduce(values)
+        return values
+
+    def max(self, values: torch.Tensor) -> torch.Tensor:
+        """The maximum over ranks of a tensor on this rank's device, written into it."""
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+        return values
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A started process group with both DeepSpeed plugins."""
+
+    accelerator: Accelerator
+    ranks: Ranks
+
+
+def start(recipe: Recipe) -> Runtime:
+    """Join the process group and set up Accelerate with one DeepSpeed plugin a role.
+
+    Raises UserError where the launcher or the device cannot do what the recipe asks.
+    """
+    policy_path = policy_config_path()
+    policy = zero_config.policy_config(zero_config.read_policy_config(policy_path), recipe)
+    reference = zero_config.reference_config(
+        zero_config.read_reference_config(
+            shipped_file(f"ds_configs/reference_{_OFFLOAD_FILES[recipe.reference.offload]}.json")
+        ),
+        recipe,
+        reference_nvme_folder(recipe),
+    )
+    # Without a named backend Accelerate believes, on CPUs, that every rank is alone.
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    # Read by the plugin as a second source of the configuration that is already given.
+    os.environ.pop("ACCELERATE_DEEPSPEED_CONFIG_FILE", None)
+    accelerator = Accelerator(
+        deepspeed_plugins={
+            "policy": DeepSpeedPlugin(hf_ds_config=policy),
+            "reference": DeepSpeedPlugin(hf_ds_config=reference),
+        },
+        kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=TIMEOUT)],
+        step_scheduler_with_optimizer=False,
+        log_with=_trackers(recipe) or None,
+        project_dir=recipe.run.output_dir,
+    )
+    assert accelerator.num_processes == dist.get_world_size(), "Accelerate and torch disagree"
+    _check_precision(recipe)
+    ranks = Ranks(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+        device=accelerator.device,
+    )
+    return Runtime(accelerator, ranks)
+
+
+_OFFLOAD_FILES = {"none": "gpu", "cpu": "cpu", "nvme": "nvme"}
+
+
+def policy_config_path() -> Path:
+    """The DeepSpeed JSON that the launcher was given, looked up beside the caller and then in the package."""
+    named = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true" or not named:
+        raise UserError(
+            "this command runs under Accelerate with DeepSpeed: accelerate launch --config_file "
+            "launch/zero3.yaml -m dpo_scale.train RECIPE (zero3_cpu.yaml without a GPU)"
+        )
+    return Path(named) if Path(named).exists() else shipped_file(named)
+
+
+def reference_nvme_folder(recipe: Recipe) -> str | None:
+    """A folder on NVMe that only this job's reference uses: DeepSpeed empties it when it starts."""
+    if recipe.reference.offload != "nvme":
+        return None
+    assert recipe.reference.nvme_path is not None
+    job = os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID") or "job"
+    return str(Path(recipe.reference.nvme_path) / f"dpo_scale-{job}" / "reference")
+
+
+def _trackers(recipe: Recipe) -> list[str]:
+    """Names of the trackers beside metrics.jsonl. Raises RecipeError for one that cannot be used here."""
+    wanted = [name for name in recipe.track.to if name != "jsonl"]
+    usable = {str(tracker) for tracker in get_available_trackers()}
+    for name in wanted:
+        if name not in usable:
+            raise RecipeError(
+                f"track.to: {name} is not installed here or not known; usable: jsonl, {', '.join(sorted(usable))}"
+            )
+    return wanted
+
+
+def _check_precision(recipe: Recipe) -> None:
+    from deepspeed.accelerator import get_accelerator
+
+    if recipe.model.dtype == "float16" and not get_accelerator().is_fp16_supported():
+        raise RecipeError(
+            "model.dtype: float16 is not supported by this device; use bfloat16 or float32"
+        )
+    if recipe.model.dtype == "bfloat16" and not get_accelerator().is_bf16_supported():
+        raise RecipeError("model.dtype: bfloat16 is not supported by this device; use float16")
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,101 @@
+"""DeepSpeed configurations: the JSON owns stage, buckets and offload; the recipe owns everything else.
+
+Pure functions of dicts: a number stated by the file that does not own it is an error that names both places.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+from dpo_scale.errors import RecipeError
+from dpo_scale.recipe import Recipe
+
+Config = dict[str, Any]
+
+OWNED_BY_THE_RECIPE = {
+    "train_batch_size": "batch.global_pairs",
+    "train_micro_batch_size_per_gpu": "batch.rank_tokens",
+    "gradient_accumulation_steps": "batch.rank_tokens",
+    "gradient_clipping": "optim.max_grad_norm",
+    "bf16": "model.dtype",
+    "fp16": "model.dtype",
+    "optimizer": "optim",
+    "scheduler": "optim.schedule",
+}
+"""Key of a DeepSpeed JSON -> the recipe's key for the same thing."""
+
+
+def read_policy_config(path: Path) -> Config:
+    """A DeepSpeed JSON for the policy. Raises RecipeError for a file that is no ZeRO-3 config or states owned keys."""
+    config = _read_json(path)
+    mistakes = [
+        f"{path}: {key!r} belongs to the recipe ({owner}); remove it here"
+        for key, owner in OWNED_BY_THE_RECIPE.items()
+        if config.get(key, "auto") != "auto"
+    ]
+    stage = config.get("zero_optimization", {}).get("stage")
+    if stage != 3:
+        mistakes.append(f"{path}: zero_optimization.stage is {stage}; this trainer runs stage 3")
+    if mistakes:
+        raise RecipeError("\n".join(mistakes))
+    return {key: value for key, value in config.items() if key not in OWNED_BY_THE_RECIPE}
+
+
+def policy_config(base: Config, recipe: Recipe) -> Config:
+    """The policy's complete DeepSpeed configuration from its JSON and the recipe.
+
+    DeepSpeed's own batch arithmetic is switched off with ones: the planner decides micro-batches, and the loss is
+    divided by the true number of pairs.
+    """
+    config = copy.deepcopy(base)
+    config |= _precision(recipe)
+    config |= {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": recipe.optim.max_grad_norm,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    config["data_types"] = {"grad_accum_dtype": "fp32"}  # DeepSpeed's default is the model's dtype
+    return config
+
+
+def reference_config(base: Config, recipe: Recipe, nvme_folder: str | None) -> Config:
+    """The reference's complete DeepSpeed configuration: stage 3, no optimizer.
+
+    `nvme_folder` must belong to this job and role alone: DeepSpeed empties it when the engine is built.
+    """
+    config = copy.deepcopy(base)
+    config |= _precision(recipe)
+    config |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
+    if nvme_folder is not None:
+        config["zero_optimization"]["offload_param"]["nvme_path"] = nvme_folder
+    return config
+
+
+def read_reference_config(path: Path) -> Config:
+    """A shipped DeepSpeed JSON for the reference."""
+    return _read_json(path)
+
+
+def _precision(recipe: Recipe) -> Config:
+    # auto_cast would round every float input of a forward to half precision
+    return {
+        "bf16": {"enabled": recipe.model.dtype == "bfloat16"},
+        "fp16": {"enabled": recipe.model.dtype == "float16", "auto_cast": False},
+    }
+
+
+def _read_json(path: Path) -> Config:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"{path}: {error.strerror}; name a DeepSpeed JSON file") from error
+    except json.JSONDecodeError as error:
+        raise RecipeError(f"{path}: not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise RecipeError(f"{path}: a DeepSpeed configuration is a JSON object")
+    return config

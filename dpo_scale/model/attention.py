@@ -1,0 +1,299 @@
+"""The attention function behind the shared and packed layouts.
+
+It is registered with Hugging Face's attention interface, so that any decoder that takes the interface runs it without
+a changed line: the segments travel through the model's keyword arguments. A batch without segments (the padded layout)
+goes to the library's own scaled dot-product attention.
+
+Shape suffixes: B rows, N heads, G key-value heads, T tokens of the row, D head size, Q and K queries and keys of a
+segment.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from dpo_scale.data.layouts import Segment, Segments
+from dpo_scale.errors import UserError
+
+ATTENTION = "dpo_scale"
+"""Name of this attention in a model's `attn_implementation`."""
+
+Kernel = Literal["varlen", "flash_attn", "flex", "sdpa"]
+
+
+class UnsupportedAttention(UserError):
+    """The model asks its attention for something that segments cannot give."""
+
+
+def choose_kernel(wanted: str, device: torch.device, dtype: torch.dtype) -> Kernel:
+    """The kernel to use: the one asked for, or the fastest that this machine has.
+
+    Raises UserError where the one asked for is not there.
+    """
+    half_on_gpu = device.type == "cuda" and dtype != torch.float32
+    has_varlen = importlib.util.find_spec("torch.nn.attention.varlen") is not None
+    has_flash = importlib.util.find_spec("flash_attn") is not None
+    available: dict[str, bool] = {
+        "varlen": half_on_gpu and has_varlen and torch.cuda.get_device_capability(device) >= (8, 0),
+        "flash_attn": half_on_gpu and has_flash,
+        "flex": device.type == "cuda",
+        "sdpa": True,
+    }
+    if wanted != "auto" and not available[wanted]:
+        usable = ", ".join(name for name, there in available.items() if there)
+        raise UserError(
+            f"model.attention: {wanted} does not run on {device.type} in {dtype}; use auto or one of {usable}"
+        )
+    names: tuple[Kernel, ...] = ("varlen", "flash_attn", "flex", "sdpa")
+    return next(name for name in names if available[name] and wanted in ("auto", name))
+
+
+def register(kernel: Kernel) -> None:
+    """Make the attention known to transformers under the name `ATTENTION`."""
+
+    def attend(
+        module: nn.Module,
+        query_BNTD: Tensor,
+        key_BGTD: Tensor,
+        value_BGTD: Tensor,
+        attention_mask: Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        segments: Segments | None = kwargs.pop("segments", None)
+        if segments is None:
+            output: tuple[Tensor, Tensor | None] = sdpa_attention_forward(
+                module, query_BNTD, key_BGTD, value_BGTD, attention_mask, **kwargs
+            )
+            return output
+        return segment_attention(
+            module, query_BNTD, key_BGTD, value_BGTD, segments, kernel=kernel, **kwargs
+        ), None
+
+    AttentionInterface.register(ATTENTION, attend)
+    AttentionMaskInterface.register(ATTENTION, _mask_of_padding)
+
+
+def _mask_of_padding(*args: Any, **kwargs: Any) -> Tensor | None:
+    """Masks are for padded rows; rows without padding are described by their segments."""
+    if kwargs.get("attention_mask") is None:
+        return None
+    mask: Tensor | None = sdpa_mask(*args, **kwargs)
+    return mask
+
+
+def segment_attention(
+    module: nn.Module,
+    query_BNTD: Tensor,
+    key_BGTD: Tensor,
+    value_BGTD: Tensor,
+    segments: Segments,
+    *,
+    kernel: Kernel,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> Tensor:
+    """Attention of one row by segments, [1, T, N, D].
+
+    Args:
+        scaling: factor of the scores; None means `D ** -0.5`.
+        sliding_window: a query sees keys less than this many positions back.
+        softcap: scores pass through `softcap * tanh(score / softcap)`.
+
+    Raises UnsupportedAttention for attention sinks, which no kernel here has.
+    """
+    if s_aux is not None:
+        raise UnsupportedAttention("attention sinks are not served by segments")
+    assert query_BNTD.shape[0] == 1, "segments describe a single row"
+    scale = scaling if scaling is not None else query_BNTD.shape[-1] ** -0.5
+    if kernel == "sdpa" or (kernel == "varlen" and (softcap or dropout)):
+        # torch's variable-length kernel has neither soft-capping nor dropout
+        return _by_segment(
+            query_BNTD, key_BGTD, value_BGTD, segments, scale, dropout, sliding_window, softcap
+        )
+    if kernel == "flex":
+        if dropout:
+            raise UnsupportedAttention("FlexAttention has no dropout; set model.dropout: false")
+        return _flex(query_BNTD, key_BGTD, value_BGTD, segments, scale, sliding_window, softcap)
+    # Both kernels take [tokens, heads, head size] and grouped key-value heads.
+    query_TND, key_KGD, value_KGD = (x[0].transpose(0, 1) for x in (query_BNTD, key_BGTD, value_BGTD))
+    if segments.key_index is not None:
+        key_KGD = key_KGD.index_select(0, segments.key_index)
+        value_KGD = value_KGD.index_select(0, segments.key_index)
+    left = -1 if sliding_window is None else sliding_window - 1
+    if kernel == "varlen":
+        return _torch_varlen(query_TND, key_KGD, value_KGD, segments, scale, left)[None]
+    from flash_attn import flash_attn_varlen_func
+
+    output: Tensor = flash_attn_varlen_func(
+        query_TND,
+        key_KGD,
+        value_KGD,
+        segments.cu_queries,
+        segments.cu_keys,
+        segments.max_queries,
+        segments.max_keys,
+        dropout_p=dropout,
+        softmax_scale=scale,
+        causal=True,
+        window_size=(left, 0),
+        softcap=softcap or 0.0,
+    )
+    return output[None]
+
+
+def _torch_varlen(
+    query_TND: Tensor, key_KGD: Tensor, value_KGD: Tensor, segments: Segments, scale: float, left: int
+) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    grouped: dict[str, bool] = {}
+    if query_TND.shape[1] != key_KGD.shape[1]:
+        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+            grouped["enable_gqa"] = True
+        else:  # older torch takes equal numbers of heads only
+            repeats = query_TND.shape[1] // key_KGD.shape[1]
+            key_KGD = key_KGD.repeat_interleave(repeats, dim=1)
+            value_KGD = value_KGD.repeat_interleave(repeats, dim=1)
+    output = varlen_attn(
+        query_TND,
+        key_KGD,
+        value_KGD,
+        segments.cu_queries,
+        segments.cu_keys,
+        segments.max_queries,
+        segments.max_keys,
+        scale=scale,
+        window_size=(left, 0),
+        **grouped,
+    )
+    assert isinstance(output, Tensor)
+    return output
+
+
+def _by_segment(
+    query_BNTD: Tensor,
+    key_BGTD: Tensor,
+    value_BGTD: Tensor,
+    segments: Segments,
+    scale: float,
+    dropout: float,
+    sliding_window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """One scaled dot-product attention a segment."""
+    repeats = query_BNTD.shape[1] // key_BGTD.shape[1]
+    if repeats > 1:
+        key_BGTD = key_BGTD.repeat_interleave(repeats, dim=1)
+        value_BGTD = value_BGTD.repeat_interleave(repeats, dim=1)
+    outputs = []
+    for segment in segments.segments:
+        query = query_BNTD[:, :, segment.start : segment.stop]
+        key, value = _keys_of(key_BGTD, segment), _keys_of(value_BGTD, segment)
+        windowed = sliding_window is not None and segment.num_keys > sliding_window
+        if softcap:
+            mask_QK = _causal_mask(segment, sliding_window, query.device)
+            output = _soft_capped(query, key, value, mask_QK, scale, dropout, softcap)
+        elif windowed or segment.num_queries != segment.num_keys:
+            mask_QK = _causal_mask(segment, sliding_window, query.device)
+            output = F.scaled_dot_product_attention(
+                query, key, value, attn_mask=mask_QK, dropout_p=dropout, scale=scale
+            )
+        else:
+            output = F.scaled_dot_product_attention(
+                query, key, value, is_causal=True, dropout_p=dropout, scale=scale
+            )
+        outputs.append(output.transpose(1, 2))
+    return torch.cat(outputs, dim=1)
+
+
+def _keys_of(states_BNTD: Tensor, segment: Segment) -> Tensor:
+    own = states_BNTD[:, :, segment.start : segment.stop]
+    if segment.prefix_stop == segment.prefix_start:
+        return own
+    return torch.cat([states_BNTD[:, :, segment.prefix_start : segment.prefix_stop], own], dim=2)
+
+
+def _causal_mask(segment: Segment, sliding_window: int | None, device: torch.device) -> Tensor:
+    """True where query may see key, [Q, K], aligned to the bottom right."""
+    offset = segment.num_keys - segment.num_queries
+    query_position = torch.arange(segment.num_queries, device=device)[:, None] + offset
+    key_position = torch.arange(segment.num_keys, device=device)[None]
+    mask_QK = key_position <= query_position
+    if sliding_window is not None:
+        mask_QK &= key_position > query_position - sliding_window
+    return mask_QK
+
+
+def _soft_capped(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask_QK: Tensor,
+    scale: float,
+    dropout: float,
+    softcap: float,
+) -> Tensor:
+    scores = softcap * torch.tanh(query @ key.transpose(2, 3) * (scale / softcap))
+    weights = scores.masked_fill(~mask_QK, float("-inf")).softmax(-1, dtype=torch.float32)
+    return F.dropout(weights.to(query.dtype), dropout) @ value
+
+
+def _flex(
+    query_BNTD: Tensor,
+    key_BGTD: Tensor,
+    value_BGTD: Tensor,
+    segments: Segments,
+    scale: float,
+    sliding_window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """FlexAttention over the row itself: a query sees its segment's prefix and, causally, its own segment."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    device, length = query_BNTD.device, query_BNTD.shape[2]
+    bounds = torch.tensor(
+        [(s.start, s.prefix_start, s.prefix_stop) for s in segments.segments], device=device
+    )
+    of_token = torch.repeat_interleave(
+        torch.arange(len(bounds), device=device), segments.cu_queries.diff()
+    )
+    start, prefix_start, prefix_stop = bounds[of_token].unbind(1)
+    # The distance of a query to a key in its prefix is shorter in the row's own terms than in positions.
+    gap = torch.where(prefix_stop > prefix_start, start - prefix_stop, 0)
+
+    def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        own = (k >= start[q]) & (k <= q)
+        prefix = (k >= prefix_start[q]) & (k < prefix_stop[q])
+        if sliding_window is None:
+            return own | prefix
+        return (own & (q - k < sliding_window)) | (prefix & (q - gap[q] - k < sliding_window))
+
+    def capped(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap) if softcap else score
+
+    block_mask = create_block_mask(visible, 1, None, length, length, device=str(device))
+    run = torch.compile(flex_attention, dynamic=True) if device.type == "cuda" else flex_attention
+    output = run(
+        query_BNTD,
+        key_BGTD,
+        value_BGTD,
+        score_mod=capped if softcap else None,
+        block_mask=block_mask,
+        scale=scale,
+        enable_gqa=query_BNTD.shape[1] != key_BGTD.shape[1],
+    )
+    assert isinstance(output, Tensor)
+    return output.transpose(1, 2)

@@ -1,0 +1,73 @@
+"""Which layout a model can be trained in: decided by trying it on real pairs, not by a list of names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dpo_scale.data.layouts import Layout, MicroBatch, PromptCompletions, collate
+from dpo_scale.errors import UserError
+from dpo_scale.model.attention import UnsupportedAttention
+
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
+"""Largest difference of one token's log-prob, in nats, between two layouts: rounding of other kernels and shapes,
+far below what a wrong position, mask or head gives."""
+
+
+class Engine(Protocol):
+    """A policy or reference engine."""
+
+    def __call__(self, batch: MicroBatch, *, plain: bool = False) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class LayoutChoice:
+    """The layout in use, the largest gap to the plain form in nats a token, and why others were passed over."""
+
+    layout: Layout
+    gap: float
+    passed_over: tuple[str, ...]
+
+
+@torch.no_grad()
+def choose_layout(
+    engine: Engine,
+    samples: Sequence[PromptCompletions],
+    *,
+    wanted: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    pad_id: int,
+) -> LayoutChoice:
+    """Compare layouts with the model's own forward over padded rows and its full logits.
+
+    `auto` falls back from shared to packed to padded and says why. All ranks must pass the same samples. Raises
+    UserError if the layout that was asked for, or the last resort, disagrees with the plain form.
+    """
+    expected = [
+        engine(collate([sample], "padded", pad_id).to(device), plain=True) for sample in samples
+    ]
+    candidates: tuple[Layout, ...] = ("shared", "packed", "padded")
+    passed_over: list[str] = []
+    for layout in candidates:
+        if wanted not in ("auto", layout):
+            continue
+        try:
+            actual = engine(collate(samples, layout, pad_id).to(device))
+        except UnsupportedAttention as reason:
+            passed_over.append(f"{layout}: {reason}")
+            continue
+        gap = (actual - torch.cat(expected)).abs().max().item()
+        if gap <= TOLERANCE[dtype]:  # false for NaN
+            return LayoutChoice(layout, gap, tuple(passed_over))
+        passed_over.append(
+            f"{layout}: a token's log-prob differs by {gap:.3g} nats from the model's plain forward "
+            f"(tolerance {TOLERANCE[dtype]})"
+        )
+    raise UserError(
+        f"batch.layout: {wanted} does not give this model's log-probs\n  " + "\n  ".join(passed_over)
+    )

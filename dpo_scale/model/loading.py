@@ -1,0 +1,120 @@
+"""Weights and configuration from a Hugging Face folder or hub name, inside or outside zero.Init."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from dpo_scale.data.planning import CostModel
+from dpo_scale.errors import UserError
+from dpo_scale.model.attention import ATTENTION
+from dpo_scale.model.log_probs import CompletionLogProbs
+from dpo_scale.recipe import ModelSection
+
+DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
+
+
+def resolve_folder(path: str, revision: str | None, setting: str = "model.path") -> Path:
+    """The local folder of a model: the path itself, or the snapshot of a hub model in the hub's own cache.
+
+    Raises UserError for a name that is neither.
+    """
+    if os.path.isdir(path):
+        return Path(path)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
+    if not looks_local:
+        try:
+            return Path(
+                snapshot_download(path, revision=revision, ignore_patterns=["*.gguf", "*.onnx", "original/*"])
+            )
+        except (HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError) as error:
+            raise UserError(
+                f"{setting}: {path!r} is no folder here, and the hub says: {str(error).splitlines()[0]}"
+            ) from error
+    raise UserError(f"{setting}: there is no folder {path!r}")
+
+
+def load_config(folder: Path, *, trust_remote_code: bool, setting: str = "model.path") -> Any:
+    """The model's configuration. Raises UserError if the folder holds none."""
+    if not (folder / "config.json").exists():
+        raise UserError(f"{setting}: {folder} holds no config.json; it is no Hugging Face model folder")
+    return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+
+
+def check_vocabulary(largest_token_id: int, config: Any, setting: str) -> None:
+    """Raise UserError if the data holds token ids that the model has no embedding for."""
+    size = config.get_text_config().vocab_size
+    if largest_token_id >= size:
+        raise UserError(
+            f"{setting}: the tokenizer gives token id {largest_token_id}, but the model embeds only {size} tokens; "
+            "use the model's own tokenizer, or resize the embedding and save the model before training"
+        )
+
+
+def load_model(folder: Path, settings: ModelSection) -> CompletionLogProbs:
+    """The causal language model with its completion log-prob head. Under an active ZeRO-3 plugin it is built sharded.
+
+    Raises UserError if weights are missing from the files.
+    """
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=DTYPES[settings.dtype],
+        attn_implementation=ATTENTION,
+        trust_remote_code=settings.trust_remote_code,
+        output_loading_info=True,
+    )
+    missing = set(info["missing_keys"]) - set(model.all_tied_weights_keys or ())
+    if missing:
+        raise UserError(
+            f"{folder}: weights are missing for {', '.join(sorted(missing)[:5])} ({len(missing)} in all); "
+            "they would start at random"
+        )
+    if not settings.dropout:
+        switch_dropout_off(model)
+    model.config.use_cache = False
+    return CompletionLogProbs(model)
+
+
+def switch_dropout_off(model: nn.Module) -> None:
+    """Set every dropout probability to zero, those kept as numbers by attention modules included."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "dropout", "dropout_p", "hidden_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+def checkpoint_activations(model: CompletionLogProbs) -> None:
+    """Recompute every decoder layer in the backward pass."""
+    model.model.gradient_checkpointing_enable(  # type: ignore[operator]
+        gradient_checkpointing_kwargs={"use_reentrant": False}
+    )
+
+
+def cost_model(config: Any) -> CostModel:
+    """Multiply-accumulates of a decoder's forward, from its configuration."""
+    text = config.get_text_config()
+    hidden, layers = text.hidden_size, text.num_hidden_layers
+    heads = text.num_attention_heads
+    head_size = getattr(text, "head_dim", None) or hidden // heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    inner = getattr(text, "intermediate_size", None) or 4 * hidden
+    attention = 2 * hidden * head_size * (heads + kv_heads)
+    return CostModel(
+        per_token=layers * (attention + 3 * hidden * inner),
+        per_scored_token=hidden * text.vocab_size,
+        per_attended_position=2 * layers * heads * head_size,
+    )

@@ -1,0 +1,196 @@
+"""Token ids -> log-probs of completion tokens. The one path that scoring, training and evaluation share.
+
+The LM head runs on the hidden states that predict completion tokens and on nothing else, in chunks, inside one
+autograd function. Matrix products accumulate in fp32 and everything after them is fp32. The [tokens, vocabulary]
+matrix never exists.
+
+Shape suffixes: B rows, T tokens of a row, C completion tokens, c those of a chunk, V vocabulary, H hidden.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dpo_scale.data.layouts import MicroBatch
+
+CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**27}
+"""Logits that exist at once, by device type: 32 MiB and 512 MiB of fp32."""
+
+
+@dataclass(frozen=True, slots=True)
+class LogitTransform:
+    """What a model does to its head's output: `softcap * tanh(scale * x / softcap)`, or only the scale."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @classmethod
+    def of_config(cls, config: Any) -> LogitTransform:
+        """Read the settings under which Hugging Face models scale or cap logits (Cohere, Granite, Gemma, ...)."""
+        scale = 1.0
+        for name in ("logit_scale", "lm_head_multiplier"):
+            scale *= getattr(config, name, None) or 1.0
+        scale /= getattr(config, "logits_scaling", None) or 1.0
+        return cls(scale, getattr(config, "final_logit_softcapping", None))
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """Transform raw logits, in place."""
+        if self.scale != 1.0:
+            logits *= self.scale
+        if self.softcap:
+            logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        return logits
+
+    def backward(self, grad: Tensor, logits: Tensor) -> Tensor:
+        """Gradient of the raw logits from that of the transformed ones, in place."""
+        if self.softcap:
+            grad *= 1 - (logits / self.softcap) ** 2
+        if self.scale != 1.0:
+            grad *= self.scale
+        return grad
+
+
+class ChunkedLogProbs(torch.autograd.Function):
+    """fp32 log-probs [C] of `targets_C` under the head, with exact gradients of hidden states, weight and bias."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_CH: Tensor,
+        weight_VH: Tensor,
+        bias_V: Tensor | None,
+        targets_C: Tensor,
+        transform: LogitTransform,
+    ) -> Tensor:
+        dtype = torch.promote_types(hidden_CH.dtype, torch.float32)
+        logps_C = hidden_CH.new_empty(len(targets_C), dtype=dtype)
+        lse_C = torch.empty_like(logps_C)
+        head = _Head(weight_VH, bias_V, transform)
+        for rows in _chunks(len(targets_C), len(weight_VH), hidden_CH.device):
+            logits_cV = head.logits(hidden_CH[rows])
+            lse_C[rows] = torch.logsumexp(logits_cV, dim=1)
+            logps_C[rows] = logits_cV.gather(1, targets_C[rows, None])[:, 0] - lse_C[rows]
+        # The weight is saved as the parameter that it is: ZeRO-3 gathers it again before the backward pass.
+        ctx.save_for_backward(hidden_CH, weight_VH, bias_V, targets_C, lse_C)
+        ctx.transform = transform
+        return logps_C
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        (grad_C,) = grad_outputs
+        hidden_CH, weight_VH, bias_V, targets_C, lse_C = ctx.saved_tensors
+        head = _Head(weight_VH, bias_V, ctx.transform)
+        grad_hidden_CH = torch.empty_like(hidden_CH)
+        wants_weight = ctx.needs_input_grad[1]
+        # fp32 over all chunks: sums of bf16 chunks would lose what small gradients add
+        grad_weight_VH = (
+            torch.zeros_like(weight_VH, dtype=grad_C.dtype) if wants_weight else None
+        )
+        grad_bias_V = None if bias_V is None else torch.zeros_like(bias_V, dtype=grad_C.dtype)
+        for rows in _chunks(len(targets_C), len(weight_VH), hidden_CH.device):
+            logits_cV = head.logits(hidden_CH[rows])
+            # d logp / d logits = one_hot(target) - softmax(logits)
+            grad_cV = (logits_cV - lse_C[rows, None]).exp_().mul_(-grad_C[rows, None])
+            grad_cV.scatter_add_(1, targets_C[rows, None], grad_C[rows, None])
+            grad_cV = ctx.transform.backward(grad_cV, logits_cV)
+            del logits_cV
+            grad_hidden_CH[rows] = head.back_to_hidden(grad_cV)
+            if grad_weight_VH is not None:
+                head.add_weight_grad(grad_weight_VH, grad_cV, hidden_CH[rows])
+            if grad_bias_V is not None:
+                grad_bias_V += grad_cV.sum(0)
+        return grad_hidden_CH, grad_weight_VH, grad_bias_V, None, None
+
+
+class _Head:
+    """Matrix products of the head with operands in the model's dtype and results in fp32.
+
+    A GPU does that natively; a CPU gets the weight converted once a call.
+    """
+
+    def __init__(self, weight_VH: Tensor, bias_V: Tensor | None, transform: LogitTransform) -> None:
+        self._native = weight_VH.device.type == "cuda" and weight_VH.dtype != torch.float32
+        self._weight_VH = weight_VH if self._native else _at_least_fp32(weight_VH)
+        self._bias_V = None if bias_V is None else _at_least_fp32(bias_V)
+        self._transform = transform
+
+    def logits(self, hidden_cH: Tensor) -> Tensor:
+        logits_cV = self._product(hidden_cH, self._weight_VH.t())
+        if self._bias_V is not None:
+            logits_cV += self._bias_V
+        return self._transform.forward(logits_cV)
+
+    def back_to_hidden(self, grad_cV: Tensor) -> Tensor:
+        return self._product(self._operand(grad_cV), self._weight_VH)
+
+    def add_weight_grad(self, total_VH: Tensor, grad_cV: Tensor, hidden_cH: Tensor) -> None:
+        if self._native:
+            total_VH += self._product(self._operand(grad_cV).t(), hidden_cH)
+        else:
+            total_VH.addmm_(grad_cV.t(), _at_least_fp32(hidden_cH))
+
+    def _operand(self, values: Tensor) -> Tensor:
+        return values.to(self._weight_VH.dtype)
+
+    def _product(self, left: Tensor, right: Tensor) -> Tensor:
+        if self._native:
+            return torch.mm(left, right, out_dtype=torch.float32)
+        return torch.mm(_at_least_fp32(left), right)
+
+
+def _at_least_fp32(values: Tensor) -> Tensor:
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def _chunks(num_tokens: int, vocabulary: int, device: torch.device) -> list[slice]:
+    size = max(16, CHUNK_ELEMENTS.get(device.type, 2**27) // vocabulary)
+    return [slice(start, start + size) for start in range(0, num_tokens, size)]
+
+
+class CompletionLogProbs(nn.Module):
+    """A causal language model whose forward takes a `MicroBatch` and gives completion log-probs, fp32 [C].
+
+    The head is called as the module that it is, so that ZeRO-3's hooks gather and release its weight.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.config = model.config
+        transform = LogitTransform.of_config(model.config.get_text_config())  # type: ignore[union-attr, operator]
+        head = model.get_output_embeddings()  # type: ignore[operator]
+        plain_forward = head.forward
+
+        def forward(hidden: Tensor, targets_C: Tensor | None = None) -> Tensor:
+            if targets_C is None:
+                logits: Tensor = plain_forward(hidden)
+                return logits
+            logps_C: Tensor = ChunkedLogProbs.apply(
+                hidden, head.weight, getattr(head, "bias", None), targets_C, transform
+            )
+            return logps_C
+
+        head.forward = forward
+
+    def forward(self, batch: MicroBatch, *, plain: bool = False) -> Tensor:
+        """Completion log-probs, fp32 [C].
+
+        `plain` takes the model's own forward with its full logits, the oracle of the start-up check.
+        """
+        kwargs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
+        kwargs["position_ids"] = batch.position_ids
+        kwargs["attention_mask"] = batch.attention_mask
+        if batch.segments is not None:
+            kwargs["segments"] = batch.segments
+        if plain:
+            logits_TV = self.model(**kwargs).logits.flatten(0, 1)[batch.predictors].float()
+            return logits_TV.log_softmax(-1).gather(1, batch.targets[:, None])[:, 0]
+        hidden_BTH = self.model.base_model(**kwargs).last_hidden_state  # type: ignore[operator]
+        hidden_CH = hidden_BTH.flatten(0, 1).index_select(0, batch.predictors)
+        head = self.model.get_output_embeddings()  # type: ignore[operator]
+        logps_C: Tensor = head(hidden_CH, batch.targets)
+        return logps_C

@@ -1,0 +1,292 @@
+"""Loading a tokenizer: a folder, a hub name, or a bare SentencePiece `tokenizer.model`.
+
+transformers reads a bare SentencePiece model without its dummy prefix and whitespace rules, so that
+its ids differ from SentencePiece's own. Here the model is converted rule by rule instead, and
+compared with SentencePiece on a few texts. Known to differ: a combining mark right behind a
+character that the NFKC map replaces, and unigram segmentations whose scores tie in the last bit.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers.models import BPE, Unigram
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from dpo_scale.errors import UserError
+
+SENTENCEPIECE_FILE = "tokenizer.model"
+SPACE = "▁"
+"""SentencePiece's visible space (U+2581)."""
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "tekken.json",
+    SENTENCEPIECE_FILE,
+)
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_PROBES = (
+    "Hello world",
+    "  two  spaces and a tail ",
+    "\n\nHuman: a line\n\nAssistant:",
+    "été 漢字 \U0001f600",
+    "x = 1\tand 2\r\n",
+)
+# Types of a piece in sentencepiece_model.proto.
+_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
+_UNIGRAM, _BPE = 1, 2
+
+
+def load_tokenizer(
+    path: str, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or of a hub model; UserError where there is none."""
+    folder = Path(path)
+    if folder.is_dir():
+        files = tokenizer_files(path)
+        if not files:
+            raise UserError(
+                f"{path}: no tokenizer in this folder; add tokenizer.json or a SentencePiece "
+                f"{SENTENCEPIECE_FILE}, or set model.tokenizer"
+            )
+        if _is_bare_sentencepiece(folder):
+            return convert_sentencepiece(folder / SENTENCEPIECE_FILE)
+    elif folder.exists():
+        raise UserError(f"{path}: a file; give the folder that holds the tokenizer")
+    elif not _HUB_NAME.fullmatch(path):
+        raise UserError(f"{path}: no such folder, and not the name of a hub model")
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            path, revision=revision, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{path}: no tokenizer could be loaded ({reason}); check the folder or hub name"
+        ) from error
+    return tokenizer
+
+
+def tokenizer_files(path: str | Path) -> list[Path]:
+    """The files of a folder that make its tokenizer, in a fixed order."""
+    folder = Path(path)
+    templates = sorted(folder.glob("additional_chat_templates/*.jinja"))
+    return [file for name in _TOKENIZER_FILES if (file := folder / name).is_file()] + templates
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, path: str, target: Path) -> None:
+    """Write into `target` a tokenizer that plain AutoTokenizer loads with the same ids.
+
+    Args:
+        tokenizer: what `load_tokenizer(path)` gave.
+        path: its folder, whose files are copied as they are where plain transformers reads them.
+        target: an existing folder.
+    """
+    source = Path(path)
+    if not source.is_dir() or _is_bare_sentencepiece(source):
+        tokenizer.save_pretrained(target)
+        return
+    for file in tokenizer_files(source):
+        copy = target / file.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, copy)
+
+
+def convert_sentencepiece(file: Path) -> PreTrainedTokenizerFast:
+    """A SentencePiece BPE or unigram model as a fast tokenizer with the same ids.
+
+    BOS goes in front of a text where the model has one, unless add_bos_token is false.
+    Text behind a control symbol is encoded as SentencePiece encodes a text: with its dummy prefix.
+    """
+    model = _read_model(file)
+    backend = _convert(model, file)
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(file))
+    for text in _PROBES:
+        if backend.encode(text, add_special_tokens=False).ids != processor.encode(text):
+            raise UserError(
+                f"{file}: cannot be converted to the ids that SentencePiece gives for {text!r}; "
+                "convert the model to tokenizer.json and put that file next to it"
+            )
+    settings = _tokenizer_config(file.parent)
+    trainer = model.trainer_spec
+    special = {
+        f"{name}_token": piece
+        for name, id_, piece in (
+            ("unk", trainer.unk_id, trainer.unk_piece),
+            ("bos", trainer.bos_id, trainer.bos_piece),
+            ("eos", trainer.eos_id, trainer.eos_piece),
+            ("pad", trainer.pad_id, trainer.pad_piece),
+        )
+        if 0 <= id_ < len(model.pieces) and model.pieces[id_].piece == piece
+    }
+    add_bos = settings.pop("add_bos_token", True)
+    bos = settings.get("bos_token") or special.get("bos_token")
+    if bos and add_bos:
+        backend.post_processor = TemplateProcessing(
+            single=f"{bos} $A",
+            pair=f"{bos} $A {bos} $B",
+            special_tokens=[(bos, backend.token_to_id(bos))],
+        )
+    template = file.parent / "chat_template.jinja"
+    if template.is_file():
+        settings["chat_template"] = template.read_text(encoding="utf-8")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, clean_up_tokenization_spaces=False, **{**special, **settings}
+    )
+
+
+def _is_bare_sentencepiece(folder: Path) -> bool:
+    """Whether the folder has a SentencePiece model, no tokenizer.json, and no class of its own."""
+    if not (folder / SENTENCEPIECE_FILE).is_file():
+        return False
+    if (folder / "tokenizer.json").is_file() or (folder / "tekken.json").is_file():
+        return False
+    if "tokenizer_class" not in _tokenizer_json(folder):
+        return True
+    return str(_tokenizer_json(folder)["tokenizer_class"]).removesuffix("Fast") in (
+        "LlamaTokenizer",
+        "PreTrainedTokenizer",
+        "TokenizersBackend",
+    )
+
+
+def _tokenizer_json(folder: Path) -> dict[str, Any]:
+    """tokenizer_config.json as it stands, empty where there is none."""
+    file = folder / "tokenizer_config.json"
+    if not file.is_file():
+        return {}
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file}: not valid JSON ({error})") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"{file}: holds no JSON object")
+    return settings
+
+
+def _tokenizer_config(folder: Path) -> dict[str, Any]:
+    """What tokenizer_config.json says of special tokens, BOS, template and length."""
+    tokens = ("bos_token", "eos_token", "unk_token", "pad_token")
+    known = (*tokens, "chat_template", "model_max_length", "add_bos_token")
+    settings = {}
+    for name, value in _tokenizer_json(folder).items():
+        if name in known and value is not None:
+            is_token = isinstance(value, dict) and "content" in value
+            settings[name] = value["content"] if is_token else value
+    return settings
+
+
+def _read_model(file: Path) -> Any:
+    try:
+        sentencepiece.SentencePieceProcessor(model_file=str(file))
+    except (RuntimeError, OSError) as error:
+        raise UserError(
+            f"{file}: not a SentencePiece model; convert the tokenizer to tokenizer.json"
+        ) from error
+    model: Any = sentencepiece_model_pb2.ModelProto()
+    model.ParseFromString(file.read_bytes())
+    if model.trainer_spec.model_type not in (_UNIGRAM, _BPE):
+        raise UserError(f"{file}: not a SentencePiece model of type unigram or BPE")
+    if model.trainer_spec.treat_whitespace_as_suffix:
+        raise UserError(f"{file}: treat_whitespace_as_suffix is not supported")
+    return model
+
+
+def _convert(model: Any, file: Path) -> Tokenizer:
+    """The Rust tokenizer with the model's vocabulary and the rules of its normalizer."""
+    trainer = model.trainer_spec
+    # A piece is listed once; a repeated one would shift the ids behind it.
+    if len({piece.piece for piece in model.pieces}) != len(model.pieces):
+        raise UserError(f"{file}: a piece is listed twice in the vocabulary")
+    if trainer.model_type == _BPE:
+        vocabulary = {piece.piece: index for index, piece in enumerate(model.pieces)}
+        backend = Tokenizer(
+            BPE(
+                vocabulary,
+                _merges(model),
+                unk_token=trainer.unk_piece,
+                fuse_unk=True,
+                byte_fallback=trainer.byte_fallback,
+                ignore_merges=True,  # a user-defined symbol has no merges that lead to it
+            )
+        )
+    else:
+        scores = [(piece.piece, piece.score) for piece in model.pieces]
+        backend = Tokenizer(Unigram(scores, trainer.unk_id, trainer.byte_fallback))
+    backend.normalizer = _normalizer(model.normalizer_spec)
+    splitter = _pre_tokenizer(model)
+    if splitter is not None:
+        backend.pre_tokenizer = splitter
+    steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if model.normalizer_spec.add_dummy_prefix:
+        steps.append(decoders.Strip(" ", 1, 0))
+    backend.decoder = decoders.Sequence(steps)
+    controls = [piece.piece for piece in model.pieces if piece.type == _CONTROL]
+    backend.add_special_tokens([AddedToken(name, normalized=False) for name in controls])
+    return backend
+
+
+def _merges(model: Any) -> list[tuple[str, str]]:
+    """Every way to build a piece from two others, best piece first.
+
+    SentencePiece joins the two neighbours whose joint piece scores best: the same in a list.
+    """
+    pieces = {piece.piece: -piece.score for piece in model.pieces if piece.type == _NORMAL}
+    order = {name: index for index, name in enumerate(pieces)}
+    merges = [
+        (cost, order[name[:cut]], order[name[cut:]], name[:cut], name[cut:])
+        for name, cost in pieces.items()
+        for cut in range(1, len(name))
+        if name[:cut] in pieces and name[cut:] in pieces
+    ]
+    return [(left, right) for _, _, _, left, right in sorted(merges)]
+
+
+def _normalizer(spec: Any) -> normalizers.Normalizer:
+    """SentencePiece's order: character map, extra spaces, dummy prefix, visible spaces."""
+    steps: list[normalizers.Normalizer] = []
+    if spec.precompiled_charsmap:
+        # The Rust map sees whole graphemes: it would make one space of CR LF, SentencePiece two.
+        steps.append(normalizers.Replace("\r\n", "\n\n"))
+        steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
+    if spec.remove_extra_whitespaces:
+        steps.append(normalizers.Replace(Regex(r"\A +"), ""))
+        steps.append(normalizers.Replace(Regex(" {2,}"), " "))
+    if spec.add_dummy_prefix:
+        steps.append(normalizers.Prepend(SPACE))
+    steps.append(normalizers.Replace(" ", SPACE))
+    if spec.remove_extra_whitespaces:
+        steps.append(normalizers.Replace(Regex(rf"{SPACE}+\z"), ""))
+    return normalizers.Sequence(steps)
+
+
+def _pre_tokenizer(model: Any) -> pre_tokenizers.PreTokenizer | None:
+    """Splits that leave the ids as they are, or keep text from being read as a symbol."""
+    steps: list[pre_tokenizers.PreTokenizer] = []
+    symbols = [piece.piece for piece in model.pieces if piece.type == _USER_DEFINED]
+    if symbols:
+        longest_first = sorted(symbols, key=len, reverse=True)
+        pattern = Regex("|".join(re.escape(symbol) for symbol in longest_first))
+        steps.append(pre_tokenizers.Split(pattern, "isolated"))
+    if model.trainer_spec.byte_fallback:
+        # Text that spells a byte piece, `<0x0A>`, is text; the Rust model would take it for the byte.
+        steps.append(pre_tokenizers.Split(Regex("<(?=0x[0-9A-F]{2}>)"), "merged_with_previous"))
+    # Where no piece has a space inside, words are encoded one by one, which is faster.
+    if not any(SPACE in piece.piece[1:] for piece in model.pieces if piece.type == _NORMAL):
+        steps.append(pre_tokenizers.Split(SPACE, "merged_with_next"))
+    return pre_tokenizers.Sequence(steps) if steps else None

@@ -1,0 +1,355 @@
+"""The store of reference log-probs: computed once, found by content, checked before it is believed.
+
+A store is a folder for one reference: `reference.json` says which, and append-only parts hold rows
+(parts.py). A row is one (prompt, completion) sequence; its key is made of its token ids alone, so
+rows do not care about the order of the data, the number of ranks or the loss. Writers share
+nothing: each adds whole parts under names of their own. A row that two writers scored is stored
+twice and counted once.
+
+What is believed: a part's layout is checked when the store is opened, and its SHA-256 before its
+first row is served, once a part and machine (1.5 GB/s on one core; `verified/` remembers it by size
+and time stamps). A part that fails is set aside under the name `damaged-...`, and its rows count as
+missing.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import platform
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from dpo_scale.data.token_pairs import TokenIds, TokenPairs
+from dpo_scale.errors import UserError
+from dpo_scale.files import DigestMemory, write_json
+from dpo_scale.reference.fingerprint import ReferenceFingerprint, explain_difference
+from dpo_scale.reference.key_index import KeyIndex
+from dpo_scale.reference.parts import (
+    KEY_BYTES,
+    DamagedPartError,
+    Keys,
+    LogProbs,
+    Part,
+    check_digest,
+    set_aside,
+    write_part,
+)
+
+logger = logging.getLogger(__name__)
+
+_MAX_PART_BYTES = 64 << 20
+_MAX_OPEN_PARTS = 256
+"""Far below the 65,530 memory maps that Linux grants a process: a store may have more parts."""
+_FOLDER_DIGITS = 32
+
+
+class MissingRowsError(LookupError):
+    """Rows were looked up that the store does not hold."""
+
+
+class NonFiniteLogProbsError(UserError):
+    """Log-probs that are NaN or infinite; `rows` are their positions in the call."""
+
+    def __init__(self, rows: list[int]) -> None:
+        self.rows = rows
+        super().__init__(
+            f"{len(rows)} sequences have log-probs that are not finite (positions {rows[:5]}); "
+            "the reference overflows in this precision (try bfloat16 or float32), or its weights "
+            "are broken"
+        )
+
+
+def row_keys(sequences: Iterable[TokenIds], num_prompt_tokens: Iterable[int]) -> Keys:
+    """Keys of (prompt, completion) sequences, uint8 [sequences, 16].
+
+    A key is the BLAKE2b of the number of prompt tokens (int64) and all token ids (int32),
+    little-endian.
+    """
+    digests = [
+        _hash_prompt(sequence[:n], sequence[n:]).digest()
+        for sequence, n in zip(sequences, num_prompt_tokens, strict=True)
+    ]
+    return _as_keys(digests)
+
+
+def pair_row_keys(pairs: TokenPairs) -> tuple[Keys, Keys]:
+    """Keys of the chosen and of the rejected sequences of all pairs, each uint8 [pairs, 16]."""
+    chosen: list[bytes] = []
+    rejected: list[bytes] = []
+    for pair in pairs:
+        prompt_hash = _hash_prompt(pair.prompt)
+        for digests, completion in ((chosen, pair.chosen), (rejected, pair.rejected)):
+            row_hash = prompt_hash.copy()
+            row_hash.update(_bytes(completion))
+            digests.append(row_hash.digest())
+    return _as_keys(chosen), _as_keys(rejected)
+
+
+class ReferenceStore:
+    """The rows of one reference in one folder. Opening it writes nothing.
+
+    Attributes:
+        folder: where the parts are.
+        fingerprint: the reference.
+        damaged: parts that this object found damaged and set aside, as `name: reason`.
+    """
+
+    def __init__(self, folder: Path, fingerprint: ReferenceFingerprint) -> None:
+        self.folder = folder
+        self.fingerprint = fingerprint
+        self.damaged: list[str] = []
+        self._ignored: set[str] = set()
+        self._reference_key = fingerprint.key
+        self._sound = DigestMemory(folder / "verified" / f"{platform.node()}.jsonl")
+        self._forget_parts()
+
+    @classmethod
+    def open(cls, cache_dir: Path, fingerprint: ReferenceFingerprint) -> ReferenceStore:
+        """The store of a reference below `cache_dir`, which need not exist yet."""
+        store = cls(store_folder(cache_dir, fingerprint), fingerprint)
+        store.refresh()
+        return store
+
+    def refresh(self) -> int:
+        """Pick up parts that others wrote; returns the number of rows that are new here."""
+        rows_before = len(self)
+        names: list[str] = []
+        tables: list[Keys] = []
+        known = self._names.keys() | self._ignored
+        for path in part_paths(self.folder):
+            if path.name in known:
+                continue
+            try:
+                tables.append(Part(path, self._reference_key).keys())
+            except FileNotFoundError:  # set aside or pruned by another process
+                continue
+            except DamagedPartError as error:
+                self._set_aside(path, error)
+                continue
+            names.append(path.name)
+        self._add_parts(names, tables)
+        return len(self) - rows_before
+
+    def __len__(self) -> int:
+        """Distinct rows, those of parts that nobody has used and checked yet included."""
+        return len(self._index)
+
+    @property
+    def num_parts(self) -> int:
+        """Parts known to this object."""
+        return len(self._paths)
+
+    def contains(self, keys: Keys) -> npt.NDArray[np.bool_]:
+        """Which rows are here, in parts whose checksum fits."""
+        parts, _ = self._locate(keys)
+        return parts >= 0
+
+    def lookup(self, keys: Keys) -> list[LogProbs]:
+        """Per-token log-probs, float32 [completion tokens] a row. Raises MissingRowsError."""
+        found: list[LogProbs] = [np.zeros(0, np.float32)] * len(keys)
+        for part, rows, positions in self._by_part(keys):
+            for position, values in zip(positions.tolist(), part.log_probs(rows), strict=True):
+                found[position] = values
+        return found
+
+    def sums_and_counts(self, keys: Keys) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+        """Summed log-probs in float64 and numbers of tokens, by row. Raises MissingRowsError."""
+        sums, counts = np.zeros(len(keys)), np.zeros(len(keys), np.int64)
+        for part, rows, positions in self._by_part(keys):
+            values = part.log_probs(rows)
+            sums[positions] = [row.sum(dtype=np.float64) for row in values]
+            counts[positions] = [len(row) for row in values]
+        return sums, counts
+
+    def append(self, keys: Keys, rows: Sequence[LogProbs]) -> list[Path]:
+        """Store those rows that are not here yet, durably, and return the parts written.
+
+        None if nothing is new, one unless it is very large. Raises NonFiniteLogProbsError and then
+        stores nothing.
+        """
+        assert keys.dtype == np.uint8
+        assert keys.shape == (len(rows), KEY_BYTES)
+        assert all(row.dtype == np.float32 and row.ndim == 1 for row in rows)
+        if len(rows) and not np.isfinite(np.concatenate(rows)).all():
+            raise NonFiniteLogProbsError(
+                [i for i, row in enumerate(rows) if not np.isfinite(row).all()]
+            )
+        own_index = KeyIndex()
+        own_index.add([keys], 0)
+        is_first = own_index.find(keys)[1] == np.arange(len(keys))
+        new = np.flatnonzero(is_first & ~self.contains(keys))
+        if len(new):
+            self.ensure_writable()
+        paths = []
+        for batch in _batches(new, rows):
+            chosen = [rows[i] for i in batch]
+            path = write_part(self.folder, self._reference_key, keys[batch], chosen)
+            self._add_parts([path.name], [keys[batch]])
+            self._trusted.add(self._names[path.name])  # these very bytes were hashed for its name
+            paths.append(path)
+        return paths
+
+    def ensure_writable(self) -> None:
+        """Create the folder and its reference.json. Raises UserError where that cannot be.
+
+        Call it before an expensive pass; `append` does too.
+        """
+        try:
+            if read_fingerprint(self.folder) != self.fingerprint:
+                write_json(self.folder / "reference.json", self.fingerprint.to_json())
+            elif not os.access(self.folder, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        except OSError as error:
+            raise UserError(
+                f"{self.folder}: {error.strerror}; set reference.cache_dir to a writable folder"
+            ) from error
+
+    def _forget_parts(self) -> None:
+        self._paths: list[Path] = []
+        self._names: dict[str, int] = {}
+        self._index = KeyIndex()
+        self._trusted: set[int] = set()
+        self._open: dict[int, Part] = {}
+
+    def _add_parts(self, names: Sequence[str], tables: Sequence[Keys]) -> None:
+        first = len(self._paths)
+        for number, name in enumerate(names, start=first):
+            self._names[name] = number
+            self._paths.append(self.folder / name)
+        self._index.add(tables, first)
+
+    def _locate(self, keys: Keys) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+        """Part number and row of each key, -1 where there is none; only in parts that are sound."""
+        while True:
+            parts, rows = self._index.find(keys)
+            used = np.unique(parts[parts >= 0]).tolist()
+            # Each process of a machine checks parts in an order of its own, and finds remembered
+            # what the others checked meanwhile.
+            random.Random().shuffle(used)
+            unsound = [number for number in used if not self._is_sound(number)]
+            if not unsound:
+                return parts, rows
+            self._forget_parts()  # another part may hold rows that were hidden behind the lost ones
+            self.refresh()
+
+    def _is_sound(self, number: int) -> bool:
+        path = self._paths[number]
+        if number in self._open:
+            return True
+        try:
+            if number in self._trusted:
+                return path.exists()
+            check_digest(path, self._sound.sha256(path))
+        except FileNotFoundError:
+            return False
+        except DamagedPartError as error:
+            self._set_aside(path, error)
+            return False
+        self._trusted.add(number)
+        return True
+
+    def _by_part(
+        self, keys: Keys
+    ) -> Iterator[tuple[Part, npt.NDArray[np.int32], npt.NDArray[np.intp]]]:
+        """For each part that is needed: the part, the rows in it, their positions in `keys`."""
+        parts, rows = self._locate(keys)
+        if num_missing := int((parts < 0).sum()):
+            raise MissingRowsError(
+                f"{self.folder}: {num_missing} of {len(keys)} rows have no reference log-probs"
+            )
+        order = np.argsort(parts, kind="stable")
+        for positions in np.split(order, np.flatnonzero(np.diff(parts[order])) + 1):
+            if len(positions):
+                yield self._part(int(parts[positions[0]])), rows[positions], positions
+
+    def _part(self, number: int) -> Part:
+        if number not in self._open:
+            if len(self._open) >= _MAX_OPEN_PARTS:
+                self._open.pop(next(iter(self._open)))
+            self._open[number] = Part(self._paths[number], self._reference_key)
+        return self._open[number]
+
+    def _set_aside(self, path: Path, reason: DamagedPartError) -> None:
+        if not set_aside(path):
+            self._ignored.add(path.name)
+        self.damaged.append(str(reason))
+        logger.warning("%s: set aside; its rows are scored again. %s", path.parent, reason)
+
+
+def store_folder(cache_dir: Path, fingerprint: ReferenceFingerprint) -> Path:
+    """The folder of a reference's store."""
+    return cache_dir / fingerprint.key[:_FOLDER_DIGITS]
+
+
+def part_paths(folder: Path) -> list[Path]:
+    """The parts of a store, by name; none where there is no store."""
+    return sorted(folder.glob("part-*.safetensors"))
+
+
+def near_misses(cache_dir: Path, fingerprint: ReferenceFingerprint) -> list[str]:
+    """Why stores of similar references do not serve, one line each, the most similar first.
+
+    Similar is a store with the same architecture settings, some equal weight file, or the same name
+    or folder.
+    """
+    found: list[tuple[int, str]] = []
+    for path in sorted(cache_dir.glob("*/reference.json")):
+        stored = read_fingerprint(path.parent)
+        if stored is None or stored.key == fingerprint.key or not part_paths(path.parent):
+            continue
+        same_weights = set(stored.weights.values()) & set(fingerprint.weights.values())
+        if (
+            same_weights
+            or stored.config == fingerprint.config
+            or stored.source == fingerprint.source
+        ):
+            reasons = explain_difference(fingerprint, stored)
+            line = f"{path.parent.name[:12]} ({stored.source}): {'; '.join(reasons)}"
+            found.append((len(reasons), line))
+    return [line for _, line in sorted(found)]
+
+
+def read_fingerprint(folder: Path) -> ReferenceFingerprint | None:
+    """What a store says it is for; None where it does not say."""
+    try:
+        value = json.loads((folder / "reference.json").read_text(encoding="utf-8"))
+        return ReferenceFingerprint.from_json(value)
+    except (FileNotFoundError, ValueError):  # UserError is a ValueError
+        return None
+
+
+def _batches(new: npt.NDArray[np.intp], rows: Sequence[LogProbs]) -> Iterator[npt.NDArray[np.intp]]:
+    """Cut positions of rows where a part would grow beyond its bound; a row is never cut."""
+    start, part_bytes = 0, 0
+    for end, position in enumerate(new.tolist()):
+        row_bytes = rows[position].nbytes + KEY_BYTES + 8
+        if end > start and part_bytes + row_bytes > _MAX_PART_BYTES:
+            yield new[start:end]
+            start, part_bytes = end, 0
+        part_bytes += row_bytes
+    if start < len(new):
+        yield new[start:]
+
+
+def _hash_prompt(prompt: TokenIds, completion: TokenIds | None = None) -> hashlib.blake2b:
+    row_hash = hashlib.blake2b(len(prompt).to_bytes(8, "little"), digest_size=KEY_BYTES)
+    row_hash.update(_bytes(prompt))
+    if completion is not None:
+        row_hash.update(_bytes(completion))
+    return row_hash
+
+
+def _bytes(token_ids: TokenIds) -> memoryview:
+    return np.ascontiguousarray(token_ids, dtype="<i4").data
+
+
+def _as_keys(digests: Sequence[bytes]) -> Keys:
+    return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, KEY_BYTES)

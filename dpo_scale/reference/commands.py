@@ -1,0 +1,315 @@
+"""`dpo-scale cache list|inspect|verify|prune`: what the reference log-prob stores hold.
+
+Values in, values out, plus the text of each for a terminal. Nothing is deleted but by `prune`.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from dpo_scale.errors import UserError
+from dpo_scale.files import fsync_folder, leftovers, sha256_of_file
+from dpo_scale.reference.cache import ReferenceStore, part_paths, read_fingerprint
+from dpo_scale.reference.fingerprint import ReferenceFingerprint
+from dpo_scale.reference.parts import (
+    DamagedPartError,
+    Keys,
+    LogProbs,
+    Part,
+    check_digest,
+    set_aside,
+)
+
+_DEAD_AFTER_S = 3600.0
+"""A part is written in seconds; a temporary file this old has lost its writer."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoreSummary:
+    """One store."""
+
+    folder: Path
+    fingerprint: ReferenceFingerprint | None
+    """None where reference.json is missing or damaged; the next run that scores restores it."""
+    parts: int
+    rows: int
+    """Rows in all parts; a row that two writers scored counts twice."""
+    tokens: int
+    """Completion tokens with a log-prob."""
+    bytes: int
+    """Of all files, set-aside parts included."""
+    damaged: tuple[str, ...]
+    """Parts that were set aside, or whose layout is not a part's."""
+    last_write: float | None
+    """Seconds since the epoch; None without parts."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowComparison:
+    """Stored log-probs against ones that were scored anew."""
+
+    rows: int
+    """Rows compared."""
+    tokens: int
+    largest_gap: float
+    """Largest difference of a token's two log-probs, in nats."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pruned:
+    """What was freed."""
+
+    paths: tuple[Path, ...]
+    bytes: int
+
+
+def list_stores(cache_dir: Path) -> list[StoreSummary]:
+    """All stores below a folder, the one written last first."""
+    folders = {path.parent for path in cache_dir.glob("*/reference.json")}
+    folders |= {path.parent for path in cache_dir.glob("*/*part-*.safetensors")}
+    summaries = [summarize(folder) for folder in sorted(folders)]
+    return sorted(summaries, key=lambda summary: -(summary.last_write or 0.0))
+
+
+def find_store(cache_dir: Path, name: str) -> Path:
+    """The folder of the store that a prefix of its folder name, or its reference's name, means."""
+    stores = list_stores(cache_dir)
+    named = [
+        store.folder
+        for store in stores
+        if store.folder.name.startswith(name)
+        or (store.fingerprint and store.fingerprint.source == name)
+    ]
+    if len(named) == 1:
+        return named[0]
+    have = ", ".join(store.folder.name[:12] for store in stores) or "none"
+    reason = "means several stores" if named else "is no store"
+    raise UserError(f"{name!r} {reason} in {cache_dir}; give the start of one of: {have}")
+
+
+def summarize(folder: Path) -> StoreSummary:
+    """What a store holds, from the headers of its parts."""
+    parts, rows, tokens, last_write = 0, 0, 0, None
+    damaged = [path.name for path in sorted(folder.glob("damaged-*"))]
+    fingerprint = read_fingerprint(folder)
+    for path in part_paths(folder):
+        try:
+            part = Part(path, fingerprint.key if fingerprint else None)
+            last_write = max(last_write or 0.0, path.stat().st_mtime)
+        except FileNotFoundError:  # set aside or pruned meanwhile
+            continue
+        except DamagedPartError as error:
+            damaged.append(str(error))
+            continue
+        parts, rows, tokens = parts + 1, rows + part.num_rows, tokens + part.num_tokens
+    return StoreSummary(
+        folder=folder,
+        fingerprint=fingerprint,
+        parts=parts,
+        rows=rows,
+        tokens=tokens,
+        bytes=_bytes_below(folder),
+        damaged=tuple(damaged),
+        last_write=last_write,
+    )
+
+
+def verify(folder: Path) -> list[str]:
+    """Read every part whole, whatever is remembered of it, and set aside those that are damaged.
+
+    Returns what is wrong, as `file: reason`.
+    """
+    fingerprint = read_fingerprint(folder)
+    wrong = [] if fingerprint else [f"reference.json: missing or damaged in {folder}"]
+    for path in part_paths(folder):
+        try:
+            check_digest(path, sha256_of_file(path))
+            Part(path, fingerprint.key if fingerprint else None)
+        except FileNotFoundError:  # set aside or pruned meanwhile
+            continue
+        except DamagedPartError as error:
+            set_aside(path)
+            wrong.append(str(error))
+    return wrong
+
+
+def compare_rows(
+    store: ReferenceStore,
+    keys: Keys,
+    rescore: Callable[[npt.NDArray[np.intp]], Sequence[LogProbs]],
+    rows: int,
+    seed: int = 0,
+) -> RowComparison:
+    """Score some random rows anew and compare.
+
+    Args:
+        store: where the stored log-probs are.
+        keys: uint8 [candidates, 16], of rows whose tokens the caller has; draws stored ones.
+        rescore: positions in `keys` -> per-token log-probs in that order.
+        rows: how many to draw.
+        seed: of the draw.
+    """
+    held = np.flatnonzero(store.contains(keys))
+    if not len(held):
+        raise UserError(f"{store.folder}: holds none of the {len(keys)} rows of this data")
+    drawn = np.sort(np.random.default_rng(seed).choice(held, min(rows, len(held)), replace=False))
+    tokens, largest_gap = 0, 0.0
+    for stored, scored in zip(store.lookup(keys[drawn]), rescore(drawn), strict=True):
+        if stored.shape != scored.shape:
+            raise UserError(
+                f"{store.folder}: a row has {len(stored)} log-probs, scored anew it has "
+                f"{len(scored)}; the stored ones are of another scoring path: prune this store"
+            )
+        gap = float(np.abs(stored.astype(np.float64) - scored).max(initial=0.0))
+        largest_gap = max(largest_gap, gap if gap == gap else math.inf)  # NaN is the largest gap
+        tokens += len(stored)
+    return RowComparison(rows=len(drawn), tokens=tokens, largest_gap=largest_gap)
+
+
+def prune_stores(
+    cache_dir: Path, names: Sequence[str] = (), older_than_days: float | None = None
+) -> Pruned:
+    """Delete whole stores: those named, and those last written more than some days ago.
+
+    Raises UserError if neither is given, or a name means no store; nothing is deleted then.
+    """
+    if not names and older_than_days is None:
+        raise UserError("nothing to prune: name the stores, or give --older-than DAYS")
+    doomed = {find_store(cache_dir, name) for name in names}
+    if older_than_days is not None:
+        before = time.time() - older_than_days * 86400
+        doomed |= {
+            store.folder
+            for store in list_stores(cache_dir)
+            if (store.last_write or store.folder.stat().st_mtime) < before
+        }
+    freed = 0
+    for folder in sorted(doomed):
+        freed += _bytes_below(folder)
+        # Renamed first: a kill in the middle leaves no half store under a name that is looked up.
+        hidden = folder.with_name(f".pruned-{uuid.uuid4().hex[:12]}")
+        folder.rename(hidden)
+        shutil.rmtree(hidden)
+    if doomed:
+        fsync_folder(cache_dir)
+    return Pruned(tuple(sorted(doomed)), freed)
+
+
+def prune_waste(folder: Path) -> Pruned:
+    """Delete from a store what nobody will read.
+
+    Parts whose rows all stand in other sound parts, parts that were set aside, and temporary files
+    of dead writers.
+    """
+    waste = [*sorted(folder.glob("damaged-*")), *leftovers(folder, _DEAD_AFTER_S)]
+    waste += _repeated_parts(folder)
+    freed = 0
+    for path in waste:
+        freed += path.stat().st_size
+        path.unlink()
+    if waste:
+        fsync_folder(folder)
+    return Pruned(tuple(waste), freed)
+
+
+def format_stores(stores: Sequence[StoreSummary]) -> str:
+    """A table, one line a store."""
+    if not stores:
+        return "no stores"
+    lines = [("STORE", "REFERENCE", "PRECISION", "ROWS", "TOKENS", "SIZE", "LAST WRITE", "")]
+    for store in stores:
+        reference = store.fingerprint
+        lines.append(
+            (
+                store.folder.name[:12],
+                reference.source if reference else "unknown (no reference.json)",
+                reference.dtype if reference else "?",
+                f"{store.rows:,}",
+                f"{store.tokens:,}",
+                _size(store.bytes),
+                _time(store.last_write),
+                f"{len(store.damaged)} damaged" if store.damaged else "",
+            )
+        )
+    widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
+    right = {3, 4, 5}
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if i in right else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def format_store(store: StoreSummary) -> str:
+    """All that is known of one store."""
+    lines = [
+        f"store        {store.folder}",
+        f"rows         {store.rows:,} in {store.parts:,} parts",
+        f"tokens       {store.tokens:,}",
+        f"size         {_size(store.bytes)}",
+        f"last write   {_time(store.last_write)}",
+    ]
+    if store.fingerprint is None:
+        lines.append("reference    unknown (no reference.json)")
+    else:
+        reference = store.fingerprint
+        lines += [
+            f"reference    {reference.source}",
+            f"key          {reference.key}",
+            f"precision    {reference.dtype}",
+            f"scoring      version {reference.scoring_version}",
+        ]
+        for name, digest in {**reference.weights, **reference.code}.items():
+            lines.append(f"sha256       {digest}  {name}")
+    return "\n".join(lines + [f"damaged      {name}" for name in store.damaged])
+
+
+def _repeated_parts(folder: Path) -> list[Path]:
+    """Parts that can go without losing a row: found smallest first, so that the large ones stay."""
+    fingerprint = read_fingerprint(folder)
+    tables: list[tuple[Path, Keys]] = []
+    for path in part_paths(folder):
+        try:
+            check_digest(path, sha256_of_file(path))
+            part = Part(path, fingerprint.key if fingerprint else None)
+        except (FileNotFoundError, DamagedPartError):  # its copies of rows prove nothing
+            continue
+        tables.append((path, np.unique(part.keys(), axis=0)))
+    if not tables:
+        return []
+    tables.sort(key=lambda table: len(table[1]))
+    all_keys = np.concatenate([keys for _, keys in tables])
+    _, identity, copies = np.unique(all_keys, axis=0, return_inverse=True, return_counts=True)
+    ends = np.cumsum([len(keys) for _, keys in tables])
+    repeated = []
+    for (path, _), rows in zip(tables, np.split(identity.ravel(), ends[:-1]), strict=True):
+        if (copies[rows] > 1).all():
+            copies[rows] -= 1
+            repeated.append(path)
+    return repeated
+
+
+def _bytes_below(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _size(num_bytes: int) -> str:
+    for unit, name in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
+        if num_bytes >= unit:
+            return f"{num_bytes / unit:.1f} {name}"
+    return f"{num_bytes} B"
+
+
+def _time(seconds: float | None) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds)) if seconds else "never"

@@ -1,0 +1,58 @@
+"""The stages that run under `accelerate launch`, each from a recipe to an exit code."""
+
+from __future__ import annotations
+
+from dpo_scale.console import Console
+from dpo_scale.distributed import runtime
+from dpo_scale.errors import UserError
+from dpo_scale.recipe import Recipe
+from dpo_scale.training import loop
+from dpo_scale.training.run_folder import RunFolder, flatten
+from dpo_scale.training.setup import Reference, prepare_data
+
+
+def train(recipe: Recipe, console: Console) -> int:
+    """Reference scoring, training, evaluation, export."""
+    started = runtime.start(recipe)
+    folder = _take_folder(recipe, started.ranks, console)
+    started.accelerator.init_trackers(
+        "dpo_scale", {name: str(value) for name, value in flatten(recipe).items()}
+    )
+    code = loop.train(recipe, started, console, folder)
+    started.accelerator.end_training()
+    return code
+
+
+def score(recipe: Recipe, console: Console) -> int:
+    """Reference log-probs of training and held-out pairs, into the store; resumable."""
+    started = runtime.start(recipe)
+    data = prepare_data(recipe, started.ranks, console)
+    reference = Reference(recipe, started, data, console)
+    reference.score_all(reference.rows(data.train), reference.rows(data.evaluate))
+    console.say(f"Done: {reference.rows_computed:,} rows scored, in {reference.store.folder}")
+    return 0
+
+
+def evaluate(recipe: Recipe, console: Console) -> int:
+    """Held-out metrics of the run's newest checkpoint, or of model.path where there is none."""
+    started = runtime.start(recipe)
+    if not recipe.data.evaluate:
+        raise UserError("data.evaluate: no held-out data to evaluate on")
+    loop.evaluate_only(recipe, started, console, _take_folder(recipe, started.ranks, console))
+    return 0
+
+
+def _take_folder(recipe: Recipe, ranks: runtime.Ranks, console: Console) -> RunFolder | None:
+    """The run's folder, held by the main rank; what is wrong with it is raised on every rank."""
+    folder, mistake = None, None
+    if ranks.is_main:
+        try:
+            folder = RunFolder(recipe)
+            for change in folder.harmless_changes:
+                console.say(f"Changed since the last start: {change}")
+        except UserError as error:
+            mistake = error
+    mistake = ranks.broadcast_object(mistake)
+    if mistake is not None:
+        raise mistake
+    return folder

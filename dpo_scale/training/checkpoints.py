@@ -1,0 +1,381 @@
+"""Checkpoints: commit, find, resume, retain. Files and plain data; no engine and no process group.
+
+    checkpoints/
+      step-00000100/
+        rank-00000-of-00002.safetensors   one rank's fp32 slices of parameters and Adam moments
+        rank-00000-of-00002.json          its manifest: sizes and checksums
+        buffers.safetensors               the model's persistent buffers
+        commit.json                       written last: a folder without it is not a checkpoint
+      latest                              name of the newest commit, for people; nothing reads it
+
+Any number of ranks can read what any other number wrote, by slicing. A folder is written under a
+hidden name and renamed once it is whole, so a kill at any moment costs the folder that was being
+written and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from dpo_scale.distributed.parameter_slices import (
+    EngineCounters,
+    EngineSnapshot,
+    LossScale,
+)
+from dpo_scale.errors import UserError
+from dpo_scale.files import fsync_folder, sha256_of_file, write_atomically, write_json
+from dpo_scale.training.lockstep import Ranks, on_main, together
+from dpo_scale.training.tensor_files import FileRecord, TensorEntry, aligned, write_tensors
+
+FORMAT = 1
+MOMENTS = ("master", "exp_avg", "exp_avg_sq")
+BUFFERS_FILE = "buffers.safetensors"
+
+
+class CheckpointError(UserError):
+    """A checkpoint that cannot be written or read. Raised alike on every rank."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunState:
+    """Where a run stands after `step` optimizer steps; counters go on across restarts."""
+
+    step: int = 0
+    epoch: int = 0
+    pairs: int = 0
+    tokens: int = 0
+    completion_tokens: int = 0
+    seconds_trained: float = 0.0
+    reference_rows_cached: int = 0
+    reference_rows_computed: int = 0
+    skipped_steps: int = 0
+    resumes: int = 0
+    tracker_run_ids: Mapping[str, str] = field(default_factory=dict)
+    best: Mapping[str, float] = field(default_factory=dict)
+    """Metric name -> its best value so far."""
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """The commit record: what a checkpoint holds and how to tell that it is whole."""
+
+    run: RunState
+    world_size: int
+    trajectory_digest: str
+    """Digest of what determines the trajectory: a resumed run must have the same."""
+    source_model: str
+    architecture: str
+    dtype: str
+    parameters: Mapping[str, tuple[int, ...]]
+    tied: Mapping[str, str]
+    counters: EngineCounters
+    files: tuple[FileRecord, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"format": FORMAT, "step": self.run.step, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Commit:
+        """Raises KeyError or TypeError for a record of another form."""
+        fields = {key: value for key, value in record.items() if key not in ("format", "step")}
+        counters = dict(fields["counters"])
+        scale = counters.pop("loss_scale")
+        fields["counters"] = EngineCounters(
+            **counters, loss_scale=None if scale is None else LossScale(**scale)
+        )
+        fields["run"] = RunState(**fields["run"])
+        fields["parameters"] = {name: tuple(dims) for name, dims in fields["parameters"].items()}
+        fields["files"] = tuple(FileRecord(**file) for file in fields["files"])
+        return cls(**fields)
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A committed checkpoint."""
+
+    path: Path
+    commit: Commit
+
+    @property
+    def step(self) -> int:
+        return self.commit.run.step
+
+
+# --- save
+
+
+def save(
+    folder: Path,
+    snapshot: EngineSnapshot,
+    run: RunState,
+    ranks: Ranks,
+    *,
+    trajectory_digest: str,
+    source_model: str,
+    keep_last: int = 2,
+    keep_every: int | None = None,
+) -> Path:
+    """Commit a checkpoint of `run.step` in `folder`, then remove superseded ones. Collective.
+
+    Returns the checkpoint's folder. Raises CheckpointError on every rank if any rank fails; what
+    was committed before is then untouched.
+    """
+    target = folder / _name(run.step)
+    partial = folder / f".{target.name}.partial"
+    try:
+        on_main(ranks, lambda: _make_empty(partial), CheckpointError)
+        files = together(ranks, lambda: _write_rank(partial, snapshot, ranks), CheckpointError)
+        commit = Commit(
+            run=run,
+            world_size=ranks.world_size,
+            trajectory_digest=trajectory_digest,
+            source_model=source_model,
+            architecture=snapshot.architecture,
+            dtype=str(snapshot.dtype).removeprefix("torch."),
+            parameters=snapshot.parameters,
+            tied=snapshot.tied,
+            counters=snapshot.counters,
+            files=tuple(record for records in files for record in records),
+        )
+        on_main(ranks, lambda: _commit(partial, target, commit), CheckpointError)
+    except CheckpointError as error:
+        if ranks.is_main:
+            shutil.rmtree(partial, ignore_errors=True)  # a full disk needs the room
+        raise CheckpointError(
+            f"{target}: not written\n{error}\nEarlier checkpoints are untouched. "
+            "Free space or mend the folder, then run the same command again."
+        ) from error
+    if ranks.is_main:
+        _prune(folder, run.step, keep_last, keep_every)
+    return target
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def rank_file(rank: int, world_size: int) -> str:
+    """Name of one rank's tensors."""
+    return f"rank-{rank:05d}-of-{world_size:05d}.safetensors"
+
+
+def _make_empty(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+
+
+def _write_rank(folder: Path, snapshot: EngineSnapshot, ranks: Ranks) -> list[FileRecord]:
+    """This rank's files and their manifest."""
+    random_state = _random_state(ranks.device)
+    entries = [
+        TensorEntry(f"{address.name}.{moment}", torch.float32, (address.stop - address.start,))
+        for address in snapshot.addresses
+        for moment in MOMENTS
+    ]
+    entries += [
+        TensorEntry(name, state.dtype, tuple(state.shape)) for name, state in random_state.items()
+    ]
+
+    def tensors() -> Iterator[torch.Tensor]:
+        for piece in snapshot.read_slices():
+            yield from (piece.master, piece.exp_avg, piece.exp_avg_sq)
+        yield from random_state.values()
+
+    bounds = {address.name: [address.start, address.stop] for address in snapshot.addresses}
+    metadata = {"format": "pt", "bounds": json.dumps(bounds)}
+    path = folder / rank_file(ranks.rank, ranks.world_size)
+    records = [write_tensors(path, entries, tensors(), metadata)]
+    if ranks.is_main:
+        records.append(_write_buffers(folder / BUFFERS_FILE, snapshot.buffers))
+    write_json(path.with_suffix(".json"), [asdict(record) for record in records])
+    return records
+
+
+def _write_buffers(path: Path, buffers: Mapping[str, torch.Tensor]) -> FileRecord:
+    entries = aligned(
+        TensorEntry(name, buffer.dtype, tuple(buffer.shape)) for name, buffer in buffers.items()
+    )
+    tensors = (buffers[entry.name] for entry in entries)
+    return write_tensors(path, entries, tensors, {"format": "pt"})
+
+
+def _commit(partial: Path, target: Path, commit: Commit) -> None:
+    """See that every rank's files are there, write the record, then give the folder its name."""
+    for rank in range(commit.world_size):
+        manifest = (partial / rank_file(rank, commit.world_size)).with_suffix(".json")
+        records = [FileRecord(**record) for record in json.loads(manifest.read_text("utf-8"))]
+        missing = [record.name for record in records if record not in commit.files]
+        if missing:
+            raise CheckpointError(f"{manifest}: differs from what rank {rank} reported")
+    problems = _wrong_sizes(partial, commit)
+    if problems:
+        raise CheckpointError(
+            f"{problems[0]}; the run folder must be on a file system that all nodes share"
+        )
+    write_json(partial / "commit.json", commit.to_json())
+    fsync_folder(partial)
+    _put_in_place(partial, target)
+
+
+def _put_in_place(partial: Path, target: Path) -> None:
+    """Name a folder that has its commit record, and move `latest`."""
+    if (
+        target.exists()
+    ):  # an older attempt at this step; its successor has its commit record already
+        _remove(target)
+    os.replace(partial, target)
+    fsync_folder(target.parent)
+    write_atomically(target.parent / "latest", lambda path: _write_line(path, target.name))
+
+
+def _write_line(path: Path, line: str) -> None:
+    path.write_text(f"{line}\n", encoding="utf-8")
+
+
+def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """Generator states; training draws nothing from them unless dropout is on."""
+    state = {"random_state.cpu": torch.get_rng_state()}
+    if device.type != "cpu":
+        state["random_state.device"] = torch.get_device_module(device).get_rng_state(device)
+    return state
+
+
+# --- find
+
+
+def find_checkpoint(
+    folder: Path, resume: Literal["auto", "never"] | str, ranks: Ranks
+) -> tuple[Checkpoint | None, list[str]]:
+    """The checkpoint to go on from, and what was passed over and why. Collective.
+
+    auto: the newest valid commit in `folder`; never: none; else the path of a checkpoint. The ranks
+    share the reading of checksums. Raises CheckpointError for a path that is no valid checkpoint.
+    """
+    if resume == "never":
+        return None, []
+    if resume != "auto":
+        chosen = on_main(ranks, lambda: open_checkpoint(Path(resume)), CheckpointError)
+        problems = _verify_together(chosen, ranks)
+        if problems:
+            raise CheckpointError(
+                f"{resume}: damaged: {'; '.join(problems)}. Choose another, or run.resume=auto."
+            )
+        return chosen, []
+    checkpoints, passed_over = on_main(ranks, lambda: _committed(folder), CheckpointError)
+    for checkpoint in checkpoints:
+        problems = _verify_together(checkpoint, ranks)
+        if not problems:
+            newer = [line for step, line in passed_over if step >= checkpoint.step]
+            return checkpoint, newer
+        passed_over.append((checkpoint.step, f"{checkpoint.path}: {'; '.join(problems)}"))
+    return None, [line for _, line in passed_over]
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """A commit whose files all have their sizes. Raises CheckpointError, naming what is wrong."""
+    record_path = path / "commit.json"
+    try:
+        record = json.loads(record_path.read_text("utf-8"))
+        if record["format"] != FORMAT:
+            raise CheckpointError(
+                f"{record_path}: format {record['format']}, and this version reads {FORMAT}; "
+                "use the version that wrote it"
+            )
+        checkpoint = Checkpoint(path, Commit.from_json(record))
+    except FileNotFoundError:
+        reason = "writing it was not finished" if path.is_dir() else "no such checkpoint"
+        raise CheckpointError(f"{path}: no commit record: {reason}") from None
+    except OSError as error:
+        raise CheckpointError(f"{record_path}: {error.strerror}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{record_path}: not a commit record ({error!r})") from error
+    problems = _wrong_sizes(path, checkpoint.commit)
+    if problems:
+        raise CheckpointError(f"{path}: {'; '.join(problems)}")
+    return checkpoint
+
+
+def verify(checkpoint: Checkpoint, share: int = 0, shares: int = 1) -> list[str]:
+    """What is wrong with the files' contents; reads every `shares`-th file from `share` on."""
+    problems = []
+    for record in checkpoint.commit.files[share::shares]:
+        try:
+            if sha256_of_file(checkpoint.path / record.name) != record.sha256:
+                problems.append(f"{record.name}: its contents changed after the commit (checksum)")
+        except OSError as error:
+            problems.append(f"{record.name}: {error.strerror}")
+    return problems
+
+
+def _verify_together(checkpoint: Checkpoint, ranks: Ranks) -> list[str]:
+    found = together(
+        ranks, lambda: verify(checkpoint, ranks.rank, ranks.world_size), CheckpointError
+    )
+    return [problem for problems in found for problem in problems]
+
+
+def _wrong_sizes(folder: Path, commit: Commit) -> list[str]:
+    problems = []
+    for record in commit.files:
+        try:
+            size = (folder / record.name).stat().st_size
+        except OSError as error:
+            problems.append(f"{record.name}: {error.strerror}")
+            continue
+        if size != record.bytes:
+            problems.append(f"{record.name}: {size} bytes, and the commit says {record.bytes}")
+    return problems
+
+
+def _committed(folder: Path) -> tuple[list[Checkpoint], list[tuple[int, str]]]:
+    """Checkpoints, newest first, and (step, why not) of what looks like one and is not."""
+    checkpoints, passed_over = [], []
+    for path in list(folder.iterdir()) if folder.is_dir() else ():
+        match = re.fullmatch(r"(step-(\d{8,}))|\.(step-(\d{8,}))\.partial", path.name)
+        if not match:
+            continue
+        try:
+            found = open_checkpoint(path)
+        except CheckpointError as error:
+            passed_over.append((int(match[2] or match[4]), str(error)))
+            continue
+        if match[3]:  # the run died between the commit record and the rename
+            found = Checkpoint(folder / match[3], found.commit)
+            _put_in_place(path, found.path)
+        checkpoints.append(found)
+    checkpoints.sort(key=lambda checkpoint: checkpoint.step, reverse=True)
+    return checkpoints, sorted(passed_over, reverse=True)
+
+
+# --- retain
+
+
+def _prune(folder: Path, step: int, keep_last: int, keep_every: int | None) -> None:
+    """Remove superseded checkpoints up to `step`, and what dead runs left half-written.
+
+    Later steps stay: they exist only if the run was sent back, by hand or by damage.
+    """
+    checkpoints = [found for found in _committed(folder)[0] if found.step <= step]
+    for found in checkpoints[keep_last:]:
+        if keep_every is None or found.step % keep_every != 0:
+            _remove(found.path)
+    for leftover in folder.glob(".step-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _remove(folder: Path) -> None:
+    """Hide a checkpoint, then delete it: a kill in between leaves none that is half there."""
+    hidden = folder.with_name(f".{folder.name}.removed")
+    shutil.rmtree(hidden, ignore_errors=True)
+    os.replace(folder, hidden)
+    shutil.rmtree(hidden, ignore_errors=True)

@@ -1,0 +1,80 @@
+"""The held-out pass: the same log-probs, the same loss, no gradient."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dpo_scale.console import Console
+from dpo_scale.data.layouts import Layout, MicroBatch
+from dpo_scale.data.planning import CostModel, check_budget, layout_costs, plan_pass
+from dpo_scale.data.token_pairs import TokenPairs
+from dpo_scale.recipe import LossSection
+from dpo_scale.training.metrics import MetricSums
+from dpo_scale.training.step import (
+    ReferenceLogps,
+    add_metrics,
+    pair_batches,
+    pair_log_probs,
+    pair_losses,
+)
+
+
+class Ranks(Protocol):
+    """What evaluation needs of the ranks."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def world_size(self) -> int: ...
+    @property
+    def device(self) -> torch.device: ...
+    def sum(self, values: Tensor) -> Tensor: ...
+
+
+class Evaluated(Protocol):
+    """The policy engine."""
+
+    def train(self, mode: bool = True) -> None: ...
+    def __call__(self, batch: MicroBatch) -> Tensor: ...
+
+
+@torch.no_grad()
+def evaluate(
+    policy: Evaluated,
+    pairs: TokenPairs,
+    reference_logps: ReferenceLogps,
+    ranks: Ranks,
+    console: Console,
+    loss: LossSection,
+    *,
+    layout: Layout,
+    rank_tokens: int,
+    cost: CostModel,
+    pad_id: int,
+) -> dict[str, float]:
+    """Metrics over all held-out pairs, each counted once, under keys `eval/...`. Collective."""
+    costs = layout_costs(pairs.lengths, layout, cost)
+    check_budget(costs, rank_tokens, [pair.row for pair in pairs], "batch.rank_tokens")
+    plan = plan_pass(costs, world_size=ranks.world_size, rank_tokens=rank_tokens)
+    sums = MetricSums(ranks.device)
+    policy.train(False)
+    with console.progress("Held-out pairs", len(plan.micro_batches), "micro-batches") as bar:
+        for item in pair_batches(plan, ranks.rank, pairs, layout, pad_id):
+            batch = item.batch.to(ranks.device)
+            logps = pair_log_probs(policy(batch), batch, reference_logps(item.pairs), loss)
+            add_metrics(sums, logps, pair_losses(logps, loss), item.weight, loss)
+            bar.advance(1)
+    policy.train(True)
+    return sums.reduce(ranks, prefix="eval/")
+
+
+def describe(metrics: dict[str, float]) -> str:
+    """One line for the console."""
+    return (
+        f"held-out loss {metrics['eval/loss']:.4f}, margin {metrics['eval/rewards/margin']:+.4f}, "
+        f"accuracy {metrics['eval/rewards/accuracy']:.3f}, "
+        f"policy prefers chosen {metrics['eval/logps/accuracy']:.3f}"
+    )

@@ -1,0 +1,329 @@
+"""A trained model as a Hugging Face folder, from a checkpoint or a live engine: the same bytes.
+
+Weights are written tensor by tensor, so memory holds the parameter at hand and never a whole shard.
+The folder appears whole: it is filled under a hidden name and renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dpo_scale.distributed import engine_state
+from dpo_scale.errors import UserError
+from dpo_scale.files import fsync_folder, write_atomically, write_json
+from dpo_scale.training.checkpoints import open_checkpoint
+from dpo_scale.training.hub_names import HubNames, hub_names
+from dpo_scale.training.lockstep import OneProcess, Ranks, on_main, together
+from dpo_scale.training.stored_state import StoredState
+from dpo_scale.training.tensor_files import FileRecord, TensorEntry, aligned, write_tensors
+
+MAX_SHARD_BYTES = 5_000_000_000
+
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "tekken.json",
+    "chat_template*",
+)
+MODEL_FILES = ("generation_config.json", "*.py", "LICENSE*", "NOTICE*")
+
+
+class ExportError(UserError):
+    """A model folder that cannot be written. Raised alike on every rank."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFolder:
+    """Everything in an exported folder but the weights."""
+
+    source_model: Path
+    """Folder whose config, generation config and code the model keeps."""
+    trajectory_digest: str
+    """The run that the weights come from; an export of another run is never replaced."""
+    tokenizer: Path | None = None
+    """Folder of the tokenizer; None means the source model's."""
+    chat_template: str | None = None
+    """Jinja template in place of the tokenizer's own."""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """What else to say about where the model comes from, as JSON values."""
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """A model's weights, read on demand."""
+
+    architecture: str
+    step: int
+    dtype: torch.dtype
+    parameters: Mapping[str, tuple[int, ...]]
+    buffers: Mapping[str, torch.Tensor]
+    values: Iterator[tuple[str, torch.Tensor]]
+    """Each of `parameters` whole, in their order."""
+
+
+def export_checkpoint(
+    checkpoint: Path,
+    out: Path,
+    *,
+    source_model: Path,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    tokenizer: Path | None = None,
+    chat_template: str | None = None,
+    provenance: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a checkpoint's model to the folder `out`, in the precision of training or another.
+
+    Raises CheckpointError for a checkpoint that is not whole, ExportError if `out` cannot be
+    written.
+    """
+    found = open_checkpoint(checkpoint)
+    commit = found.commit
+    folder = ModelFolder(
+        source_model, commit.trajectory_digest, tokenizer, chat_template, provenance or {}
+    )
+    with StoredState(found) as stored:
+        weights = Weights(
+            architecture=commit.architecture,
+            step=found.step,
+            dtype=dtype or getattr(torch, commit.dtype),
+            parameters=commit.parameters,
+            buffers=stored.buffers(),
+            values=((name, stored.read_parameter(name)) for name in commit.parameters),
+        )
+        _export(weights, folder, out, max_shard_bytes, OneProcess())
+
+
+def export_engine(
+    engine: Any,
+    out: Path,
+    folder: ModelFolder,
+    ranks: Ranks,
+    *,
+    step: int,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write a live engine's model to the folder `out`, a gathered parameter at a time. Collective.
+
+    Raises ExportError on every rank if it cannot be written.
+    """
+    state = engine_state.snapshot(engine)
+    weights = Weights(
+        architecture=state.architecture,
+        step=step,
+        dtype=state.dtype,
+        parameters=state.parameters,
+        buffers=state.buffers,
+        values=engine_state.gathered_parameters(engine),
+    )
+    _export(weights, folder, out, max_shard_bytes, ranks)
+
+
+def _export(
+    weights: Weights, folder: ModelFolder, out: Path, max_shard_bytes: int, ranks: Ranks
+) -> None:
+    """Both ways of exporting, from the point on where they are one."""
+    hidden = out.with_name(f".{out.name}.partial")
+    names = hub_names(weights.architecture, folder.source_model, weights.parameters)
+    shards = plan_shards(_entries(weights, names), max_shard_bytes)
+    try:
+        on_main(ranks, lambda: _prepare(hidden, out, folder), ExportError)
+        files = _write_shards(hidden, shards, _tensors(shards, weights, names, ranks), ranks)
+        on_main(ranks, lambda: _finish(hidden, out, weights, folder, shards, files), ExportError)
+    except ExportError as error:
+        if ranks.is_main:
+            shutil.rmtree(hidden, ignore_errors=True)
+        raise ExportError(f"{out}: model not written\n{error}") from error
+
+
+# --- weights
+
+
+def plan_shards(entries: Sequence[TensorEntry], max_bytes: int) -> list[list[TensorEntry]]:
+    """Cut entries into shards of at most `max_bytes`; a larger tensor gets one of its own."""
+    shards: list[list[TensorEntry]] = [[]]
+    filled = 0
+    for entry in entries:
+        if shards[-1] and filled + entry.bytes > max_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(entry)
+        filled += entry.bytes
+    return shards
+
+
+def _entries(weights: Weights, names: HubNames) -> list[TensorEntry]:
+    parameters = [
+        TensorEntry(piece, weights.dtype, shape)
+        for name in weights.parameters
+        for piece, shape in names.pieces[name].items()
+    ]
+    buffers = [
+        TensorEntry(name, held.dtype, tuple(held.shape)) for name, held in weights.buffers.items()
+    ]
+    return aligned(parameters + buffers)
+
+
+def _tensors(
+    shards: Sequence[Sequence[TensorEntry]], weights: Weights, names: HubNames, ranks: Ranks
+) -> Iterator[torch.Tensor]:
+    """The tensors of the shards in their order; where nothing is written, stand-ins of no cost."""
+    pieces = _pieces(weights, names, ranks)
+    for shard in shards:
+        for entry in shard:
+            yield weights.buffers[entry.name] if entry.name in weights.buffers else next(pieces)
+    assert next(pieces, None) is None  # asking also lets go of the last parameter
+
+
+def _pieces(weights: Weights, names: HubNames, ranks: Ranks) -> Iterator[torch.Tensor]:
+    for name, value in weights.values:
+        if ranks.is_main:
+            yield from names.split(name, value.to(weights.dtype)).values()
+        else:
+            yield from [value] * len(names.pieces[name])
+
+
+def _write_shards(
+    folder: Path,
+    shards: Sequence[Sequence[TensorEntry]],
+    tensors: Iterator[torch.Tensor],
+    ranks: Ranks,
+) -> list[FileRecord]:
+    """The main rank writes; the others follow, so that all gather the same parameters."""
+    files = []
+    for number, entries in enumerate(shards, 1):
+        path = folder / _shard_name(number, len(shards))
+        shard = islice(tensors, len(entries))
+        record = together(ranks, partial(_write_shard, path, entries, shard, ranks), ExportError)[0]
+        assert record is not None
+        files.append(record)
+    assert next(tensors, None) is None
+    return files
+
+
+def _write_shard(
+    path: Path, entries: Sequence[TensorEntry], shard: Iterator[torch.Tensor], ranks: Ranks
+) -> FileRecord | None:
+    try:
+        return write_tensors(path, entries, shard, {"format": "pt"}) if ranks.is_main else None
+    finally:
+        for _ in shard:  # after a failure too: the other ranks are gathering
+            pass
+
+
+def _shard_name(number: int, count: int) -> str:
+    return "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+
+
+# --- the folder
+
+
+def _prepare(hidden: Path, out: Path, folder: ModelFolder) -> None:
+    _check_replaceable(out, folder)
+    if hidden.exists():
+        shutil.rmtree(hidden)
+    hidden.mkdir(parents=True)
+
+
+def _check_replaceable(out: Path, folder: ModelFolder) -> None:
+    """Only nothing, an empty folder, or an earlier export of the same run may stand at `out`."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    try:
+        provenance = json.loads((out / "provenance.json").read_text("utf-8"))
+        if provenance.get("trajectory_digest") == folder.trajectory_digest:
+            return
+    except (OSError, ValueError, AttributeError):
+        pass
+    raise ExportError(f"{out} holds something else than an export of this run; name another folder")
+
+
+def _finish(
+    hidden: Path,
+    out: Path,
+    weights: Weights,
+    folder: ModelFolder,
+    shards: Sequence[Sequence[TensorEntry]],
+    files: Sequence[FileRecord],
+) -> None:
+    """Everything that stands beside the weights, then the folder's name."""
+    if len(shards) > 1:
+        _write_index(hidden, shards, files)
+    _write_config(hidden, weights, folder)
+    _copy_files(hidden, folder)
+    provenance = {
+        **folder.provenance,
+        "trajectory_digest": folder.trajectory_digest,
+        "step": weights.step,
+        "source_model": str(folder.source_model),
+        "weights": {file.name: file.sha256 for file in files},
+    }
+    write_json(hidden / "provenance.json", provenance)
+    fsync_folder(hidden)
+    replaced = out.with_name(f".{out.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if out.exists():
+        os.replace(out, replaced)
+    os.replace(hidden, out)
+    fsync_folder(out.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _write_index(
+    folder: Path, shards: Sequence[Sequence[TensorEntry]], files: Sequence[FileRecord]
+) -> None:
+    total = sum(entry.bytes for shard in shards for entry in shard)
+    weight_map = {
+        entry.name: file.name for shard, file in zip(shards, files, strict=True) for entry in shard
+    }
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    write_json(folder / "model.safetensors.index.json", index)
+
+
+def _write_config(hidden: Path, weights: Weights, folder: ModelFolder) -> None:
+    config = json.loads((folder.source_model / "config.json").read_text("utf-8"))
+    config.pop("torch_dtype", None)  # the older spelling of dtype
+    config["dtype"] = str(weights.dtype).removeprefix("torch.")
+    config["architectures"] = [weights.architecture]
+    write_json(hidden / "config.json", config)
+
+
+def _copy_files(hidden: Path, folder: ModelFolder) -> None:
+    """The tokenizer, the generation config and the model's own code, unchanged."""
+    tokenizer = folder.tokenizer or folder.source_model
+    wanted = {path.name: path for name in MODEL_FILES for path in folder.source_model.glob(name)}
+    wanted |= {path.name: path for name in TOKENIZER_FILES for path in tokenizer.glob(name)}
+    for name, path in wanted.items():
+        if path.is_file():
+            _copy(path, hidden / name)
+    templates = tokenizer / "additional_chat_templates"
+    for path in templates.glob("*.jinja"):
+        _copy(path, hidden / templates.name / path.name)
+    if folder.chat_template is not None:
+        _write(hidden / "chat_template.jinja", folder.chat_template.encode())
+
+
+def _copy(source: Path, target: Path) -> None:
+    _write(target, source.read_bytes())
+
+
+def _write(path: Path, content: bytes) -> None:
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(content)
+
+    write_atomically(path, write)

@@ -1,0 +1,64 @@
+"""Work on files that all ranks finish, or that fails with the same error on all of them at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
+
+import torch
+
+from dpo_scale.errors import UserError
+
+T = TypeVar("T")
+
+
+class Ranks(Protocol):
+    """Who this process is, and the one collective that files need."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def world_size(self) -> int: ...
+    @property
+    def is_main(self) -> bool: ...
+    @property
+    def device(self) -> torch.device: ...
+    def gather_objects(self, value: T) -> list[T]:
+        """Every rank's value, in rank order, on every rank."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class OneProcess:
+    """The ranks of a command that runs alone."""
+
+    rank: int = 0
+    world_size: int = 1
+    is_main: bool = True
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def gather_objects(self, value: T) -> list[T]:
+        return [value]
+
+
+def together(ranks: Ranks, action: Callable[[], T], error: type[UserError]) -> list[T]:
+    """Every rank's result, on every rank; if one fails, the same error on all at once."""
+    result, failure = None, None
+    try:
+        result = action()
+    except (OSError, RuntimeError, ValueError) as caught:
+        failure = str(caught) or type(caught).__name__
+    outcomes = ranks.gather_objects((result, failure))
+    failures = [
+        f"  rank {rank}: {why}" for rank, (_, why) in enumerate(outcomes) if why is not None
+    ]
+    if failures:
+        raise error("\n".join(failures))
+    return [result for result, _ in outcomes]  # type: ignore[misc]
+
+
+def on_main(ranks: Ranks, action: Callable[[], T], error: type[UserError]) -> T:
+    """The main rank's result, on every rank; if it fails, the same error on all at once."""
+    result = together(ranks, lambda: action() if ranks.is_main else None, error)[0]
+    return result  # type: ignore[return-value]

@@ -1,0 +1,487 @@
+"""The run, on one screen: `train` is the story, `_steps` the loop."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dpo_scale.console import Console
+from dpo_scale.data.layouts import Layout
+from dpo_scale.data.planning import Costs, Schedule, StepPlan, check_budget, layout_costs, plan_step
+from dpo_scale.distributed import engine_state
+from dpo_scale.distributed.engines import PolicyEngine, loading_for
+from dpo_scale.distributed.runtime import Ranks, Runtime
+from dpo_scale.errors import UserError
+from dpo_scale.files import write_json
+from dpo_scale.model.layout_check import TOLERANCE
+from dpo_scale.model.loading import DTYPES, checkpoint_activations, load_model
+from dpo_scale.model.tokenizer import save_tokenizer
+from dpo_scale.recipe import Recipe
+from dpo_scale.reference.scoring import ReferenceRows
+from dpo_scale.training.checkpoints import RunState, find_checkpoint, save
+from dpo_scale.training.evaluation import describe, evaluate
+from dpo_scale.training.export import ModelFolder, export_engine
+from dpo_scale.training.interruption import STOPPED, Interruption, agree
+from dpo_scale.training.metrics import (
+    MetricsFile,
+    MetricSums,
+    model_flops_utilization,
+    peak_memory_gib,
+)
+from dpo_scale.training.optimizer import build_optimizer, learning_rate, set_learning_rate
+from dpo_scale.training.run_folder import RunFolder, trajectory_digest
+from dpo_scale.training.setup import (
+    Data,
+    Reference,
+    check_layout,
+    prepare_data,
+    register_attention,
+    report_layout,
+)
+from dpo_scale.training.step import (
+    PairBatch,
+    StepOutput,
+    non_finite_rows,
+    pair_batches,
+    run_step,
+)
+from dpo_scale.training.stored_state import StoredState, check_fits
+
+STEPS_PREPARED_AHEAD = 2
+MOST_OVERFLOWS_A_STEP = 40
+"""fp16 halves its loss scale at each overflow; 2**40 below the first scale nothing is left to try."""
+
+
+class NumericalError(UserError):
+    """A loss or gradient that is not finite."""
+
+
+class WrongReferenceError(UserError):
+    """Policy and reference start equal and yet disagree."""
+
+
+def train(recipe: Recipe, runtime: Runtime, console: Console, folder: RunFolder | None) -> int:
+    """Train to the end of the plan, or to a request to stop; returns the process's exit code. Collective.
+
+    `folder` is held by the main rank alone.
+    """
+    ranks = runtime.ranks
+    interruption = Interruption(Path(recipe.run.output_dir), recipe.run.stop_after)
+    data = prepare_data(recipe, ranks, console)
+    if folder is not None:
+        write_json(folder.path / "data_report.json", data.report)
+        folder.write_environment(ranks.world_size, str(ranks.device))
+    reference = Reference(recipe, runtime, data, console)
+    needed = reference.rows(data.train), reference.rows(data.evaluate)
+    if recipe.reference.schedule == "upfront":
+        reference.score_all(*needed)
+    run = _start(recipe, runtime, console, data, reference, needed, folder)
+    finished = run.train(interruption)
+    if finished:
+        run.export()
+        console.say(f"Done: the trained model is in {Path(recipe.run.output_dir) / 'model'}")
+        return 0
+    console.say(
+        f"Stopped by {interruption.reason() or 'another rank'} after step {run.state.step}, which is committed; "
+        "the same command goes on from there"
+    )
+    interruption.consume_file()
+    return STOPPED
+
+
+def evaluate_only(
+    recipe: Recipe, runtime: Runtime, console: Console, folder: RunFolder | None
+) -> None:
+    """Evaluate the newest checkpoint, or the starting weights where there is none. Collective."""
+    data = prepare_data(recipe, runtime.ranks, console)
+    reference = Reference(recipe, runtime, data, console)
+    needed = reference.rows(data.train), reference.rows(data.evaluate)
+    reference.score_all(needed[1])
+    _start(recipe, runtime, console, data, reference, needed, folder).evaluate()
+
+
+def _start(
+    recipe: Recipe,
+    runtime: Runtime,
+    console: Console,
+    data: Data,
+    reference: Reference,
+    needed: tuple[ReferenceRows, ReferenceRows],
+    folder: RunFolder | None,
+) -> Run:
+    """Load the policy, resume it if there is something to resume, and check its layout. The order matters:
+
+    1. weights are loaded sharded, and the optimizer is built on the shards;
+    2. the stored state replaces both, before any forward, whose trace it would invalidate;
+    3. the layout is checked on the weights that training goes on with.
+    """
+    ranks = runtime.ranks
+    register_attention(recipe, ranks.device)
+    torch.manual_seed(recipe.run.seed)
+    console.say(f"Loading the policy from {data.model_folder}")
+    with loading_for(runtime.accelerator, "policy"):
+        model = load_model(data.model_folder, recipe.model)
+    if recipe.model.activation_checkpointing:
+        checkpoint_activations(model)
+    optimizer = build_optimizer(model, recipe.optim, ranks.device)
+    policy = PolicyEngine(runtime.accelerator, model, optimizer, recipe)
+    digest = trajectory_digest(recipe, data.train.digest())
+    state = _resume(recipe, ranks, console, policy, digest)
+    policy.train()
+    layout = check_layout(policy, recipe, data.train, ranks, data.pad_id)
+    report_layout(layout, "policy", console)
+    schedule = Schedule(
+        num_pairs=len(data.train),
+        global_pairs=recipe.batch.global_pairs,
+        seed=recipe.run.seed,
+        epochs=recipe.run.epochs,
+        max_steps=recipe.run.max_steps,
+    )
+    costs = layout_costs(data.train.lengths, layout.layout, data.cost)
+    rows = [pair.row for pair in data.train]
+    check_budget(costs, recipe.batch.rank_tokens, rows, "batch.rank_tokens")
+    return Run(
+        recipe=recipe,
+        runtime=runtime,
+        console=console,
+        data=data,
+        reference=reference,
+        train_rows=needed[0],
+        evaluate_rows=needed[1],
+        policy=policy,
+        layout=layout.layout,
+        schedule=schedule,
+        costs=costs,
+        digest=digest,
+        state=state,
+        folder=folder,
+    )
+
+
+def _resume(
+    recipe: Recipe, ranks: Ranks, console: Console, policy: PolicyEngine, digest: str
+) -> RunState:
+    """The state of the newest valid checkpoint, put into the engine; a fresh state where there is none."""
+    folder = Path(recipe.run.output_dir) / "checkpoints"
+    found, passed_over = find_checkpoint(folder, recipe.run.resume, ranks)
+    for line in passed_over:
+        console.say(f"Passed over {line}")
+    if found is None:
+        return RunState()
+    if found.commit.trajectory_digest != digest:
+        raise UserError(
+            f"{found.path}: the checkpoint of another run (settings or training data differ); "
+            "choose another run.output_dir, or restore what changed"
+        )
+    check_fits(found, engine_state.snapshot(policy.engine).parameters)
+    with StoredState(found) as stored:
+        engine_state.restore(policy.engine, stored.read, stored.buffers(), found.commit.counters)
+        stored.restore_random_state(ranks)
+    console.say(f"Resuming from {found.path}")
+    return replace(found.commit.run, resumes=found.commit.run.resumes + 1)
+
+
+@dataclass
+class Run:
+    """A run under way: everything that stays, and the state that moves."""
+
+    recipe: Recipe
+    runtime: Runtime
+    console: Console
+    data: Data
+    reference: Reference
+    train_rows: ReferenceRows
+    evaluate_rows: ReferenceRows
+    policy: PolicyEngine
+    layout: Layout
+    schedule: Schedule
+    costs: Costs
+    digest: str
+    state: RunState
+    folder: RunFolder | None
+
+    def __post_init__(self) -> None:
+        self.ranks = self.runtime.ranks
+        self.interval = MetricSums(self.ranks.device)
+        self.log = self.folder and MetricsFile(
+            self.folder.path / "metrics.jsonl", self.state.step
+        )
+        self.interval_started = self.committed_at = time.monotonic()
+        self.interval_state = self.state
+
+    def train(self, interruption: Interruption) -> bool:
+        """The loop. True at the end of the plan, False after a request to stop; both leave a checkpoint."""
+        recipe, num_steps = self.recipe, self.schedule.num_steps
+        committed = self.state.step if self.state.step else None
+        if self.state.step == 0 and recipe.evaluate.at_start:
+            self.evaluate()
+        self._restart_interval()
+        stop = False
+        with self.console.progress("Training", num_steps, "steps") as bar:
+            bar.advance(self.state.step)
+            for plan, batches in self._prepared(self.state.step, num_steps):
+                rate = learning_rate(plan.step, num_steps, recipe.optim)
+                set_learning_rate(self.policy.param_groups, rate)
+                output = self._step(plan, batches)
+                self._count(plan)
+                bar.advance(1)
+                last = self.state.step == num_steps
+                if last or self.state.step % recipe.track.every_steps == 0:
+                    self._log(rate, output.grad_norm)
+                if last or _is_due(self.state.step, recipe.evaluate.every_steps):
+                    self.evaluate()
+                stop, commit = agree(
+                    self.ranks, stop=bool(interruption.reason()), commit=self._commit_is_due()
+                )
+                due = _is_due(self.state.step, recipe.checkpoint.every_steps)
+                if commit or stop or last or due:
+                    self.commit()
+                    committed = self.state.step
+                if stop and not last:
+                    return False
+        if committed is None:
+            self.commit()  # a plan without steps still leaves something to resume and export
+        return True
+
+    def _prepared(
+        self, start: int, stop: int
+    ) -> Iterator[tuple[StepPlan, Sequence[PairBatch]]]:
+        """Plans and this rank's micro-batches of the steps, laid out ahead while the device works."""
+
+        def prepare(step: int) -> tuple[StepPlan, Sequence[PairBatch]]:
+            plan = plan_step(
+                self.schedule.pairs_of(step),
+                self.costs,
+                world_size=self.ranks.world_size,
+                rank_tokens=self.recipe.batch.rank_tokens,
+                step=step,
+                epoch=self.schedule.epoch_of(step),
+            )
+            batches = pair_batches(
+                plan, self.ranks.rank, self.data.train, self.layout, self.data.pad_id
+            )
+            return plan, list(batches)
+
+        with ThreadPoolExecutor(1) as worker:
+            ahead = [
+                worker.submit(prepare, step)
+                for step in range(start, min(start + STEPS_PREPARED_AHEAD, stop))
+            ]
+            for step in range(start, stop):
+                current = ahead.pop(0).result()
+                if step + STEPS_PREPARED_AHEAD < stop:
+                    ahead.append(worker.submit(prepare, step + STEPS_PREPARED_AHEAD))
+                yield current
+
+    def _step(self, plan: StepPlan, batches: Sequence[PairBatch]) -> StepOutput:
+        """One optimizer step that was applied; fp16 repeats it with a lower scale until it is."""
+        if self.recipe.reference.schedule == "per_batch":
+            self.reference.ensure(self.train_rows, self.schedule.pairs_of(plan.step))
+        for _ in range(MOST_OVERFLOWS_A_STEP):
+            sums = MetricSums(self.ranks.device)
+            output = run_step(
+                self.policy,
+                batches,
+                lambda indices: self.reference.logps(self.train_rows, indices),
+                sums,
+                self.recipe.loss,
+                global_pairs=plan.num_pairs,
+                device=self.ranks.device,
+            )
+            if output.applied and math.isfinite(output.grad_norm):
+                break
+            self._explain_non_finite(plan, batches, output)
+            self.state = replace(self.state, skipped_steps=self.state.skipped_steps + 1)
+        else:
+            raise NumericalError(
+                f"step {plan.step + 1}: the gradient overflows float16 at every loss scale"
+            )
+        if plan.step == 0:
+            self._check_first_step(batches[0], output)
+        self.interval += sums
+        return output
+
+    def _explain_non_finite(
+        self, plan: StepPlan, batches: Sequence[PairBatch], output: StepOutput
+    ) -> None:
+        """Raise NumericalError on every rank, naming step, rank and rows, unless fp16 may try again."""
+        rows = non_finite_rows(output, batches, self.data.train)
+        found = self.ranks.gather_objects(rows)
+        if self.recipe.model.dtype == "float16" and not any(found):
+            return
+        lines = [f"  rank {rank}: {', '.join(rows)}" for rank, rows in enumerate(found) if rows]
+        where = "\n".join(lines) or "  every loss is finite; the gradient of the step is not"
+        raise NumericalError(
+            f"step {plan.step + 1}: not a finite number (gradient norm {output.grad_norm})\n{where}\n"
+            "The last checkpoint is untouched. Look at these rows, or lower optim.learning_rate."
+        )
+
+    def _check_first_step(self, first: PairBatch, output: StepOutput) -> None:
+        """Where the policy starts as the reference, their log-probs on the first step must agree.
+
+        A cache of other weights, another template or another precision shows here and nowhere else.
+        """
+        if not self.reference.is_the_policys_start:
+            return
+        expected = torch.from_numpy(self.reference.token_logps(self.train_rows, first.pairs))
+        gaps = (output.first_token_logps.cpu() - expected).abs()
+        gap = self.ranks.max(torch.tensor([gaps.max().item()], device=self.ranks.device)).item()
+        tolerance = TOLERANCE[DTYPES[self.recipe.model.dtype]]
+        self.console.say(
+            f"First step: largest gap of policy and reference {gap:.1e} nats a token (tolerance {tolerance})"
+        )
+        if not gap <= tolerance:
+            raise WrongReferenceError(
+                f"step 1: policy and reference start from {self.data.model_folder} and differ by {gap:.3g} nats on "
+                f"one token, more than {tolerance} in {self.recipe.model.dtype}; the reference log-probs in "
+                f"{self.reference.store.folder} are not this model's. Run `dpo-scale cache verify`, or remove that folder."
+            )
+
+    def _count(self, plan: StepPlan) -> None:
+        lengths = self.data.train.lengths[np.concatenate([i for r in plan.micro_batches for i in r])]
+        self.state = replace(
+            self.state,
+            step=plan.step + 1,
+            epoch=plan.epoch,
+            pairs=self.state.pairs + plan.num_pairs,
+            tokens=self.state.tokens + int(lengths.sum()),
+            completion_tokens=self.state.completion_tokens + int(lengths[:, 1:].sum()),
+            reference_rows_cached=self.reference.rows_cached,
+            reference_rows_computed=self.reference.rows_computed,
+        )
+
+    def _restart_interval(self) -> None:
+        self.interval_started, self.interval_state = time.monotonic(), self.state
+
+    def _log(self, rate: float, grad_norm: float) -> None:
+        """Reduce the interval's metrics, write them and say them."""
+        means = self.interval.reduce(self.ranks)
+        seconds = time.monotonic() - self.interval_started
+        steps = self.state.step - self.interval_state.step
+        before = self.interval_state
+        indices = np.concatenate(
+            [self.schedule.pairs_of(step) for step in range(before.step, self.state.step)]
+        )
+        mfu = model_flops_utilization(
+            float(self.costs.work[indices].sum()), seconds, self.ranks.world_size, self.ranks.device
+        )
+        values: dict[str, Any] = {
+            "step": self.state.step,
+            "epoch": self.state.step / self.schedule.steps_per_epoch,
+            **means,
+            "learning_rate": rate,
+            "grad_norm": grad_norm,
+            "pairs": self.state.pairs,
+            "tokens": self.state.tokens,
+            "completion_tokens": self.state.completion_tokens,
+            "pairs_per_second": (self.state.pairs - before.pairs) / seconds,
+            "tokens_per_second": (self.state.tokens - before.tokens) / seconds,
+            "step_seconds": seconds / max(1, steps),
+            "reference_rows_cached": self.state.reference_rows_cached,
+            "reference_rows_computed": self.state.reference_rows_computed,
+            "skipped_steps": self.state.skipped_steps,
+            "peak_memory_gib": peak_memory_gib(self.ranks.device),
+            **({} if mfu is None else {"mfu": mfu}),
+        }
+        self._write(values)
+        self.console.say(
+            f"step {self.state.step:>5}/{self.schedule.num_steps}  loss {means['loss']:.4f}  "
+            f"margin {means['rewards/margin']:+.4f}  accuracy {means['rewards/accuracy']:.3f}  "
+            f"grad {grad_norm:.3g}  lr {rate:.2e}  {values['pairs_per_second']:.1f} pairs/s"
+        )
+        self.state = replace(self.state, seconds_trained=self.state.seconds_trained + seconds)
+        self._restart_interval()
+
+    def _write(self, values: dict[str, Any]) -> None:
+        if self.log:
+            self.log.write(values)
+        self.runtime.accelerator.log(
+            {name: value for name, value in values.items() if name != "step"},
+            step=values["step"],
+        )
+
+    def evaluate(self) -> None:
+        """The held-out pass, logged under `eval/...`; nothing where there are no held-out pairs."""
+        if not len(self.data.evaluate):
+            return
+        if self.recipe.reference.schedule == "per_batch":
+            self.reference.ensure(self.evaluate_rows, np.arange(len(self.data.evaluate)))
+        started = time.monotonic()
+        metrics = evaluate(
+            self.policy,
+            self.data.evaluate,
+            lambda indices: self.reference.logps(self.evaluate_rows, indices),
+            self.ranks,
+            self.console,
+            self.recipe.loss,
+            layout=self.layout,
+            rank_tokens=self.recipe.batch.rank_tokens,
+            cost=self.data.cost,
+            pad_id=self.data.pad_id,
+        )
+        self._write({"step": self.state.step, **metrics})
+        self.console.say(f"step {self.state.step:>5}  {describe(metrics)}")
+        self.interval_started += time.monotonic() - started  # evaluation is no training time
+
+    def _commit_is_due(self) -> bool:
+        minutes = self.recipe.checkpoint.every_minutes
+        return minutes is not None and time.monotonic() - self.committed_at > 60 * minutes
+
+    def commit(self) -> None:
+        """Write a checkpoint of the current state. Collective."""
+        started = time.monotonic()
+        settings = self.recipe.checkpoint
+        path = save(
+            Path(self.recipe.run.output_dir) / "checkpoints",
+            engine_state.snapshot(self.policy.engine),
+            self.state,
+            self.ranks,
+            trajectory_digest=self.digest,
+            source_model=str(self.data.model_folder),
+            keep_last=settings.keep_last,
+            keep_every=settings.keep_every,
+        )
+        self.committed_at = time.monotonic()
+        self.interval_started += self.committed_at - started
+        self.console.say(f"Committed {path} in {self.committed_at - started:.1f} s")
+
+    def export(self) -> None:
+        """Write RUN/model, a Hugging Face folder. Collective."""
+        with tempfile.TemporaryDirectory() as tokenizer:
+            save_tokenizer(
+                self.data.tokenizer,
+                self.recipe.model.tokenizer or str(self.data.model_folder),
+                Path(tokenizer),
+            )
+            template = self.recipe.data.chat_template
+            export_engine(
+                self.policy.engine,
+                Path(self.recipe.run.output_dir) / "model",
+                ModelFolder(
+                    source_model=self.data.model_folder,
+                    trajectory_digest=self.digest,
+                    tokenizer=Path(tokenizer),
+                    chat_template=template and Path(template).read_text(encoding="utf-8"),
+                    provenance={
+                        "recipe": self.recipe.model_dump(mode="json"),
+                        "training_data_digest": self.data.train.digest(),
+                        "reference": self.reference.store.folder.name,
+                        "step": self.state.step,
+                    },
+                ),
+                self.ranks,
+                step=self.state.step,
+            )
+
+
+def _is_due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0

@@ -1,0 +1,138 @@
+"""Sums and counts kept on the device, reduced over ranks once a log interval; and where the numbers go."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dpo_scale.objectives import implicit_reward, preference_accuracy
+
+AVERAGES = (
+    "loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracy",
+    "logps/chosen",
+    "logps/rejected",
+    "logps/accuracy",
+)
+"""Means over pairs. logps/accuracy is the share of pairs whose chosen completion the policy alone finds likelier."""
+
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
+"""Dense bf16 peak of a GPU, from NVIDIA's data sheets, by a part of its name."""
+
+
+class Summing(Protocol):
+    """The collective that metrics use."""
+
+    def sum(self, values: Tensor) -> Tensor: ...
+
+
+class MetricSums:
+    """Weighted sums over pairs; nothing leaves the device until `reduce`."""
+
+    def __init__(self, device: torch.device) -> None:
+        dtype = torch.float64 if device.type != "mps" else torch.float32
+        self._sums = torch.zeros(len(AVERAGES) + 1, dtype=dtype, device=device)
+
+    @torch.no_grad()
+    def add(
+        self,
+        *,
+        losses_P: Tensor,
+        policy_chosen_logps_P: Tensor,
+        policy_rejected_logps_P: Tensor,
+        reference_chosen_logps_P: Tensor,
+        reference_rejected_logps_P: Tensor,
+        weights_P: Tensor,
+        beta: float,
+    ) -> None:
+        """Add the pairs of one micro-batch; pairs of weight 0 are filler."""
+        chosen_P = implicit_reward(policy_chosen_logps_P, reference_chosen_logps_P, beta=beta)
+        rejected_P = implicit_reward(policy_rejected_logps_P, reference_rejected_logps_P, beta=beta)
+        values = torch.stack(
+            [
+                losses_P,
+                chosen_P,
+                rejected_P,
+                preference_accuracy(chosen_P, rejected_P),
+                policy_chosen_logps_P,
+                policy_rejected_logps_P,
+                preference_accuracy(policy_chosen_logps_P, policy_rejected_logps_P),
+                torch.ones_like(losses_P),
+            ]
+        )
+        self._sums += (values * weights_P).sum(1)
+
+    def __iadd__(self, other: MetricSums) -> MetricSums:
+        self._sums += other._sums
+        return self
+
+    def reduce(self, ranks: Summing, prefix: str = "") -> dict[str, float]:
+        """Means over all pairs of all ranks since the last call, and the margin; collective."""
+        *sums, pairs = ranks.sum(self._sums).tolist()
+        self._sums.zero_()
+        means = {name: value / max(1.0, pairs) for name, value in zip(AVERAGES, sums, strict=True)}
+        means["rewards/margin"] = means["rewards/chosen"] - means["rewards/rejected"]
+        return {prefix + name: value for name, value in means.items()}
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory that this process has held: of the GPU where there is one, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def model_flops_utilization(
+    macs: float, seconds: float, world_size: int, device: torch.device
+) -> float | None:
+    """Share of the GPUs' dense bf16 peak that went into the model.
+
+    Counted are 2 flops a multiply-accumulate and three times the forward (one forward, twice that backward), for the
+    tokens that were processed; recomputed activations and logits do not count. None where the peak is not known.
+    """
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    peak = next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+    return None if peak is None else 6 * macs / (seconds * world_size * peak)
+
+
+class MetricsFile:
+    """`metrics.jsonl`: one object a logged step, appended whole."""
+
+    def __init__(self, path: Path, resumed_at_step: int) -> None:
+        """Open the file and drop what a run that was killed logged after the checkpoint it now goes on from."""
+        self._path = path
+        kept = [line for line in _lines(path) if _step_of(line) <= resumed_at_step]
+        if resumed_at_step == 0:
+            kept = []
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        os.replace(temporary, path)
+
+    def write(self, values: Mapping[str, float]) -> None:
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+
+
+def _step_of(line: str) -> float:
+    """The step of a logged line; infinity for one that was cut off by a kill."""
+    try:
+        return float(json.loads(line)["step"])
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return float("inf")

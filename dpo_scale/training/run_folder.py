@@ -1,0 +1,157 @@
+"""The run's folder: its recipe, its lock, its records. One run, one folder, one recipe."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dpo_scale.errors import RecipeError
+from dpo_scale.files import write_atomically, write_json
+from dpo_scale.recipe import Recipe, dump_recipe
+
+HARMLESS = (
+    "model.attention",
+    "model.activation_checkpointing",
+    "reference.schedule",
+    "reference.offload",
+    "reference.nvme_path",
+    "reference.cache_dir",
+    "reference.rank_tokens",
+    "data.workers",
+    "data.cache_dir",
+    "batch.rank_tokens",
+    "batch.layout",
+    "evaluate.",
+    "data.evaluate",
+    "checkpoint.",
+    "track.",
+    "run.output_dir",
+    "run.resume",
+    "run.stop_after",
+)
+"""Settings that do not change what is trained beyond rounding; names that end in a dot are whole sections."""
+
+
+def trajectory_digest(recipe: Recipe, train_digest: str) -> str:
+    """Digest of all that determines the trajectory: the settings that matter, and the training tokens."""
+    values = {
+        name: value for name, value in flatten(recipe).items() if not name.startswith(HARMLESS)
+    }
+    text = json.dumps([values, train_digest], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def flatten(recipe: Recipe) -> dict[str, Any]:
+    """`section.field` -> value."""
+    return {
+        f"{section}.{field}": value
+        for section, fields in recipe.model_dump(mode="json").items()
+        for field, value in fields.items()
+    }
+
+
+def changed_settings(before: dict[str, Any], after: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """What changed between two flattened recipes, one line each: what matters, and what is harmless."""
+    matters, harmless = [], []
+    for name in sorted(before.keys() | after.keys()):
+        if before.get(name) != after.get(name):
+            line = f"{name}: was {before.get(name)!r}, is {after.get(name)!r}"
+            (harmless if name.startswith(HARMLESS) else matters).append(line)
+    return matters, harmless
+
+
+class RunFolder:
+    """The folder as the main rank sees it; holds the lock until the process ends."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        """Take the folder for a recipe and note what differs from the recipe that is in it.
+
+        Raises RecipeError if another process works in it, or another recipe did.
+        """
+        self.path = Path(recipe.run.output_dir)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.path / ".lock", "a", encoding="utf-8")  # noqa: SIM115 (held)
+        except OSError as error:
+            raise RecipeError(f"run.output_dir: {self.path}: {error.strerror}") from error
+        self._take_lock()
+        self.harmless_changes: list[str] = []
+        recipe_path = self.path / "recipe.yaml"
+        if recipe_path.exists():
+            self._compare(yaml.safe_load(recipe_path.read_text(encoding="utf-8")), recipe)
+        write_atomically(recipe_path, lambda path: _write_text(path, dump_recipe(recipe)))
+
+    def _take_lock(self) -> None:
+        try:
+            # The kernel drops this lock with its holder, however that dies.
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = (self.path / ".lock").read_text(encoding="utf-8").strip()
+            raise RecipeError(
+                f"run.output_dir: {self.path} is in use by {holder or 'another process'}; "
+                "stop that run, or choose another folder"
+            ) from error
+        self._lock.truncate(0)
+        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        self._lock.flush()
+
+    def _compare(self, stored: dict[str, Any], recipe: Recipe) -> None:
+        before = {
+            f"{section}.{field}": value
+            for section, fields in stored.items()
+            for field, value in fields.items()
+        }
+        matters, self.harmless_changes = changed_settings(before, flatten(recipe))
+        if matters and (self.path / "checkpoints").exists():
+            raise RecipeError(
+                f"run.output_dir: {self.path} holds a run of another recipe\n"
+                + "\n".join(f"  {line}" for line in matters)
+                + "\nchoose another folder, or restore these settings"
+            )
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def write_environment(self, world_size: int, device: str) -> None:
+        """`environment.json`: what this attempt runs on."""
+        packages = ("torch", "transformers", "deepspeed", "accelerate", "safetensors", "dpo_scale")
+        write_json(
+            self.path / "environment.json",
+            {
+                "python": sys.version.split()[0],
+                "platform": platform.platform(),
+                "packages": {name: metadata.version(name) for name in packages},
+                "commit": _commit(),
+                "world_size": world_size,
+                "device": device,
+                "host": socket.gethostname(),
+                "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
+            },
+        )
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _commit() -> str | None:
+    """The commit of a checkout that the package runs from."""
+    root = Path(__file__).parent.parent.parent
+    if not (root / ".git").exists():
+        return None
+    found = subprocess.run(
+        ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return found.stdout.strip() or None
