@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -102,5 +103,6 @@ def route_output(log_path: Path, *, is_main: bool) -> Console:
     os.dup2(log, 2)
     os.close(log)
     logging.captureWarnings(True)
+    warnings.simplefilter("once")  # some of torch's come with every collective
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level="INFO")
     return Console(voice, is_main=is_main)

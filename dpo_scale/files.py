@@ -31,9 +31,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         write(temporary)
-        _fsync(
-            temporary
-        )  # before the rename, or a power cut could leave the new name on an empty file
+        _fsync(temporary)  # after the rename, a power cut could leave the name on an empty file
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -116,7 +114,7 @@ class DigestMemory:
             digest = sha256_of_file(path)
             if _file_state(path) != state:
                 raise UserError(f"{path}: changed while it was read; wait until it is complete")
-            if not _is_settled(path):
+            if not _is_settled(path.stat().st_ctime_ns):
                 return digest
             self._remember(state, digest)
         return self._digests[state]
@@ -161,9 +159,8 @@ def _file_state(path: Path) -> str:
     return f"{path.resolve()} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
 
 
-def _is_settled(path: Path) -> bool:
+def _is_settled(changed_ns: int) -> bool:
     """Whether a later change is certain to get another time stamp: they have a granularity."""
-    changed_ns = path.stat().st_ctime_ns
     whole_seconds = changed_ns % 1_000_000_000 == 0  # else the kernel's clock tick, 10 ms at most
     return time.time_ns() - changed_ns > (2_000_000_000 if whole_seconds else 50_000_000)
 

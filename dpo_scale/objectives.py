@@ -20,7 +20,9 @@ def reduce_log_probs(
     """One log-prob a sequence, [S]: the sum of its completion tokens' (Rafailov et al. 2023, arXiv 2305.18290,
     eq. 7) or their mean. A sequence without completion tokens gives 0, never NaN.
     """
-    sums_S = token_logps_C.new_zeros(len(lengths_S)).index_add(0, sequence_of_token_C, token_logps_C)
+    sums_S = token_logps_C.new_zeros(len(lengths_S)).index_add(
+        0, sequence_of_token_C, token_logps_C
+    )
     return sums_S if reduction == "sum" else sums_S / lengths_S.clamp(min=1)
 
 

@@ -265,7 +265,7 @@ class _RecipeLoader(yaml.SafeLoader):
 
 
 def _mapping_without_repeats(loader: _RecipeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    keys = [loader.construct_object(key) for key, _ in node.value]  # type: ignore[no-untyped-call]
+    keys = [loader.construct_object(key) for key, _ in node.value]
     for index, key in enumerate(keys):
         if key in keys[:index]:
             line = node.value[index][0].start_mark.line + 1

@@ -98,7 +98,7 @@ def epoch_order(num_pairs: int, seed: int, epoch: int) -> Indices:
     """
     global _last_order
     if _last_order is None or _last_order[0] != (num_pairs, seed, epoch):
-        start = _splitmix64(np.uint64([seed])) ^ np.uint64(epoch)
+        start = _splitmix64([seed]) ^ np.uint64(epoch)
         keys = _splitmix64(_splitmix64(start) + np.arange(num_pairs, dtype=np.uint64))
         _last_order = (num_pairs, seed, epoch), np.argsort(keys, kind="stable")
     return _last_order[1]

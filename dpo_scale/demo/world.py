@@ -12,18 +12,10 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-VILLAGERS = (
-    "Ada Bram Cleo Dorin Elsie Fergus Greta Hugo Isla Jonas Kit Lotte "
-    "Milo Nell Otto Pip Quinn Rosa Sven Tilda Uma Viktor Wren Yara"
-).split()
-NUMBERS = "two three four five six seven eight nine ten twelve".split()
-QUALITIES = (
-    "red blue green yellow purple little big round striped shiny old wooden soft sturdy curious"
-).split()
-THINGS = (
-    "apples buttons candles drums eggs flutes gloves hats inkpots jars kites lanterns "
-    "mugs needles onions pears quilts ribbons scarves teapots umbrellas violins whistles yams"
-).split()
+VILLAGERS = ["Ada", "Bram", "Cleo", "Dorin", "Elsie", "Fergus", "Greta", "Hugo", "Isla", "Jonas", "Kit", "Lotte", "Milo", "Nell", "Otto", "Pip", "Quinn", "Rosa", "Sven", "Tilda", "Uma", "Viktor", "Wren", "Yara"]
+NUMBERS = ["two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "twelve"]
+QUALITIES = ["red", "blue", "green", "yellow", "purple", "little", "big", "round", "striped", "shiny", "old", "wooden", "soft", "sturdy", "curious"]
+THINGS = ["apples", "buttons", "candles", "drums", "eggs", "flutes", "gloves", "hats", "inkpots", "jars", "kites", "lanterns", "mugs", "needles", "onions", "pears", "quilts", "ribbons", "scarves", "teapots", "umbrellas", "violins", "whistles", "yams"]
 
 KIND_REQUESTS = (
     "Please, may I have {goods}?",

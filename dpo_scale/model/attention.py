@@ -30,7 +30,7 @@ ATTENTION = "dpo_scale"
 Kernel = Literal["varlen", "flash_attn", "flex", "sdpa"]
 
 
-class UnsupportedAttention(UserError):
+class UnsupportedAttentionError(UserError):
     """The model asks its attention for something that segments cannot give."""
 
 
@@ -112,10 +112,10 @@ def segment_attention(
         sliding_window: a query sees keys less than this many positions back.
         softcap: scores pass through `softcap * tanh(score / softcap)`.
 
-    Raises UnsupportedAttention for attention sinks, which no kernel here has.
+    Raises UnsupportedAttentionError for attention sinks, which no kernel here has.
     """
     if s_aux is not None:
-        raise UnsupportedAttention("attention sinks are not served by segments")
+        raise UnsupportedAttentionError("attention sinks are not served by segments")
     assert query_BNTD.shape[0] == 1, "segments describe a single row"
     scale = scaling if scaling is not None else query_BNTD.shape[-1] ** -0.5
     if kernel == "sdpa" or (kernel == "varlen" and (softcap or dropout)):
@@ -125,10 +125,12 @@ def segment_attention(
         )
     if kernel == "flex":
         if dropout:
-            raise UnsupportedAttention("FlexAttention has no dropout; set model.dropout: false")
+            raise UnsupportedAttentionError("FlexAttention has no dropout; set model.dropout: false")
         return _flex(query_BNTD, key_BGTD, value_BGTD, segments, scale, sliding_window, softcap)
     # Both kernels take [tokens, heads, head size] and grouped key-value heads.
-    query_TND, key_KGD, value_KGD = (x[0].transpose(0, 1) for x in (query_BNTD, key_BGTD, value_BGTD))
+    query_TND, key_KGD, value_KGD = (
+        x[0].transpose(0, 1) for x in (query_BNTD, key_BGTD, value_BGTD)
+    )
     if segments.key_index is not None:
         key_KGD = key_KGD.index_select(0, segments.key_index)
         value_KGD = value_KGD.index_select(0, segments.key_index)
@@ -155,11 +157,16 @@ def segment_attention(
 
 
 def _torch_varlen(
-    query_TND: Tensor, key_KGD: Tensor, value_KGD: Tensor, segments: Segments, scale: float, left: int
+    query_TND: Tensor,
+    key_KGD: Tensor,
+    value_KGD: Tensor,
+    segments: Segments,
+    scale: float,
+    left: int,
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    grouped: dict[str, bool] = {}
+    grouped: dict[str, Any] = {}
     if query_TND.shape[1] != key_KGD.shape[1]:
         if "enable_gqa" in inspect.signature(varlen_attn).parameters:
             grouped["enable_gqa"] = True

@@ -6,16 +6,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dpo_scale.data.layouts import Layout, MicroBatch, PromptCompletions, collate
+from dpo_scale.data.token_pairs import TokenPairs
 from dpo_scale.errors import UserError
-from dpo_scale.model.attention import UnsupportedAttention
+from dpo_scale.model.attention import UnsupportedAttentionError
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
 """Largest difference of one token's log-prob, in nats, between two layouts: rounding of other kernels and shapes,
 far below what a wrong position, mask or head gives."""
+
+
+FIRST_PAIRS = 2
 
 
 class Engine(Protocol):
@@ -31,6 +36,30 @@ class LayoutChoice:
     layout: Layout
     gap: float
     passed_over: tuple[str, ...]
+
+    def describe(self, role: str) -> list[str]:
+        """Lines for the console: what was passed over, and what is in use."""
+        return [
+            *(f"  not {reason}" for reason in self.passed_over),
+            f"Layout of the {role}: {self.layout} "
+            f"(largest gap to the plain form {self.gap:.1e} nats a token)",
+        ]
+
+
+def check_layout(
+    engine: Engine,
+    pairs: TokenPairs,
+    *,
+    wanted: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    pad_id: int,
+) -> LayoutChoice:
+    """Choose the layout on the longest pair, where windows and position limits show, and on the first ones."""
+    longest = int(np.argmax(pairs.lengths.sum(axis=1)))
+    indices = dict.fromkeys([longest, *range(min(FIRST_PAIRS, len(pairs)))])
+    samples = [PromptCompletions.of_pair(pairs[index]) for index in indices]
+    return choose_layout(engine, samples, wanted=wanted, dtype=dtype, device=device, pad_id=pad_id)
 
 
 @torch.no_grad()
@@ -58,7 +87,7 @@ def choose_layout(
             continue
         try:
             actual = engine(collate(samples, layout, pad_id).to(device))
-        except UnsupportedAttention as reason:
+        except UnsupportedAttentionError as reason:
             passed_over.append(f"{layout}: {reason}")
             continue
         gap = (actual - torch.cat(expected)).abs().max().item()
@@ -69,5 +98,6 @@ def choose_layout(
             f"(tolerance {TOLERANCE[dtype]})"
         )
     raise UserError(
-        f"batch.layout: {wanted} does not give this model's log-probs\n  " + "\n  ".join(passed_over)
+        f"batch.layout: {wanted} does not give this model's log-probs\n  "
+        + "\n  ".join(passed_over)
     )

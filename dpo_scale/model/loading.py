@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo_scale.data.planning import CostModel
 from dpo_scale.errors import UserError
-from dpo_scale.model.attention import ATTENTION
+from dpo_scale.model.attention import ATTENTION, choose_kernel, register
 from dpo_scale.model.log_probs import CompletionLogProbs
 from dpo_scale.recipe import ModelSection
 
@@ -31,13 +31,19 @@ def resolve_folder(path: str, revision: str | None, setting: str = "model.path")
     if os.path.isdir(path):
         return Path(path)
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
     if not looks_local:
         try:
             return Path(
-                snapshot_download(path, revision=revision, ignore_patterns=["*.gguf", "*.onnx", "original/*"])
+                snapshot_download(
+                    path, revision=revision, ignore_patterns=["*.gguf", "*.onnx", "original/*"]
+                )
             )
         except (HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError) as error:
             raise UserError(
@@ -49,7 +55,9 @@ def resolve_folder(path: str, revision: str | None, setting: str = "model.path")
 def load_config(folder: Path, *, trust_remote_code: bool, setting: str = "model.path") -> Any:
     """The model's configuration. Raises UserError if the folder holds none."""
     if not (folder / "config.json").exists():
-        raise UserError(f"{setting}: {folder} holds no config.json; it is no Hugging Face model folder")
+        raise UserError(
+            f"{setting}: {folder} holds no config.json; it is no Hugging Face model folder"
+        )
     return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
@@ -85,6 +93,11 @@ def load_model(folder: Path, settings: ModelSection) -> CompletionLogProbs:
         switch_dropout_off(model)
     model.config.use_cache = False
     return CompletionLogProbs(model)
+
+
+def register_attention(settings: ModelSection, device: torch.device) -> None:
+    """Make the recipe's attention kernel known to transformers; to be called before a model is built."""
+    register(choose_kernel(settings.attention, device, DTYPES[settings.dtype]))
 
 
 def switch_dropout_off(model: nn.Module) -> None:

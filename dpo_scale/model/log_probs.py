@@ -87,9 +87,7 @@ class ChunkedLogProbs(torch.autograd.Function):
         grad_hidden_CH = torch.empty_like(hidden_CH)
         wants_weight = ctx.needs_input_grad[1]
         # fp32 over all chunks: sums of bf16 chunks would lose what small gradients add
-        grad_weight_VH = (
-            torch.zeros_like(weight_VH, dtype=grad_C.dtype) if wants_weight else None
-        )
+        grad_weight_VH = torch.zeros_like(weight_VH, dtype=grad_C.dtype) if wants_weight else None
         grad_bias_V = None if bias_V is None else torch.zeros_like(bias_V, dtype=grad_C.dtype)
         for rows in _chunks(len(targets_C), len(weight_VH), hidden_CH.device):
             logits_cV = head.logits(hidden_CH[rows])
@@ -169,7 +167,7 @@ class CompletionLogProbs(nn.Module):
             if targets_C is None:
                 logits: Tensor = plain_forward(hidden)
                 return logits
-            logps_C: Tensor = ChunkedLogProbs.apply(
+            logps_C: Tensor = ChunkedLogProbs.apply(  # type: ignore[no-untyped-call]
                 hidden, head.weight, getattr(head, "bias", None), targets_C, transform
             )
             return logps_C
@@ -187,8 +185,8 @@ class CompletionLogProbs(nn.Module):
         if batch.segments is not None:
             kwargs["segments"] = batch.segments
         if plain:
-            logits_TV = self.model(**kwargs).logits.flatten(0, 1)[batch.predictors].float()
-            return logits_TV.log_softmax(-1).gather(1, batch.targets[:, None])[:, 0]
+            logits_CV: Tensor = self.model(**kwargs).logits.flatten(0, 1)[batch.predictors]
+            return logits_CV.float().log_softmax(-1).gather(1, batch.targets[:, None])[:, 0]
         hidden_BTH = self.model.base_model(**kwargs).last_hidden_state  # type: ignore[operator]
         hidden_CH = hidden_BTH.flatten(0, 1).index_select(0, batch.predictors)
         head = self.model.get_output_embeddings()  # type: ignore[operator]

@@ -179,9 +179,7 @@ class ReferenceStore:
         assert keys.shape == (len(rows), KEY_BYTES)
         assert all(row.dtype == np.float32 and row.ndim == 1 for row in rows)
         if len(rows) and not np.isfinite(np.concatenate(rows)).all():
-            raise NonFiniteLogProbsError(
-                [i for i, row in enumerate(rows) if not np.isfinite(row).all()]
-            )
+            raise NonFiniteLogProbsError([i for i, row in enumerate(rows) if not np.isfinite(row).all()])
         own_index = KeyIndex()
         own_index.add([keys], 0)
         is_first = own_index.find(keys)[1] == np.arange(len(keys))
@@ -208,9 +206,7 @@ class ReferenceStore:
             elif not os.access(self.folder, os.W_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         except OSError as error:
-            raise UserError(
-                f"{self.folder}: {error.strerror}; set reference.cache_dir to a writable folder"
-            ) from error
+            raise UserError(f"{self.folder}: {error.strerror}; set reference.cache_dir to a writable folder") from error
 
     def _forget_parts(self) -> None:
         self._paths: list[Path] = []
@@ -256,15 +252,11 @@ class ReferenceStore:
         self._trusted.add(number)
         return True
 
-    def _by_part(
-        self, keys: Keys
-    ) -> Iterator[tuple[Part, npt.NDArray[np.int32], npt.NDArray[np.intp]]]:
+    def _by_part(self, keys: Keys) -> Iterator[tuple[Part, npt.NDArray[np.int32], npt.NDArray[np.intp]]]:
         """For each part that is needed: the part, the rows in it, their positions in `keys`."""
         parts, rows = self._locate(keys)
         if num_missing := int((parts < 0).sum()):
-            raise MissingRowsError(
-                f"{self.folder}: {num_missing} of {len(keys)} rows have no reference log-probs"
-            )
+            raise MissingRowsError(f"{self.folder}: {num_missing} of {len(keys)} rows have no reference log-probs")
         order = np.argsort(parts, kind="stable")
         for positions in np.split(order, np.flatnonzero(np.diff(parts[order])) + 1):
             if len(positions):
@@ -306,11 +298,7 @@ def near_misses(cache_dir: Path, fingerprint: ReferenceFingerprint) -> list[str]
         if stored is None or stored.key == fingerprint.key or not part_paths(path.parent):
             continue
         same_weights = set(stored.weights.values()) & set(fingerprint.weights.values())
-        if (
-            same_weights
-            or stored.config == fingerprint.config
-            or stored.source == fingerprint.source
-        ):
+        if same_weights or stored.config == fingerprint.config or stored.source == fingerprint.source:
             reasons = explain_difference(fingerprint, stored)
             line = f"{path.parent.name[:12]} ({stored.source}): {'; '.join(reasons)}"
             found.append((len(reasons), line))

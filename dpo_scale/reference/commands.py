@@ -86,8 +86,7 @@ def find_store(cache_dir: Path, name: str) -> Path:
     named = [
         store.folder
         for store in stores
-        if store.folder.name.startswith(name)
-        or (store.fingerprint and store.fingerprint.source == name)
+        if store.folder.name.startswith(name) or (store.fingerprint and store.fingerprint.source == name)
     ]
     if len(named) == 1:
         return named[0]
@@ -175,9 +174,7 @@ def compare_rows(
     return RowComparison(rows=len(drawn), tokens=tokens, largest_gap=largest_gap)
 
 
-def prune_stores(
-    cache_dir: Path, names: Sequence[str] = (), older_than_days: float | None = None
-) -> Pruned:
+def prune_stores(cache_dir: Path, names: Sequence[str] = (), older_than_days: float | None = None) -> Pruned:
     """Delete whole stores: those named, and those last written more than some days ago.
 
     Raises UserError if neither is given, or a name means no store; nothing is deleted then.

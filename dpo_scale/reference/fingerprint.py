@@ -152,9 +152,7 @@ def explain_difference(wanted: ReferenceFingerprint, stored: ReferenceFingerprin
     """Why a store does not serve, a line for each difference; empty if the keys are equal."""
     lines = []
     if wanted.scoring_version != stored.scoring_version:
-        lines.append(
-            f"scoring version {wanted.scoring_version}, store has {stored.scoring_version}"
-        )
+        lines.append(f"scoring version {wanted.scoring_version}, store has {stored.scoring_version}")
     if wanted.dtype != stored.dtype:
         lines.append(f"precision {wanted.dtype}, store has {stored.dtype}")
     if wanted.weights.keys() != stored.weights.keys():
@@ -162,9 +160,7 @@ def explain_difference(wanted: ReferenceFingerprint, stored: ReferenceFingerprin
     elif changed := _changed(wanted.weights, stored.weights):
         lines.append(f"weights differ in {_names(changed)}")
     for key in _changed(wanted.config, stored.config):
-        ours, theirs = (
-            json.dumps(c[key]) if key in c else "unset" for c in (wanted.config, stored.config)
-        )
+        ours, theirs = (json.dumps(c[key]) if key in c else "unset" for c in (wanted.config, stored.config))
         lines.append(f"config.json {key} {_short(ours)}, store has {_short(theirs)}")
     if changed := _changed(wanted.code, stored.code):
         lines.append(f"model code differs in {_names(changed)}")
@@ -178,9 +174,7 @@ def _files_of_index(index: Path) -> list[Path]:
     files = sorted({index.parent / str(name) for name in weight_map.values()})
     missing = [path.name for path in files if not path.exists()]
     if missing:
-        raise UserError(
-            f"{index}: names {_names(missing)}, which is not there; fetch the model again"
-        )
+        raise UserError(f"{index}: names {_names(missing)}, which is not there; fetch the model again")
     return files
 
 
@@ -200,11 +194,7 @@ def _without_irrelevant_keys(config: Any) -> Any:
     """The config, and those nested in it (text_config), without what cannot change a log-prob."""
     if not isinstance(config, dict):
         return config
-    return {
-        key: _without_irrelevant_keys(value)
-        for key, value in config.items()
-        if key not in _IRRELEVANT_CONFIG_KEYS
-    }
+    return {key: _without_irrelevant_keys(value) for key, value in config.items() if key not in _IRRELEVANT_CONFIG_KEYS}
 
 
 def _source_name(folder: Path) -> str:

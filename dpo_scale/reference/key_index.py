@@ -36,9 +36,7 @@ class KeyIndex:
         numbers = np.repeat(np.arange(first_number, first_number + len(parts)), lengths)
         rows = [np.arange(length, dtype=np.int32) for length in lengths]
         high, low = _halves(keys)
-        table = _Table(
-            high, low, numbers.astype(np.int32), np.concatenate([np.zeros(0, np.int32), *rows])
-        )
+        table = _Table(high, low, numbers.astype(np.int32), np.concatenate([np.zeros(0, np.int32), *rows]))
         if self._tables:
             table = table.take(np.flatnonzero(self.find(keys)[0] < 0))
         table = _sorted_without_repeats(table)
@@ -69,9 +67,7 @@ class _Table:
     rows: Numbers
 
     def take(self, positions: npt.NDArray[np.intp]) -> _Table:
-        return _Table(
-            self.high[positions], self.low[positions], self.parts[positions], self.rows[positions]
-        )
+        return _Table(self.high[positions], self.low[positions], self.parts[positions], self.rows[positions])
 
     def followed_by(self, other: _Table) -> _Table:
         return _Table(

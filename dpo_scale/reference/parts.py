@@ -113,10 +113,7 @@ class Part:
         offsets = self._file.get_tensor("offsets")
         starts, ends = offsets[rows].tolist(), offsets[rows + 1].tolist()
         empty = np.zeros(0, np.float32)  # the library refuses an empty slice at the very end
-        return [
-            values[start:end] if end > start else empty
-            for start, end in zip(starts, ends, strict=True)
-        ]
+        return [values[start:end] if end > start else empty for start, end in zip(starts, ends, strict=True)]
 
 
 def _part_name(sha256: str) -> str:

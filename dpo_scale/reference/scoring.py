@@ -90,7 +90,7 @@ class ScoringPlan:
         return sum(len(keys) for keys in self.keys)
 
     def lengths(self) -> npt.NDArray[np.int64]:
-        """int64 [groups, 1 + most completions]: tokens of the prompt and of each completion, 0 where there are fewer."""
+        """int64 [groups, 1 + most completions]: tokens of the prompt and of each completion, else 0."""
         width = max((len(group.completions) for group in self.groups), default=0)
         lengths = np.zeros((len(self.groups), 1 + width), np.int64)
         for row, group in zip(lengths, self.groups, strict=True):
@@ -99,12 +99,11 @@ class ScoringPlan:
         return lengths
 
 
-def missing_everywhere(
-    store: ReferenceStore, keys: Keys, ranks: Ranks
-) -> npt.NDArray[np.bool_]:
+def missing_everywhere(store: ReferenceStore, keys: Keys, ranks: Ranks) -> npt.NDArray[np.bool_]:
     """Which of the rows no rank has, bool [rows]: the same answer on every rank, with or without a shared disk."""
     found = torch.from_numpy(store.contains(keys).astype(np.uint8)).to(ranks.device)
-    return ranks.max(found).cpu().numpy() == 0
+    missing: npt.NDArray[np.bool_] = ranks.max(found).cpu().numpy() == 0
+    return missing
 
 
 def plan_scoring(
@@ -173,7 +172,9 @@ def score(
             groups = [plan.groups[index] for index in mine] or [shortest]
             batch = collate(groups, layout, pad_id)
             token_logps = scorer(batch.to(ranks.device)).float().cpu()
-            if len(mine):  # the filler of a rank without work is computed to stay in lockstep, and dropped
+            if len(
+                mine
+            ):  # the filler of a rank without work is computed to stay in lockstep, and dropped
                 keys = [key for index in mine for key in plan.keys[index]]
                 waiting.add(keys, token_logps.split(batch.lengths.tolist()))
             tokens += sum(int(costs.tokens[indices].sum()) for indices in round_)

@@ -271,7 +271,8 @@ def find_checkpoint(
                 f"{resume}: damaged: {'; '.join(problems)}. Choose another, or run.resume=auto."
             )
         return chosen, []
-    checkpoints, passed_over = on_main(ranks, lambda: _committed(folder), CheckpointError)
+    checkpoints, broken = on_main(ranks, lambda: _committed(folder), CheckpointError)
+    passed_over = list(broken)
     for checkpoint in checkpoints:
         problems = _verify_together(checkpoint, ranks)
         if not problems:

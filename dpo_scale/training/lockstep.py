@@ -36,6 +36,7 @@ class OneProcess:
     rank: int = 0
     world_size: int = 1
     is_main: bool = True
+    is_local_main: bool = True
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def gather_objects(self, value: T) -> list[T]:

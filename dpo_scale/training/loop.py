@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,14 +21,19 @@ from dpo_scale.distributed.engines import PolicyEngine, loading_for
 from dpo_scale.distributed.runtime import Ranks, Runtime
 from dpo_scale.errors import UserError
 from dpo_scale.files import write_json
-from dpo_scale.model.layout_check import TOLERANCE
-from dpo_scale.model.loading import DTYPES, checkpoint_activations, load_model
-from dpo_scale.model.tokenizer import save_tokenizer
+from dpo_scale.model.layout_check import TOLERANCE, check_layout
+from dpo_scale.model.loading import (
+    DTYPES,
+    checkpoint_activations,
+    load_model,
+    register_attention,
+)
 from dpo_scale.recipe import Recipe
 from dpo_scale.reference.scoring import ReferenceRows
+from dpo_scale.reference.session import Reference
 from dpo_scale.training.checkpoints import RunState, find_checkpoint, save
 from dpo_scale.training.evaluation import describe, evaluate
-from dpo_scale.training.export import ModelFolder, export_engine
+from dpo_scale.training.export import export_engine
 from dpo_scale.training.interruption import STOPPED, Interruption, agree
 from dpo_scale.training.metrics import (
     MetricsFile,
@@ -38,15 +42,9 @@ from dpo_scale.training.metrics import (
     peak_memory_gib,
 )
 from dpo_scale.training.optimizer import build_optimizer, learning_rate, set_learning_rate
+from dpo_scale.training.provenance import model_folder
 from dpo_scale.training.run_folder import RunFolder, trajectory_digest
-from dpo_scale.training.setup import (
-    Data,
-    Reference,
-    check_layout,
-    prepare_data,
-    register_attention,
-    report_layout,
-)
+from dpo_scale.training.setup import Data, prepare_data
 from dpo_scale.training.step import (
     PairBatch,
     StepOutput,
@@ -125,7 +123,7 @@ def _start(
     3. the layout is checked on the weights that training goes on with.
     """
     ranks = runtime.ranks
-    register_attention(recipe, ranks.device)
+    register_attention(recipe.model, ranks.device)
     torch.manual_seed(recipe.run.seed)
     console.say(f"Loading the policy from {data.model_folder}")
     with loading_for(runtime.accelerator, "policy"):
@@ -137,8 +135,16 @@ def _start(
     digest = trajectory_digest(recipe, data.train.digest())
     state = _resume(recipe, ranks, console, policy, digest)
     policy.train()
-    layout = check_layout(policy, recipe, data.train, ranks, data.pad_id)
-    report_layout(layout, "policy", console)
+    layout = check_layout(
+        policy,
+        data.train,
+        wanted=recipe.batch.layout,
+        dtype=DTYPES[recipe.model.dtype],
+        device=ranks.device,
+        pad_id=data.pad_id,
+    )
+    for line in layout.describe("policy"):
+        console.say(line)
     schedule = Schedule(
         num_pairs=len(data.train),
         global_pairs=recipe.batch.global_pairs,
@@ -212,9 +218,7 @@ class Run:
     def __post_init__(self) -> None:
         self.ranks = self.runtime.ranks
         self.interval = MetricSums(self.ranks.device)
-        self.log = self.folder and MetricsFile(
-            self.folder.path / "metrics.jsonl", self.state.step
-        )
+        self.log = self.folder and MetricsFile(self.folder.path / "metrics.jsonl", self.state.step)
         self.interval_started = self.committed_at = time.monotonic()
         self.interval_state = self.state
 
@@ -252,9 +256,7 @@ class Run:
             self.commit()  # a plan without steps still leaves something to resume and export
         return True
 
-    def _prepared(
-        self, start: int, stop: int
-    ) -> Iterator[tuple[StepPlan, Sequence[PairBatch]]]:
+    def _prepared(self, start: int, stop: int) -> Iterator[tuple[StepPlan, Sequence[PairBatch]]]:
         """Plans and this rank's micro-batches of the steps, laid out ahead while the device works."""
 
         def prepare(step: int) -> tuple[StepPlan, Sequence[PairBatch]]:
@@ -343,11 +345,13 @@ class Run:
             raise WrongReferenceError(
                 f"step 1: policy and reference start from {self.data.model_folder} and differ by {gap:.3g} nats on "
                 f"one token, more than {tolerance} in {self.recipe.model.dtype}; the reference log-probs in "
-                f"{self.reference.store.folder} are not this model's. Run `dpo-scale cache verify`, or remove that folder."
+                f"{self.reference.store.folder} are not this model's; run `dpo-scale cache verify`, or remove that folder"
             )
 
     def _count(self, plan: StepPlan) -> None:
-        lengths = self.data.train.lengths[np.concatenate([i for r in plan.micro_batches for i in r])]
+        lengths = self.data.train.lengths[
+            np.concatenate([i for r in plan.micro_batches for i in r])
+        ]
         self.state = replace(
             self.state,
             step=plan.step + 1,
@@ -456,31 +460,11 @@ class Run:
 
     def export(self) -> None:
         """Write RUN/model, a Hugging Face folder. Collective."""
-        with tempfile.TemporaryDirectory() as tokenizer:
-            save_tokenizer(
-                self.data.tokenizer,
-                self.recipe.model.tokenizer or str(self.data.model_folder),
-                Path(tokenizer),
-            )
-            template = self.recipe.data.chat_template
-            export_engine(
-                self.policy.engine,
-                Path(self.recipe.run.output_dir) / "model",
-                ModelFolder(
-                    source_model=self.data.model_folder,
-                    trajectory_digest=self.digest,
-                    tokenizer=Path(tokenizer),
-                    chat_template=template and Path(template).read_text(encoding="utf-8"),
-                    provenance={
-                        "recipe": self.recipe.model_dump(mode="json"),
-                        "training_data_digest": self.data.train.digest(),
-                        "reference": self.reference.store.folder.name,
-                        "step": self.state.step,
-                    },
-                ),
-                self.ranks,
-                step=self.state.step,
-            )
+        with model_folder(
+            self.recipe, self.data.model_folder, self.digest, self.state.step
+        ) as folder:
+            out = Path(self.recipe.run.output_dir) / "model"
+            export_engine(self.policy.engine, out, folder, self.ranks, step=self.state.step)
 
 
 def _is_due(step: int, every: int | None) -> bool:

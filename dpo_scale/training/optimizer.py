@@ -61,5 +61,3 @@ def set_learning_rate(groups: list[dict[str, Any]], value: float) -> None:
     """Give every parameter group the same learning rate."""
     for group in groups:
         group["lr"] = value
-
-

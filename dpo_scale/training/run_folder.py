@@ -63,7 +63,8 @@ def flatten(recipe: Recipe) -> dict[str, Any]:
 
 def changed_settings(before: dict[str, Any], after: dict[str, Any]) -> tuple[list[str], list[str]]:
     """What changed between two flattened recipes, one line each: what matters, and what is harmless."""
-    matters, harmless = [], []
+    matters: list[str] = []
+    harmless: list[str] = []
     for name in sorted(before.keys() | after.keys()):
         if before.get(name) != after.get(name):
             line = f"{name}: was {before.get(name)!r}, is {after.get(name)!r}"

@@ -52,7 +52,9 @@ def pair_batches(
     for round_ in plan.micro_batches:
         indices = round_[rank]
         filler = len(indices) == 0
-        if filler:  # the shortest pair of this round: cheap, and not longer than what runs beside it
+        if (
+            filler
+        ):  # the shortest pair of this round: cheap, and not longer than what runs beside it
             others = np.concatenate(round_)
             indices = others[[int(np.argmin(totals[others]))]]
         groups = [PromptCompletions.of_pair(pairs[int(index)]) for index in indices]

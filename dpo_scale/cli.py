@@ -1,0 +1,152 @@
+"""`dpo-scale`: the commands that need no launcher. Torch is imported only where a command uses it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dpo_scale import __version__
+from dpo_scale.errors import UserError
+from dpo_scale.recipe import cache_root, load_recipe
+
+USER_ERROR = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit code: 0, or 2 for a mistake that the user can mend."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        code: int = options.run(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dpo-scale", description="Direct Preference Optimization with DeepSpeed ZeRO-3."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    demo = commands.add_parser("demo", help="the embedded default, start to finish")
+    demo.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder of the run")
+    demo.set_defaults(run=_demo)
+
+    check = commands.add_parser("check", help="recipe, data, tokenizer and paths, without loading weights")
+    check.add_argument("recipe", type=Path)
+    check.add_argument("overrides", nargs="*", metavar="section.field=value")
+    check.set_defaults(run=_check)
+
+    export = commands.add_parser("export", help="checkpoint -> Hugging Face folder")
+    export.add_argument("checkpoint", type=Path, help="RUN/checkpoints/step-...")
+    export.add_argument("out", type=Path)
+    export.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: as trained")
+    export.set_defaults(run=_export)
+
+    _add_cache_commands(commands.add_parser("cache", help="the stores of reference log-probs"))
+    return parser
+
+
+def _add_cache_commands(cache: argparse.ArgumentParser) -> None:
+    cache.add_argument("--dir", type=Path, default=None, help="default: the recipe's default cache_dir")
+    actions = cache.add_subparsers(required=True, metavar="ACTION")
+    actions.add_parser("list", help="every store: rows, size, precision").set_defaults(run=_cache_list)
+    inspect = actions.add_parser("inspect", help="one store in full")
+    inspect.add_argument("store")
+    inspect.set_defaults(run=_cache_inspect)
+    verify = actions.add_parser("verify", help="read every part and check its checksum")
+    verify.add_argument("store")
+    verify.set_defaults(run=_cache_verify)
+    prune = actions.add_parser("prune", help="delete stores, or what is useless in them")
+    prune.add_argument("stores", nargs="*", metavar="STORE")
+    prune.add_argument("--older-than", type=float, metavar="DAYS")
+    prune.add_argument("--waste", metavar="STORE", help="only repeated, damaged and unfinished parts of a store")
+    prune.set_defaults(run=_cache_prune)
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from dpo_scale.demo.run import run_demo
+
+    return run_demo(options.output)
+
+
+def _check(options: argparse.Namespace) -> int:
+    from dpo_scale.operations.check import check
+
+    check(load_recipe(options.recipe, options.overrides))
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    import torch
+
+    from dpo_scale.training.checkpoints import open_checkpoint
+    from dpo_scale.training.export import export_checkpoint
+    from dpo_scale.training.provenance import model_folder
+
+    commit = open_checkpoint(options.checkpoint).commit
+    recipe = load_recipe(options.checkpoint.resolve().parent.parent / "recipe.yaml")
+    dtype = getattr(torch, options.dtype) if options.dtype else None
+    source = Path(commit.source_model)
+    with model_folder(recipe, source, commit.trajectory_digest, commit.run.step) as folder:
+        export_checkpoint(
+            options.checkpoint,
+            options.out,
+            source_model=source,
+            dtype=dtype,
+            tokenizer=folder.tokenizer,
+            chat_template=folder.chat_template,
+            provenance=folder.provenance,
+        )
+    print(f"exported to {options.out}")
+    return 0
+
+
+def _cache_dir(options: argparse.Namespace) -> Path:
+    return options.dir or cache_root() / "reference"
+
+
+def _cache_list(options: argparse.Namespace) -> int:
+    from dpo_scale.reference.commands import format_stores, list_stores
+
+    print(format_stores(list_stores(_cache_dir(options))))
+    return 0
+
+
+def _cache_inspect(options: argparse.Namespace) -> int:
+    from dpo_scale.reference.commands import find_store, format_store, summarize
+
+    print(format_store(summarize(find_store(_cache_dir(options), options.store))))
+    return 0
+
+
+def _cache_verify(options: argparse.Namespace) -> int:
+    from dpo_scale.reference.commands import find_store, verify
+
+    wrong = verify(find_store(_cache_dir(options), options.store))
+    for line in wrong:
+        print(line)
+    print(f"{len(wrong)} damaged" if wrong else "every part is whole")
+    return 1 if wrong else 0
+
+
+def _cache_prune(options: argparse.Namespace) -> int:
+    from dpo_scale.reference.commands import find_store, prune_stores, prune_waste
+
+    if options.waste:
+        pruned = prune_waste(find_store(_cache_dir(options), options.waste))
+    else:
+        pruned = prune_stores(_cache_dir(options), options.stores, options.older_than)
+    for path in pruned.paths:
+        print(f"removed {path}")
+    print(f"{pruned.freed_bytes:,} bytes freed")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
