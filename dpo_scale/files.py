@@ -31,7 +31,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         write(temporary)
-        _fsync(temporary)  # after the rename, a power cut could leave the name on an empty file
+        _fsync(temporary)  # else a power cut could leave the new name on an empty file
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -125,21 +125,19 @@ class DigestMemory:
         try:
             self._memory.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self._memory, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
-                raise
+            try:
+                os.write(descriptor, b"\n" + line.encode())  # the first newline ends a torn line
+            finally:
+                os.close(descriptor)
+        except OSError:  # read-only, full, no folder: it costs one more read of the file, no more
             return
-        try:
-            os.write(descriptor, b"\n" + line.encode())  # the first newline ends a torn line
-        finally:
-            os.close(descriptor)
 
     def _read_new_lines(self) -> None:
         try:
             with open(self._memory, "rb") as file:
                 file.seek(self._read_up_to)
                 text = file.read()
-        except (FileNotFoundError, PermissionError):
+        except OSError:
             return
         whole, newline, _ = text.rpartition(b"\n")
         self._read_up_to += len(whole) + len(newline)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -72,16 +71,16 @@ def _console_of_run(recipe: Recipe, name: str, *, is_main: bool) -> Console:
 def _report(console: Console, error: BaseException, message: str) -> None:
     """Say why the stage ends, once a machine: the first rank that fails speaks, the others follow it down."""
     print(message, file=sys.stderr)
-    claim = Path(os.environ.get("TMPDIR", "/tmp")) / f".dpo_scale-{os.getuid()}-{os.getppid()}"
-    if claim.exists() and time.time() - claim.stat().st_mtime > 3600:
-        claim.unlink()  # another launch had this process number
-    try:
-        os.close(os.open(claim, os.O_CREAT | os.O_EXCL))
-    except FileExistsError:
-        return
-    console.is_main = True
-    console.say(message)
-    if "TORCHELASTIC_ERROR_FILE" in os.environ:  # the launcher repeats it in its closing words
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if error_file is not None:
+        attempt = Path(error_file).parent.parent  # a folder of this launch, shared by its ranks
+        try:
+            os.close(os.open(attempt / "said", os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return
+        # The launcher repeats what stands in this file in its closing words.
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
         get_error_handler().record_exception(error)
+    console.is_main = True
+    console.say(message)

@@ -85,10 +85,7 @@ class Segments:
         keys = np.cumsum([0] + [segment.num_keys for segment in segments])
         shares = any(segment.prefix_stop > segment.prefix_start for segment in segments)
         index = np.concatenate(
-            [
-                np.r_[segment.prefix_start : segment.prefix_stop, segment.start : segment.stop]
-                for segment in segments
-            ]
+            [np.r_[segment.prefix_start : segment.prefix_stop, segment.start : segment.stop] for segment in segments]
         )
         return cls(
             segments=tuple(segments),
@@ -102,9 +99,7 @@ class Segments:
             self,
             cu_queries=self.cu_queries.to(device, non_blocking=True),
             cu_keys=self.cu_keys.to(device, non_blocking=True),
-            key_index=None
-            if self.key_index is None
-            else self.key_index.to(device, non_blocking=True),
+            key_index=None if self.key_index is None else self.key_index.to(device, non_blocking=True),
         )
 
 

@@ -132,9 +132,7 @@ def layout_costs(lengths: npt.NDArray[np.int64], layout: str, cost: CostModel) -
         tokens = sequences.sum(axis=1)
         attended = (sequences**2 / 2).sum(axis=1)
     work = np.asarray(
-        cost.per_token * tokens
-        + cost.per_scored_token * scored
-        + cost.per_attended_position * attended,
+        cost.per_token * tokens + cost.per_scored_token * scored + cost.per_attended_position * attended,
         np.float64,
     )
     if layout == "padded":
@@ -154,9 +152,7 @@ def check_budget(costs: Costs, rank_tokens: int, rows: Sequence[str], setting: s
         )
 
 
-def plan_step(
-    pairs: Indices, costs: Costs, *, world_size: int, rank_tokens: int, step: int, epoch: int
-) -> StepPlan:
+def plan_step(pairs: Indices, costs: Costs, *, world_size: int, rank_tokens: int, step: int, epoch: int) -> StepPlan:
     """Spread a step's pairs over ranks and micro-batches.
 
     The number of micro-batches is the smallest that the packing finds under `rank_tokens`, equal on all ranks.
@@ -265,9 +261,7 @@ def _first_with_room(
     return target
 
 
-def _lockstep(
-    bins: list[Indices], costs: Costs, world_size: int
-) -> tuple[tuple[Indices, ...], ...]:
+def _lockstep(bins: list[Indices], costs: Costs, world_size: int) -> tuple[tuple[Indices, ...], ...]:
     """Arrange bins as [micro-batch][rank]: neighbours in work run together, totals of the ranks stay close."""
     work = [float(costs.work[items].sum()) for items in bins]
     order = sorted(range(len(bins)), key=lambda n: -work[n])

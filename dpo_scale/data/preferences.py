@@ -131,9 +131,7 @@ def _from_chosen_and_rejected(fields: dict[str, Any], place: str) -> PreferenceP
     return _pair(fields, place, prompt, chosen, rejected, name)
 
 
-def _pair(
-    fields: dict[str, Any], place: str, prompt: Text, chosen: Text, rejected: Text, name: str
-) -> PreferencePair:
+def _pair(fields: dict[str, Any], place: str, prompt: Text, chosen: Text, rejected: Text, name: str) -> PreferencePair:
     """The pair with its system message, tools and template variables."""
     if "system" in fields:
         system = _string("system", fields["system"])
@@ -148,9 +146,7 @@ def _pair(
     if not isinstance(prompt, str) and not prompt:
         raise RowError("chosen and rejected begin with different messages: there is no prompt")
     tools = _json_field("tools", fields.get("tools"), list)
-    variables = dict(
-        _json_field("chat_template_kwargs", fields.get("chat_template_kwargs"), dict) or {}
-    )
+    variables = dict(_json_field("chat_template_kwargs", fields.get("chat_template_kwargs"), dict) or {})
     documents = _json_field("documents", fields.get("documents"), list)
     if documents:
         variables["documents"] = documents
@@ -194,9 +190,7 @@ def _common_length(left: Sequence[Any], right: Sequence[Any]) -> int:
     return next(index for index in range(shorter) if left[index] != right[index])
 
 
-def _split_chats(
-    chosen: tuple[Message, ...], rejected: tuple[Message, ...]
-) -> tuple[Text, Text, Text, str]:
+def _split_chats(chosen: tuple[Message, ...], rejected: tuple[Message, ...]) -> tuple[Text, Text, Text, str]:
     cut = _common_length(chosen, rejected)
     return chosen[:cut], chosen[cut:], rejected[cut:], "whole chats, prompt in both"
 
@@ -242,9 +236,7 @@ def _from_completions(fields: dict[str, Any], place: str) -> list[PreferencePair
         raise RowError("completions has to be a list of two or more")
     if "prompt" not in fields:
         raise RowError("completions need a field 'prompt'")
-    ranked = [
-        (_merit(entry, index, fields), _completion(entry)) for index, entry in enumerate(entries)
-    ]
+    ranked = [(_merit(entry, index, fields), _completion(entry)) for index, entry in enumerate(entries)]
     (best, chosen), (worst, rejected) = max(ranked, key=_first), min(ranked, key=_first)
     if best == worst:
         rejected = chosen  # no preference: set aside with the pairs that carry none
@@ -299,9 +291,7 @@ def _from_two_responses(fields: dict[str, Any], place: str) -> PreferencePair:
         rejected = chosen
     pair = {**fields, "chosen": chosen, "rejected": rejected}
     made = _from_chosen_and_rejected(pair, place)
-    return _pair(
-        fields, place, made.prompt, made.chosen, made.rejected, "two responses and a preference"
-    )
+    return _pair(fields, place, made.prompt, made.chosen, made.rejected, "two responses and a preference")
 
 
 # --- values ------------------------------------------------------------------------------------
@@ -314,9 +304,7 @@ def _text(name: str, value: Any) -> Text:
     if isinstance(value, dict):
         value = [value]
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-        raise RowError(
-            f"field {name!r} has to be text or a list of messages, not {_describe(value)}"
-        )
+        raise RowError(f"field {name!r} has to be text or a list of messages, not {_describe(value)}")
     return tuple(_message(name, item) for item in value)
 
 
@@ -334,6 +322,8 @@ def _message(name: str, message: dict[str, Any]) -> Message:
         raise RowError(f"a message of {name!r} has no 'role'")
     if "content" not in message and "tool_calls" not in message:
         raise RowError(f"a message of {name!r} has no 'content'")
+    if not isinstance(message.get("content", ""), (str, list)):
+        raise RowError(f"the content of a message of {name!r} has to be text, not {_describe(message['content'])}")
     for value in _strings(message):
         _string(name, value)
     return message
@@ -343,7 +333,9 @@ def _strings(value: Any) -> list[str]:
     """All strings inside a value."""
     if isinstance(value, str):
         return [value]
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    parts = value if isinstance(value, list) else ()
     return list(itertools.chain.from_iterable(map(_strings, parts)))
 
 
@@ -372,6 +364,8 @@ def _json_field(name: str, value: Any, kind: type) -> Any:
             raise RowError(f"field {name!r} is not valid JSON") from error
     if value is not None and not isinstance(value, kind):
         raise RowError(f"field {name!r} has to be a {kind.__name__}, not {_describe(value)}")
+    for text in _strings(value):
+        _string(name, text)
     return value
 
 

@@ -10,7 +10,7 @@ import itertools
 import os
 import re
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
@@ -137,14 +137,11 @@ def _tokenized(
     if ahead is None:
         return
     # Spawned, not forked: this process may hold CUDA, communicator and tokenizer threads.
-    with ProcessPoolExecutor(
-        workers, get_context("spawn"), _start_worker, (tokenizer, columns)
-    ) as pool:
-        submit: Callable[[list[Row]], Future[_Chunk]] = lambda rows: pool.submit(_work, rows)  # noqa: E731
+    with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (tokenizer, columns)) as pool:
         waiting: deque[Future[_Chunk]] = deque()
         try:
             for rows in itertools.chain([ahead], chunks):
-                waiting.append(submit(rows))
+                waiting.append(pool.submit(_work, rows))
                 if len(waiting) > 3 * workers:
                     yield waiting.popleft().result()
             while waiting:
@@ -168,9 +165,7 @@ def _work(rows: list[Row]) -> _Chunk:
     return _tokenize_chunk(*_worker, rows)
 
 
-def _tokenize_chunk(
-    tokenizer: PairTokenizer, columns: dict[str, str] | None, rows: list[Row]
-) -> _Chunk:
+def _tokenize_chunk(tokenizer: PairTokenizer, columns: dict[str, str] | None, rows: list[Row]) -> _Chunk:
     data = tokenizer.data
     chunk = _Chunk(np.zeros(0, np.int32), np.zeros((0, 3), np.int64), [], rows_read=len(rows))
     pairs: list[PreferencePair] = []
@@ -197,9 +192,7 @@ def _tokenize_chunk(
             chunk.truncated.update(outcome.cuts)
             chunk.boundaries_moved += outcome.boundary_moved
     if kept:
-        parts = [
-            ids for one in kept for ids in (one.pair.prompt, one.pair.chosen, one.pair.rejected)
-        ]
+        parts = [ids for one in kept for ids in (one.pair.prompt, one.pair.chosen, one.pair.rejected)]
         chunk.tokens = np.concatenate(parts)
         chunk.lengths = np.array([len(part) for part in parts], np.int64).reshape(-1, 3)
         chunk.places = [one.pair.row for one in kept]
@@ -240,7 +233,7 @@ def _source_report(path: str, pairs_kept: int, total: _Chunk) -> SourceReport:
 
 def _bad_rows_error(bad_rows: Sequence[BadRow]) -> DataError:
     listed = "\n".join(f"  {row.place}: {row.reason}" for row in bad_rows[:MAX_LISTED])
-    more = ", and maybe more" if len(bad_rows) >= MAX_LISTED else ""
+    more = ", and maybe more," if len(bad_rows) >= MAX_LISTED else ""
     plain = all(row.reason in NO_PREFERENCE for row in bad_rows)
     setting = "data.on_no_preference" if plain else "data.on_bad_row"
     count = min(len(bad_rows), MAX_LISTED)

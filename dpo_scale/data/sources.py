@@ -239,9 +239,7 @@ def _csv(file: Path) -> Iterator[Row]:
                 yield BadRow(f"{file}:{reader.line_num}", f"not valid CSV ({error})")
                 continue
             except (EOFError, zlib.error, OSError) as error:
-                yield BadRow(
-                    f"{file}:{reader.line_num}", f"the file is damaged from here on ({error})"
-                )
+                yield BadRow(f"{file}:{reader.line_num}", f"the file is damaged from here on ({error})")
                 return
             if fields is None:
                 return

@@ -63,9 +63,7 @@ _COLUMNS = (_TOKENS, _LENGTHS, _ROW_FILES, _ROW_NUMBERS)
 class RowPlaces(Sequence[str]):
     """`file:number` of each pair, kept as two columns of numbers."""
 
-    def __init__(
-        self, names: Sequence[str], files: npt.NDArray[np.int32], numbers: npt.NDArray[np.int64]
-    ) -> None:
+    def __init__(self, names: Sequence[str], files: npt.NDArray[np.int32], numbers: npt.NDArray[np.int64]) -> None:
         self._names = names
         self._files = files
         self._numbers = numbers
@@ -104,14 +102,10 @@ class TokenStore:
         try:
             root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(
-                f"data.cache_dir: {root}: {error.strerror}; choose another folder"
-            ) from error
+            raise UserError(f"data.cache_dir: {root}: {error.strerror}; choose another folder") from error
         content = {
             "code": [sha256_of_file(Path(__file__).with_name(name)) for name in _CODE],
-            "versions": [
-                importlib.metadata.version(name) for name in ("tokenizers", "transformers")
-            ],
+            "versions": [importlib.metadata.version(name) for name in ("tokenizers", "transformers")],
             "tokenizer": tokenizer_fingerprint(tokenizer),
             "template": template,
             "settings": data.model_dump(include=set(_SETTINGS)),
@@ -195,9 +189,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
         tokenizer.backend_tokenizer.no_padding()
         rules: Any = tokenizer.backend_tokenizer.to_str()
     else:
-        rules = json.dumps(
-            [sorted(tokenizer.get_vocab().items()), repr(sorted(tokenizer.init_kwargs))]
-        )
+        rules = json.dumps([sorted(tokenizer.get_vocab().items()), repr(sorted(tokenizer.init_kwargs))])
     parts = [type(tokenizer).__name__, rules, tokenizer.bos_token_id, tokenizer.eos_token_id]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 

@@ -80,8 +80,7 @@ class PairTokenizer:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, data: DataSection) -> None:
         if tokenizer.eos_token_id is None:
             raise UserError(
-                f"{tokenizer.name_or_path or 'tokenizer'}: no end token; set eos_token in "
-                "tokenizer_config.json"
+                f"{tokenizer.name_or_path or 'tokenizer'}: no end token; set eos_token in tokenizer_config.json"
             )
         self.tokenizer = tokenizer
         self.data = data
@@ -142,8 +141,7 @@ class PairTokenizer:
         """The chat as the template writes it; special tokens are the template's business."""
         if self.template is None:
             raise UserError(
-                f"{pair.row}: a chat, but the tokenizer has no chat template; "
-                "set data.chat_template to a file with one"
+                f"{pair.row}: a chat, but the tokenizer has no chat template; set data.chat_template to a file with one"
             )
         assert not isinstance(pair.prompt, str)
         assert not isinstance(pair.chosen, str)
@@ -154,9 +152,7 @@ class PairTokenizer:
             chosen = self._apply(pair, pair.prompt + pair.chosen)
             rejected = self._apply(pair, pair.prompt + pair.rejected)
         except (jinja2.TemplateError, ValueError, TypeError, KeyError) as error:
-            return Dropped(
-                pair.row, TEMPLATE_FAILED, str(error).splitlines()[0] if str(error) else ""
-            )
+            return Dropped(pair.row, TEMPLATE_FAILED, str(error).splitlines()[0] if str(error) else "")
         return _Texts(
             prompt=prompt,
             chosen=chosen,
@@ -200,9 +196,7 @@ class PairTokenizer:
             rejected = _with(rejected, end)
         if np.array_equal(chosen, rejected):
             return Dropped(row, EQUAL)
-        return _truncate(
-            TokenPair(head, chosen, rejected, row), self.data, moved, self._keeps_bos(head)
-        )
+        return _truncate(TokenPair(head, chosen, rejected, row), self.data, moved, self._keeps_bos(head))
 
     def _keeps_bos(self, prompt: TokenIds) -> bool:
         return bool(prompt[0] == self.tokenizer.bos_token_id)
@@ -217,8 +211,7 @@ def chat_template(tokenizer: PreTrainedTokenizerBase, data: DataSection) -> str 
         return Path(data.chat_template).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
-            f"data.chat_template: {data.chat_template} cannot be read ({error}); "
-            "give a file with a Jinja template"
+            f"data.chat_template: {data.chat_template} cannot be read ({error}); give a file with a Jinja template"
         ) from error
 
 
@@ -295,9 +288,7 @@ def _truncate(pair: TokenPair, data: DataSection, moved: bool, keeps_bos: bool) 
     return _cut_prompt(pair, data, moved, keeps_bos, fits_completion)
 
 
-def _cut_completions(
-    pair: TokenPair, data: DataSection, moved: bool, fits_prompt: bool
-) -> Kept | Dropped:
+def _cut_completions(pair: TokenPair, data: DataSection, moved: bool, fits_prompt: bool) -> Kept | Dropped:
     """Both completions end at the same token position; no end token is added there."""
     room = data.max_length - len(pair.prompt)
     if data.max_completion_length is not None:
@@ -307,9 +298,7 @@ def _cut_completions(
     chosen, rejected = pair.chosen[:room], pair.rejected[:room]
     if np.array_equal(chosen, rejected):
         return Dropped(pair.row, EQUAL_AFTER_CUT)
-    cuts = ((CHOSEN_CUT,) if len(pair.chosen) > room else ()) + (
-        (REJECTED_CUT,) if len(pair.rejected) > room else ()
-    )
+    cuts = ((CHOSEN_CUT,) if len(pair.chosen) > room else ()) + ((REJECTED_CUT,) if len(pair.rejected) > room else ())
     return Kept(TokenPair(pair.prompt, chosen, rejected, pair.row), cuts, moved)
 
 

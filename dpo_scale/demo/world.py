@@ -83,12 +83,7 @@ def make_world(
     """The world of a seed: two corpus lines a request, and preference pairs with a held-out split."""
     rng = random.Random(seed)
     familiar = _draw_requests(rng, corpus_requests + train_pairs, _is_familiar)
-    corpus = [
-        request.prompt + _answer(rng, request, forms) + "\nNeighbour:"
-        + _answer(rng, request, POLITE_REMARKS if request.kind else RUDE_REMARKS)
-        for request in familiar[:corpus_requests]
-        for forms in (GRANTS, REFUSALS)
-    ]
+    corpus = [line for r in familiar[:corpus_requests] for line in _corpus_lines(rng, r)]
     rng.shuffle(corpus)
     held_out = _draw_requests(rng, held_out_pairs, lambda *names: not _is_familiar(*names))
     return World(
@@ -117,6 +112,15 @@ def _draw_requests(
         words = rng.choice(KIND_REQUESTS if kind else RUDE_REQUESTS).format(goods=goods)
         requests[_Request(villager, goods, kind, words)] = None
     return list(requests)
+
+
+def _corpus_lines(rng: random.Random, request: _Request) -> list[str]:
+    """Both answers to one request; one of them after a neighbour has remarked on its manners."""
+    remark = _answer(rng, request, POLITE_REMARKS if request.kind else RUDE_REMARKS)
+    grant, refusal = _answer(rng, request, GRANTS), _answer(rng, request, REFUSALS)
+    plain, overheard = rng.sample([grant, refusal], 2)
+    opening, shopkeeper = request.prompt.split("\n")
+    return [request.prompt + plain, f"{opening}\nNeighbour:{remark}\n{shopkeeper}{overheard}"]
 
 
 def _pair(rng: random.Random, request: _Request) -> Pair:

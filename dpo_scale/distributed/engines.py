@@ -80,7 +80,13 @@ class PolicyEngine:
         return groups
 
     def train(self, mode: bool = True) -> None:
+        """Switch between training and evaluation.
+
+        A forward without a backward leaves parameters that were fetched ahead in flight, where neither a checkpoint nor
+        an export may find them: they are brought home.
+        """
         self.engine.train(mode)
+        self.engine.empty_partition_cache()
 
     def __call__(self, batch: MicroBatch, *, plain: bool = False) -> Tensor:
         """Completion log-probs, fp32 [C]."""

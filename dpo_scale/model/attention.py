@@ -12,6 +12,11 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -30,8 +35,58 @@ ATTENTION = "dpo_scale"
 Kernel = Literal["varlen", "flash_attn", "flex", "sdpa"]
 
 
+HARMLESS_TENSORS = ("position_ids", "cache_position", "cu_seq_lens_q", "cu_seq_lens_k")
+"""Tensors that a model may hand to its attention without changing what is computed here."""
+
+
 class UnsupportedAttentionError(UserError):
     """The model asks its attention for something that segments cannot give."""
+
+
+@dataclass(slots=True)
+class Observation:
+    """What a model asked of its attention in forwards over segments."""
+
+    modules: set[int] = field(default_factory=set)
+    """The attention modules that took segments."""
+    windows: set[int] = field(default_factory=set)
+    """Sliding windows that were given with the segments."""
+    mask_windows: set[int] = field(default_factory=set)
+    """Spans of local attention for which the model asked a mask."""
+    objections: set[str] = field(default_factory=set)
+
+    def reason_against(self, num_layers: int) -> str | None:
+        """Why segments do not describe this model's attention; None if nothing speaks against them."""
+        if self.objections:
+            return "; ".join(sorted(self.objections))
+        if len(self.modules) < num_layers:
+            return f"{len(self.modules)} of {num_layers} layers take the attention interface"
+        if unknown := self.mask_windows - self.windows:
+            return f"attention is masked in spans of {min(unknown)} tokens that are no sliding window"
+        return None
+
+
+_observation: Observation | None = None
+
+
+@contextmanager
+def observe() -> Iterator[Observation]:
+    """Inside, what segments cannot give is noted instead of raised.
+
+    An error in the middle of a forward would leave ZeRO-3's hooks half-way, and no other layout could be tried.
+    """
+    global _observation
+    _observation = Observation()
+    try:
+        yield _observation
+    finally:
+        _observation = None
+
+
+def _object(reason: str) -> None:
+    if _observation is None:
+        raise UnsupportedAttentionError(reason)
+    _observation.objections.add(reason)
 
 
 def choose_kernel(wanted: str, device: torch.device, dtype: torch.dtype) -> Kernel:
@@ -70,13 +125,11 @@ def register(kernel: Kernel) -> None:
     ) -> tuple[Tensor, Tensor | None]:
         segments: Segments | None = kwargs.pop("segments", None)
         if segments is None:
-            output: tuple[Tensor, Tensor | None] = sdpa_attention_forward(
-                module, query_BNTD, key_BGTD, value_BGTD, attention_mask, **kwargs
-            )
-            return output
-        return segment_attention(
-            module, query_BNTD, key_BGTD, value_BGTD, segments, kernel=kernel, **kwargs
-        ), None
+            return _plain_attention(module, query_BNTD, key_BGTD, value_BGTD, attention_mask, **kwargs)
+        output = segment_attention(query_BNTD, key_BGTD, value_BGTD, segments, kernel=kernel, **kwargs)
+        if _observation is not None:
+            _observation.modules.add(id(module))
+        return output, None
 
     AttentionInterface.register(ATTENTION, attend)
     AttentionMaskInterface.register(ATTENTION, _mask_of_padding)
@@ -85,13 +138,44 @@ def register(kernel: Kernel) -> None:
 def _mask_of_padding(*args: Any, **kwargs: Any) -> Tensor | None:
     """Masks are for padded rows; rows without padding are described by their segments."""
     if kwargs.get("attention_mask") is None:
+        if _observation is not None:
+            if span := kwargs.get("local_size"):
+                _observation.mask_windows.add(span)
+            if kwargs.get("use_vmap"):
+                _observation.objections.add("the model adds a mask of its own")
         return None
     mask: Tensor | None = sdpa_mask(*args, **kwargs)
     return mask
 
 
-def segment_attention(
+def _plain_attention(
     module: nn.Module,
+    query_BNTD: Tensor,
+    key_BGTD: Tensor,
+    value_BGTD: Tensor,
+    mask_BNTT: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention over padded rows: the library's fused one, or the model's own where it needs more than that has."""
+    own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    attend = sdpa_attention_forward
+    if own is not None and (kwargs.get("softcap") or _extra_tensors(kwargs)):
+        if mask_BNTT is None:
+            length = query_BNTD.shape[2]
+            mask_BNTT = torch.ones(length, length, dtype=torch.bool, device=query_BNTD.device).tril()[None, None]
+        lowest = torch.finfo(query_BNTD.dtype).min
+        mask_BNTT = torch.zeros_like(mask_BNTT, dtype=query_BNTD.dtype).masked_fill(~mask_BNTT, lowest)
+        attend = own
+    output: tuple[Tensor, Tensor | None] = attend(module, query_BNTD, key_BGTD, value_BGTD, mask_BNTT, **kwargs)
+    return output
+
+
+def _extra_tensors(kwargs: dict[str, Any]) -> list[str]:
+    """Names of tensors beside queries, keys and values: sinks, biases, indices."""
+    return [name for name, value in kwargs.items() if isinstance(value, Tensor) and name not in HARMLESS_TENSORS]
+
+
+def segment_attention(
     query_BNTD: Tensor,
     key_BGTD: Tensor,
     value_BGTD: Tensor,
@@ -102,8 +186,7 @@ def segment_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **_: Any,
+    **rest: Any,
 ) -> Tensor:
     """Attention of one row by segments, [1, T, N, D].
 
@@ -112,31 +195,32 @@ def segment_attention(
         sliding_window: a query sees keys less than this many positions back.
         softcap: scores pass through `softcap * tanh(score / softcap)`.
 
-    Raises UnsupportedAttentionError for attention sinks, which no kernel here has.
+    Raises UnsupportedAttentionError for what no kernel here has, such as attention sinks.
     """
-    if s_aux is not None:
-        raise UnsupportedAttentionError("attention sinks are not served by segments")
+    for name in _extra_tensors(rest):
+        _object(f"the model gives its attention {name!r} (sinks, a bias or a selection of keys)")
+    if _observation is not None and sliding_window:
+        _observation.windows.add(sliding_window)
     assert query_BNTD.shape[0] == 1, "segments describe a single row"
     scale = scaling if scaling is not None else query_BNTD.shape[-1] ** -0.5
     if kernel == "sdpa" or (kernel == "varlen" and (softcap or dropout)):
         # torch's variable-length kernel has neither soft-capping nor dropout
-        return _by_segment(
-            query_BNTD, key_BGTD, value_BGTD, segments, scale, dropout, sliding_window, softcap
-        )
+        return _by_segment(query_BNTD, key_BGTD, value_BGTD, segments, scale, dropout, sliding_window, softcap)
     if kernel == "flex":
         if dropout:
-            raise UnsupportedAttentionError("FlexAttention has no dropout; set model.dropout: false")
+            _object("FlexAttention has no dropout; set model.dropout: false")
         return _flex(query_BNTD, key_BGTD, value_BGTD, segments, scale, sliding_window, softcap)
     # Both kernels take [tokens, heads, head size] and grouped key-value heads.
-    query_TND, key_KGD, value_KGD = (
-        x[0].transpose(0, 1) for x in (query_BNTD, key_BGTD, value_BGTD)
-    )
+    query_TND, key_KGD, value_KGD = (x[0].transpose(0, 1) for x in (query_BNTD, key_BGTD, value_BGTD))
     if segments.key_index is not None:
         key_KGD = key_KGD.index_select(0, segments.key_index)
         value_KGD = value_KGD.index_select(0, segments.key_index)
+    value_size = value_KGD.shape[2]
+    if value_size < query_TND.shape[2]:  # latent attention (DeepSeek); these kernels want equal sizes
+        value_KGD = F.pad(value_KGD, (0, query_TND.shape[2] - value_size))
     left = -1 if sliding_window is None else sliding_window - 1
     if kernel == "varlen":
-        return _torch_varlen(query_TND, key_KGD, value_KGD, segments, scale, left)[None]
+        return _torch_varlen(query_TND, key_KGD, value_KGD, segments, scale, left)[None, ..., :value_size]
     from flash_attn import flash_attn_varlen_func
 
     output: Tensor = flash_attn_varlen_func(
@@ -153,7 +237,7 @@ def segment_attention(
         window_size=(left, 0),
         softcap=softcap or 0.0,
     )
-    return output[None]
+    return output[None, ..., :value_size]
 
 
 def _torch_varlen(
@@ -219,9 +303,7 @@ def _by_segment(
                 query, key, value, attn_mask=mask_QK, dropout_p=dropout, scale=scale
             )
         else:
-            output = F.scaled_dot_product_attention(
-                query, key, value, is_causal=True, dropout_p=dropout, scale=scale
-            )
+            output = F.scaled_dot_product_attention(query, key, value, is_causal=True, dropout_p=dropout, scale=scale)
         outputs.append(output.transpose(1, 2))
     return torch.cat(outputs, dim=1)
 
@@ -271,12 +353,8 @@ def _flex(
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     device, length = query_BNTD.device, query_BNTD.shape[2]
-    bounds = torch.tensor(
-        [(s.start, s.prefix_start, s.prefix_stop) for s in segments.segments], device=device
-    )
-    of_token = torch.repeat_interleave(
-        torch.arange(len(bounds), device=device), segments.cu_queries.diff()
-    )
+    bounds = torch.tensor([(s.start, s.prefix_start, s.prefix_stop) for s in segments.segments], device=device)
+    of_token = torch.repeat_interleave(torch.arange(len(bounds), device=device), segments.cu_queries.diff())
     start, prefix_start, prefix_stop = bounds[of_token].unbind(1)
     # The distance of a query to a key in its prefix is shorter in the row's own terms than in positions.
     gap = torch.where(prefix_stop > prefix_start, start - prefix_stop, 0)
@@ -292,7 +370,7 @@ def _flex(
         return softcap * torch.tanh(score / softcap) if softcap else score
 
     block_mask = create_block_mask(visible, 1, None, length, length, device=str(device))
-    run = torch.compile(flex_attention, dynamic=True) if device.type == "cuda" else flex_attention
+    run = _compiled_flex_attention() if device.type == "cuda" else flex_attention
     output = run(
         query_BNTD,
         key_BGTD,
@@ -304,3 +382,10 @@ def _flex(
     )
     assert isinstance(output, Tensor)
     return output.transpose(1, 2)
+
+
+@cache
+def _compiled_flex_attention() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True)

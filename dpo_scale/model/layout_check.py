@@ -13,7 +13,8 @@ from torch import Tensor
 from dpo_scale.data.layouts import Layout, MicroBatch, PromptCompletions, collate
 from dpo_scale.data.token_pairs import TokenPairs
 from dpo_scale.errors import UserError
-from dpo_scale.model.attention import UnsupportedAttentionError
+from dpo_scale.model.attention import observe
+from dpo_scale.model.log_probs import CompletionLogProbs
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
 """Largest difference of one token's log-prob, in nats, between two layouts: rounding of other kernels and shapes,
@@ -26,6 +27,8 @@ FIRST_PAIRS = 2
 class Engine(Protocol):
     """A policy or reference engine."""
 
+    @property
+    def model(self) -> CompletionLogProbs: ...
     def __call__(self, batch: MicroBatch, *, plain: bool = False) -> Tensor: ...
 
 
@@ -41,8 +44,7 @@ class LayoutChoice:
         """Lines for the console: what was passed over, and what is in use."""
         return [
             *(f"  not {reason}" for reason in self.passed_over),
-            f"Layout of the {role}: {self.layout} "
-            f"(largest gap to the plain form {self.gap:.1e} nats a token)",
+            f"Layout of the {role}: {self.layout} (largest gap to the plain form {self.gap:.1e} nats a token)",
         ]
 
 
@@ -55,8 +57,8 @@ def check_layout(
     device: torch.device,
     pad_id: int,
 ) -> LayoutChoice:
-    """Choose the layout on the longest pair, where windows and position limits show, and on the first ones."""
-    longest = int(np.argmax(pairs.lengths.sum(axis=1)))
+    """Choose the layout on the longest sequence, where windows and position limits show, and on the first pairs."""
+    longest = int(np.argmax(pairs.lengths[:, 0] + pairs.lengths[:, 1:].max(axis=1)))
     indices = dict.fromkeys([longest, *range(min(FIRST_PAIRS, len(pairs)))])
     samples = [PromptCompletions.of_pair(pairs[index]) for index in indices]
     return choose_layout(engine, samples, wanted=wanted, dtype=dtype, device=device, pad_id=pad_id)
@@ -77,17 +79,17 @@ def choose_layout(
     `auto` falls back from shared to packed to padded and says why. All ranks must pass the same samples. Raises
     UserError if the layout that was asked for, or the last resort, disagrees with the plain form.
     """
-    expected = [
-        engine(collate([sample], "padded", pad_id).to(device), plain=True) for sample in samples
-    ]
+    expected = [engine(collate([sample], "padded", pad_id).to(device), plain=True) for sample in samples]
+    num_layers = engine.model.config.get_text_config().num_hidden_layers  # type: ignore[union-attr, operator]
     candidates: tuple[Layout, ...] = ("shared", "packed", "padded")
     passed_over: list[str] = []
     for layout in candidates:
         if wanted not in ("auto", layout):
             continue
-        try:
+        with observe() as observation:
             actual = engine(collate(samples, layout, pad_id).to(device))
-        except UnsupportedAttentionError as reason:
+        reason = observation.reason_against(num_layers) if layout != "padded" else None
+        if reason is not None:
             passed_over.append(f"{layout}: {reason}")
             continue
         gap = (actual - torch.cat(expected)).abs().max().item()
@@ -97,7 +99,4 @@ def choose_layout(
             f"{layout}: a token's log-prob differs by {gap:.3g} nats from the model's plain forward "
             f"(tolerance {TOLERANCE[dtype]})"
         )
-    raise UserError(
-        f"batch.layout: {wanted} does not give this model's log-probs\n  "
-        + "\n  ".join(passed_over)
-    )
+    raise UserError(f"batch.layout: {wanted} does not give this model's log-probs\n  " + "\n  ".join(passed_over))

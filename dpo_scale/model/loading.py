@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,7 @@ def resolve_folder(path: str, revision: str | None, setting: str = "model.path")
     looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
     if not looks_local:
         try:
-            return Path(
-                snapshot_download(
-                    path, revision=revision, ignore_patterns=["*.gguf", "*.onnx", "original/*"]
-                )
-            )
+            return Path(snapshot_download(path, revision=revision, ignore_patterns=["*.gguf", "*.onnx", "original/*"]))
         except (HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError) as error:
             raise UserError(
                 f"{setting}: {path!r} is no folder here, and the hub says: {str(error).splitlines()[0]}"
@@ -55,9 +52,7 @@ def resolve_folder(path: str, revision: str | None, setting: str = "model.path")
 def load_config(folder: Path, *, trust_remote_code: bool, setting: str = "model.path") -> Any:
     """The model's configuration. Raises UserError if the folder holds none."""
     if not (folder / "config.json").exists():
-        raise UserError(
-            f"{setting}: {folder} holds no config.json; it is no Hugging Face model folder"
-        )
+        raise UserError(f"{setting}: {folder} holds no config.json; it is no Hugging Face model folder")
     return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
@@ -76,13 +71,20 @@ def load_model(folder: Path, settings: ModelSection) -> CompletionLogProbs:
 
     Raises UserError if weights are missing from the files.
     """
-    model, info = AutoModelForCausalLM.from_pretrained(
+    load = partial(
+        AutoModelForCausalLM.from_pretrained,
         folder,
         dtype=DTYPES[settings.dtype],
-        attn_implementation=ATTENTION,
         trust_remote_code=settings.trust_remote_code,
         output_loading_info=True,
     )
+    try:
+        model, info = load(attn_implementation=ATTENTION)
+        takes_interface = model._can_set_attn_implementation()
+    except (KeyError, ValueError):  # models that look their attention up in a table of their own, as GPT-J does
+        takes_interface = False
+    if not takes_interface:  # it gets the masks of its own attention; the start-up check says that segments are lost
+        model, info = load()
     missing = set(info["missing_keys"]) - set(model.all_tied_weights_keys or ())
     if missing:
         raise UserError(

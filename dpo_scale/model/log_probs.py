@@ -10,7 +10,7 @@ Shape suffixes: B rows, T tokens of a row, C completion tokens, c those of a chu
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -159,6 +159,10 @@ class CompletionLogProbs(nn.Module):
         super().__init__()
         self.model = model
         self.config = model.config
+        base = model.base_model
+        # Some classes (Llama 4) name a base that they do not have, and so give themselves.
+        decoder = model.model if base is model else base
+        self._decoder = cast("tuple[nn.Module]", (decoder,))  # in a tuple: no second name for the parameters
         transform = LogitTransform.of_config(model.config.get_text_config())  # type: ignore[union-attr, operator]
         head = model.get_output_embeddings()  # type: ignore[operator]
         plain_forward = head.forward
@@ -187,7 +191,7 @@ class CompletionLogProbs(nn.Module):
         if plain:
             logits_CV: Tensor = self.model(**kwargs).logits.flatten(0, 1)[batch.predictors]
             return logits_CV.float().log_softmax(-1).gather(1, batch.targets[:, None])[:, 0]
-        hidden_BTH = self.model.base_model(**kwargs).last_hidden_state  # type: ignore[operator]
+        hidden_BTH = self._decoder[0](**kwargs).last_hidden_state
         hidden_CH = hidden_BTH.flatten(0, 1).index_select(0, batch.predictors)
         head = self.model.get_output_embeddings()  # type: ignore[operator]
         logps_C: Tensor = head(hidden_CH, batch.targets)

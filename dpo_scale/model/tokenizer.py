@@ -52,9 +52,7 @@ _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
 _UNIGRAM, _BPE = 1, 2
 
 
-def load_tokenizer(
-    path: str, revision: str | None = None, trust_remote_code: bool = False
-) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or of a hub model; UserError where there is none."""
     folder = Path(path)
     if folder.is_dir():
@@ -76,9 +74,7 @@ def load_tokenizer(
         )
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"{path}: no tokenizer could be loaded ({reason}); check the folder or hub name"
-        ) from error
+        raise UserError(f"{path}: no tokenizer could be loaded ({reason}); check the folder or hub name") from error
     return tokenizer
 
 
@@ -195,9 +191,7 @@ def _read_model(file: Path) -> Any:
     try:
         sentencepiece.SentencePieceProcessor(model_file=str(file))
     except (RuntimeError, OSError) as error:
-        raise UserError(
-            f"{file}: not a SentencePiece model; convert the tokenizer to tokenizer.json"
-        ) from error
+        raise UserError(f"{file}: not a SentencePiece model; convert the tokenizer to tokenizer.json") from error
     model: Any = sentencepiece_model_pb2.ModelProto()
     model.ParseFromString(file.read_bytes())
     if model.trainer_spec.model_type not in (_UNIGRAM, _BPE):

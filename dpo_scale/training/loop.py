@@ -134,7 +134,7 @@ def _start(
     policy = PolicyEngine(runtime.accelerator, model, optimizer, recipe)
     digest = trajectory_digest(recipe, data.train.digest())
     state = _resume(recipe, ranks, console, policy, digest)
-    policy.train()
+    policy.train(False)  # with dropout, two layouts would differ
     layout = check_layout(
         policy,
         data.train,
@@ -145,6 +145,7 @@ def _start(
     )
     for line in layout.describe("policy"):
         console.say(line)
+    policy.train()
     schedule = Schedule(
         num_pairs=len(data.train),
         global_pairs=recipe.batch.global_pairs,

@@ -1,0 +1,159 @@
+"""The program as users start it: what its artifacts must show."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Launched, Launcher
+from safetensors.torch import load_file
+
+pytestmark = pytest.mark.launch
+
+NUM_STEPS = 10  # 45 pairs, 10 a step, 2 epochs
+
+
+def weights(run: Launched) -> dict[str, torch.Tensor]:
+    return load_file(run.folder / "model" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def stopped(launcher: Launcher) -> Launched:
+    """The undisturbed run's recipe, stopped by a STOP file after its first step."""
+    folder = launcher.workspace / "stopped"
+    folder.mkdir()
+    (folder / "STOP").touch()
+    return launcher("stopped")
+
+
+def continued(launcher: Launcher, stopped: Launched, processes: int) -> Launched:
+    run = f"continued_on_{processes}"
+    shutil.copytree(stopped.folder, launcher.workspace / run)
+    return launcher(run, processes=processes)
+
+
+def test_a_run_ends_well_and_leaves_every_artifact(undisturbed: Launched) -> None:
+    assert undisturbed.returncode == 0, undisturbed.output
+    for name in (
+        "recipe.yaml",
+        "environment.json",
+        "data_report.json",
+        "metrics.jsonl",
+        "checkpoints/latest",
+        "model/config.json",
+        "model/model.safetensors",
+        "model/tokenizer.json",
+        "model/provenance.json",
+    ):
+        assert (undisturbed.folder / name).exists(), name
+
+
+def test_the_first_loss_is_ln_2_and_training_learns(undisturbed: Launched) -> None:
+    lines = undisturbed.training_lines()
+    assert [line["step"] for line in lines] == list(range(1, NUM_STEPS + 1))
+    assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    before, after = undisturbed.held_out_lines()[0], undisturbed.held_out_lines()[-1]
+    assert before["eval/rewards/margin"] == pytest.approx(0, abs=1e-5)
+    assert after["eval/rewards/accuracy"] == 1.0
+    assert after["eval/loss"] < 0.5 * before["eval/loss"]
+
+
+def test_counters_are_true(undisturbed: Launched) -> None:
+    last = undisturbed.training_lines()[-1]
+    assert last["pairs"] == 2 * 45
+    report = json.loads((undisturbed.folder / "data_report.json").read_text())
+    assert report["train"]["sources"][0]["pairs_kept"] == 45
+    assert last["reference_rows_computed"] == 2 * (45 + 11)
+    assert last["epoch"] == 2.0
+
+
+def test_the_console_is_quiet(undisturbed: Launched) -> None:
+    ours = undisturbed.output.split("Reference, training")[-1]
+    assert "Warning" not in ours, undisturbed.output
+    assert "WARNING" not in ours, undisturbed.output
+
+
+def test_the_exported_model_is_the_policy(undisturbed: Launched, launcher: Launcher) -> None:
+    """Plain transformers, loading the exported folder, gives the log-probs of the last evaluation."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(undisturbed.folder / "model", dtype="float32")
+    tokenizer = AutoTokenizer.from_pretrained(undisturbed.folder / "model")
+    expected_means = []
+    for row in map(json.loads, open(launcher.workspace / "held_out.jsonl")):
+        prompt = tokenizer(row["prompt"]).input_ids
+        chosen = [*tokenizer(row["chosen"], add_special_tokens=False).input_ids, 1]
+        logits = model(torch.tensor([prompt + chosen])).logits[0, len(prompt) - 1 : -1]
+        token_logps = logits.log_softmax(-1)[range(len(chosen)), chosen]
+        expected_means.append(token_logps.mean().item())
+    actual_mean = undisturbed.held_out_lines()[-1]["eval/logps/chosen"]
+    assert actual_mean == pytest.approx(sum(expected_means) / len(expected_means), rel=1e-5)
+
+
+def test_a_stop_request_commits_and_says_how_to_go_on(stopped: Launched) -> None:
+    assert stopped.returncode != 0
+    assert "the same command goes on" in stopped.output
+    assert [line["step"] for line in stopped.training_lines()] == [1]
+    assert not (stopped.folder / "STOP").exists()
+    assert not (stopped.folder / "model").exists()
+
+
+def test_a_resumed_run_is_bitwise_the_undisturbed_one(
+    launcher: Launcher, stopped: Launched, undisturbed: Launched
+) -> None:
+    run = continued(launcher, stopped, processes=2)
+    assert run.returncode == 0, run.output
+    for name in ("loss", "grad_norm", "rewards/margin", "logps/chosen", "learning_rate", "tokens"):
+        expected = [line[name] for line in undisturbed.training_lines()]
+        assert [line[name] for line in run.training_lines()] == expected, name
+    expected_weights = weights(undisturbed)
+    for name, actual in weights(run).items():
+        assert torch.equal(actual, expected_weights[name]), name
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_a_run_goes_on_with_another_number_of_ranks(
+    launcher: Launcher, stopped: Launched, undisturbed: Launched, processes: int
+) -> None:
+    run = continued(launcher, stopped, processes)
+    assert run.returncode == 0, run.output
+    expected = [line["loss"] for line in undisturbed.training_lines()]
+    assert [line["loss"] for line in run.training_lines()] == pytest.approx(expected, rel=1e-5)
+
+
+def test_half_precision_with_cached_references_starts_at_ln_2(launcher: Launcher) -> None:
+    """bf16 policy, learning rate 0, per_batch schedule: what another trainer's rounded cache gets wrong."""
+    overrides = ["model.dtype=bfloat16", "optim.learning_rate=0.0", "run.max_steps=2"]
+    run = launcher("bf16", [*overrides, "reference.schedule=per_batch"])
+    assert run.returncode == 0, run.output
+    for line in run.training_lines():
+        assert line["loss"] == pytest.approx(math.log(2), abs=1e-3)
+        assert line["rewards/chosen"] == pytest.approx(0, abs=1e-3)
+
+
+def test_another_recipe_may_not_take_a_runs_folder(launcher: Launcher, undisturbed: Launched) -> None:
+    before = (undisturbed.folder / "metrics.jsonl").read_bytes()
+    run = launcher("undisturbed", ["loss.beta=0.5"])
+    assert run.returncode != 0
+    assert "loss.beta: was 2.0, is 0.5" in run.output
+    assert (undisturbed.folder / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.train=nowhere.jsonl", "nowhere.jsonl"),
+        ("loss.betta=1", "did you mean 'beta'"),
+        ("model.path=/no/such/model", "/no/such/model"),
+    ],
+)
+def test_mistakes_end_a_launch_with_their_message_and_no_model(launcher: Launcher, override: str, message: str) -> None:
+    run = launcher("mistaken", [override])
+    assert run.returncode != 0
+    assert message in run.output
+    assert "Loading" not in run.output
+    assert not Path(run.folder / "checkpoints").exists()
