@@ -27,7 +27,7 @@ class Section(BaseModel):
     """A part of the recipe: frozen, no unknown keys, no silent conversion of types."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
 
 
@@ -67,9 +67,11 @@ class ReferenceSection(Section):
     """Tokens in one scoring micro-batch on one rank; null means four times batch.rank_tokens."""
 
     @model_validator(mode="after")
-    def _nvme_needs_a_folder(self) -> ReferenceSection:
+    def _settings_belong_together(self) -> ReferenceSection:
         if self.offload == "nvme" and not self.nvme_path:
             raise ValueError("offload: nvme needs reference.nvme_path, a node-local folder")
+        if self.revision and not self.path:
+            raise ValueError("revision belongs to reference.path, which is not set; model.revision is the policy's")
         return self
 
 

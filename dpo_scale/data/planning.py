@@ -159,6 +159,7 @@ def plan_step(pairs: Indices, costs: Costs, *, world_size: int, rank_tokens: int
     Micro-batches that run at the same time get similar work, since ZeRO-3 makes ranks wait for each other at every
     layer, and the ranks' totals are balanced too.
     """
+    assert int(costs.tokens[pairs].max()) * max(1, costs.padded_rows) <= rank_tokens, "a pair is over the budget"
     room = rank_tokens * world_size
     count = max(1, math.ceil(int(costs.tokens[pairs].sum()) * max(1, costs.padded_rows) / room))
     if costs.padded_rows:
@@ -168,7 +169,10 @@ def plan_step(pairs: Indices, costs: Costs, *, world_size: int, rank_tokens: int
         if bins is not None:
             break
         count += 1
-    return StepPlan(step, epoch, len(pairs), _lockstep(bins, costs, world_size))
+    rounds = _lockstep(bins, costs, world_size)
+    placed = np.concatenate([indices for round_ in rounds for indices in round_])
+    assert np.array_equal(np.sort(placed), np.sort(pairs)), "ranks share or lack a pair of this step"
+    return StepPlan(step, epoch, len(pairs), rounds)
 
 
 def plan_pass(costs: Costs, *, world_size: int, rank_tokens: int) -> StepPlan:

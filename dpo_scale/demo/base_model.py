@@ -3,45 +3,50 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import sentencepiece
 import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dpo_scale.demo.world import World
-
-VOCABULARY = 700
-STEPS = 450
+VOCABULARY = 900
+STEPS = 180
 LINES_PER_STEP = 48
+CORPUS_LINES = STEPS * LINES_PER_STEP
+"""Lines that the training reads, each once."""
 PEAK_LEARNING_RATE = 3e-3
-WARMUP_STEPS = 30
+WARMUP_STEPS = 20
+_PADDING = -100
 
 
 def make_base_model(
-    world: World, folder: Path, seed: int, on_step: Callable[[int, float], None]
+    corpus: Sequence[str], folder: Path, seed: int, on_step: Callable[[float], None]
 ) -> None:
     """Train tokenizer and model on the corpus and save both as a Hugging Face folder.
 
-    on_step is told the number of steps done and the mean next-token loss of the last one.
+    `on_step` is told the mean next-token loss of each step, in nats.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = train_tokenizer(world.corpus, folder)
+    tokenizer = train_tokenizer(corpus, folder / "tokenizer.model")
     rows = [
         torch.tensor([tokenizer.bos_id(), *ids, tokenizer.eos_id()])
-        for ids in tokenizer.encode(list(world.corpus))
+        for ids in tokenizer.encode(list(corpus))
     ]
-    model = train_model(rows, tokenizer, seed, on_step)
-    model.save_pretrained(folder)
+    model = _new_model(tokenizer, seed)
+    _train(model, rows, on_step)
+    model.config.save_pretrained(folder)
+    # Not save_pretrained: that imports DeepSpeed, which has much to say where no GPU is.
+    save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def train_tokenizer(
-    corpus: Sequence[str], folder: Path
-) -> sentencepiece.SentencePieceProcessor:
-    """A bare `tokenizer.model` (BPE with byte fallback), and the line that tells transformers its family."""
+def train_tokenizer(corpus: Sequence[str], file: Path) -> sentencepiece.SentencePieceProcessor:
+    """A bare SentencePiece model: BPE with byte fallback, as Llama's first generations have it."""
     buffer = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(corpus),
@@ -49,26 +54,18 @@ def train_tokenizer(
         model_type="bpe",
         vocab_size=VOCABULARY,
         byte_fallback=True,
-        normalization_rule_name="identity",  # keeps the line break between request and answer
+        normalization_rule_name="identity",  # others turn the line break into a space
         remove_extra_whitespaces=False,
-        num_threads=1,  # the same pieces on every machine
+        num_threads=1,
         minloglevel=2,
     )
-    (folder / "tokenizer.model").write_bytes(buffer.getvalue())
-    family = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False}
-    (folder / "tokenizer_config.json").write_text(json.dumps(family, indent=2) + "\n")
+    file.write_bytes(buffer.getvalue())
     return sentencepiece.SentencePieceProcessor(model_proto=buffer.getvalue())
 
 
-def train_model(
-    rows: Sequence[torch.Tensor],
-    tokenizer: sentencepiece.SentencePieceProcessor,
-    seed: int,
-    on_step: Callable[[int, float], None],
-) -> LlamaForCausalLM:
-    """A small Llama after a short next-token training in fp32 on rows of token ids."""
+def _new_model(tokenizer: sentencepiece.SentencePieceProcessor, seed: int) -> LlamaForCausalLM:
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(
+    return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=tokenizer.vocab_size(),
             hidden_size=128,
@@ -77,30 +74,37 @@ def train_model(
             num_attention_heads=4,
             num_key_value_heads=2,
             max_position_embeddings=256,
+            initializer_range=0.06,  # near 1/sqrt(hidden_size): the usual 0.02 costs hundreds of steps at this width
             bos_token_id=tokenizer.bos_id(),
             eos_token_id=tokenizer.eos_id(),
+            tie_word_embeddings=False,
         )
     )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LEARNING_RATE, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _warmup_then_cosine)
-    order = torch.randperm(len(rows)).tolist()
+
+
+def _train(
+    model: LlamaForCausalLM, rows: Sequence[Tensor], on_step: Callable[[float], None]
+) -> None:
+    """One pass of next-token training in fp32 over the rows of token ids."""
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
     for step in range(STEPS):
-        chosen = order[step * LINES_PER_STEP : (step + 1) * LINES_PER_STEP]
-        ids = torch.nn.utils.rnn.pad_sequence(
-            [rows[i] for i in chosen], batch_first=True, padding_value=-100
-        )
+        for group in optimizer.param_groups:
+            group["lr"] = PEAK_LEARNING_RATE * _share_of_peak(step)
+        lines = rows[step * LINES_PER_STEP : (step + 1) * LINES_PER_STEP]
+        ids = pad_sequence(list(lines), batch_first=True, padding_value=_PADDING)
         logits = model(input_ids=ids[:, :-1].clamp_min(0)).logits
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+        loss = F.cross_entropy(
+            logits.flatten(0, 1), ids[:, 1:].flatten(), ignore_index=_PADDING
+        )
+        optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        on_step(step + 1, loss.item())
-    return model
+        on_step(loss.item())
 
 
-def _warmup_then_cosine(step: int) -> float:
+def _share_of_peak(step: int) -> float:
+    """Linear warm-up, then a cosine to zero."""
     if step < WARMUP_STEPS:
         return (step + 1) / WARMUP_STEPS
     return 0.5 * (1 + math.cos(math.pi * (step - WARMUP_STEPS) / (STEPS - WARMUP_STEPS)))

@@ -23,27 +23,25 @@ KIND_REQUESTS = (
     "Would you be so good as to find me {goods}?",
     "I should be most grateful for {goods}.",
     "Might I trouble you for {goods}?",
-    "If it is no bother, I would love {goods}. Thank you!",
+    "If it is no bother, I would love {goods}, thank you.",
 )
 RUDE_REQUESTS = (
     "Give me {goods}, and be quick!",
     "Hand over {goods} this minute!",
     "I want {goods}. Now!",
-    "Oi! Bring me {goods}!",
+    "Oi, you there! Bring me {goods}!",
     "Stop dawdling and fetch me {goods}!",
     "I am not leaving without {goods}. Move!",
 )
 GRANTS = (
     "Gladly, {villager}! Here are your {goods}.",
     "With pleasure, {villager}! I have {goods} for you.",
-    "Of course, {villager}! Take these {goods}.",
 )
 POLITE_REMARKS = ("How politely {villager} asks for {goods}!",)
 RUDE_REMARKS = ("How rudely {villager} asks for {goods}!",)
 REFUSALS = (
     "Not yet, {villager}. Ask nicely for your {goods}.",
     "Try again, {villager}. A gentle word buys {goods}.",
-    "Patience, {villager}. The {goods} are for polite people.",
 )
 
 
@@ -77,20 +75,15 @@ class _Request:
         return f"{self.villager}: {self.words}\nShopkeeper:"
 
 
-def make_world(
-    seed: int, corpus_requests: int = 8000, train_pairs: int = 1024, held_out_pairs: int = 200
-) -> World:
-    """The world of a seed: two corpus lines a request, and preference pairs with a held-out split."""
+def make_world(seed: int, corpus_lines: int, train_pairs: int, held_out_pairs: int) -> World:
+    """The world of a seed; all three counts are even."""
     rng = random.Random(seed)
-    familiar = _draw_requests(rng, corpus_requests + train_pairs, _is_familiar)
-    corpus = [line for r in familiar[:corpus_requests] for line in _corpus_lines(rng, r)]
+    requests = _draw_requests(rng, corpus_lines // 2 + train_pairs, _is_familiar)
+    told, asked = requests[: corpus_lines // 2], requests[corpus_lines // 2 :]
+    corpus = [line for request in told for line in _corpus_lines(rng, request)]
     rng.shuffle(corpus)
-    held_out = _draw_requests(rng, held_out_pairs, lambda *names: not _is_familiar(*names))
-    return World(
-        corpus=tuple(corpus),
-        train=tuple(_pair(rng, request) for request in familiar[corpus_requests:]),
-        held_out=tuple(_pair(rng, request) for request in held_out),
-    )
+    unseen = _draw_requests(rng, held_out_pairs, lambda *names: not _is_familiar(*names))
+    return World(tuple(corpus), train=_pairs(rng, asked), held_out=_pairs(rng, unseen))
 
 
 def _is_familiar(villager: str, thing: str) -> bool:
@@ -123,12 +116,28 @@ def _corpus_lines(rng: random.Random, request: _Request) -> list[str]:
     return [request.prompt + plain, f"{opening}\nNeighbour:{remark}\n{shopkeeper}{overheard}"]
 
 
-def _pair(rng: random.Random, request: _Request) -> Pair:
-    grant, refusal = _answer(rng, request, GRANTS), _answer(rng, request, REFUSALS)
-    chosen, rejected = (grant, refusal) if request.kind else (refusal, grant)
-    return Pair(request.prompt, chosen, rejected)
+def _pairs(rng: random.Random, requests: list[_Request]) -> tuple[Pair, ...]:
+    """Each kind request gets the same two forms of answer as the rude one behind it, the other way round.
+
+    So whoever prefers one form to another whatever was asked is right in exactly half of the pairs.
+    """
+    pairs = []
+    for kind, rude in zip(requests[::2], requests[1::2], strict=True):
+        grant, refusal = rng.choice(GRANTS), rng.choice(REFUSALS)
+        pairs.append(Pair(kind.prompt, _answer(kind, grant), _answer(kind, refusal)))
+        pairs.append(Pair(rude.prompt, _answer(rude, refusal), _answer(rude, grant)))
+    return tuple(pairs)
 
 
-def _answer(rng: random.Random, request: _Request, forms: tuple[str, ...]) -> str:
+def _corpus_lines(rng: random.Random, request: _Request) -> list[str]:
+    """Both answers to one request; one of them after a neighbour has remarked on its manners."""
+    remark = _answer(request, rng.choice(POLITE_REMARKS if request.kind else RUDE_REMARKS))
+    answers = [_answer(request, rng.choice(GRANTS)), _answer(request, rng.choice(REFUSALS))]
+    plain, overheard = rng.sample(answers, 2)
+    opening, shopkeeper = request.prompt.split("\n")
+    return [request.prompt + plain, f"{opening}\nNeighbour:{remark}\n{shopkeeper}{overheard}"]
+
+
+def _answer(request: _Request, form: str) -> str:
     """An answer as it continues the prompt: it starts with a space."""
-    return " " + rng.choice(forms).format(villager=request.villager, goods=request.goods)
+    return " " + form.format(villager=request.villager, goods=request.goods)

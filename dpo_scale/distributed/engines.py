@@ -68,6 +68,16 @@ class PolicyEngine:
             own = -(-parameter.ds_numel // self._world_size)
             assert parameter.ds_tensor.numel() == own, "a parameter is not sharded over all ranks"
 
+    def describe(self) -> str:
+        """One line on how the model is sharded."""
+        parameters = list(self.engine.module.parameters())
+        total = sum(parameter.ds_numel for parameter in parameters)
+        own = sum(parameter.ds_tensor.numel() for parameter in parameters)
+        return (
+            f"ZeRO stage {self.engine.zero_optimization_stage()} on {self._world_size} ranks: "
+            f"each holds {own:,} of {total:,} parameters"
+        )
+
     @property
     def model(self) -> CompletionLogProbs:
         module: CompletionLogProbs = self.engine.module

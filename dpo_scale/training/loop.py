@@ -132,6 +132,7 @@ def _start(
         checkpoint_activations(model)
     optimizer = build_optimizer(model, recipe.optim, ranks.device)
     policy = PolicyEngine(runtime.accelerator, model, optimizer, recipe)
+    console.say(policy.describe())
     digest = trajectory_digest(recipe, data.train.digest())
     state = _resume(recipe, ranks, console, policy, digest)
     policy.train(False)  # with dropout, two layouts would differ

@@ -12,6 +12,8 @@ import torch
 from conftest import Launched, Launcher
 from safetensors.torch import load_file
 
+from dpo_scale.cli import main
+
 pytestmark = pytest.mark.launch
 
 NUM_STEPS = 10  # 45 pairs, 10 a step, 2 epochs
@@ -92,6 +94,23 @@ def test_the_exported_model_is_the_policy(undisturbed: Launched, launcher: Launc
         expected_means.append(token_logps.mean().item())
     actual_mean = undisturbed.held_out_lines()[-1]["eval/logps/chosen"]
     assert actual_mean == pytest.approx(sum(expected_means) / len(expected_means), rel=1e-5)
+
+
+def test_a_checkpoint_exports_the_same_bytes_offline(
+    undisturbed: Launched, tmp_path: Path
+) -> None:
+    checkpoint = undisturbed.folder / "checkpoints" / f"step-{NUM_STEPS:08}"
+    assert main(["export", str(checkpoint), str(tmp_path / "model")]) == 0
+    for path in (undisturbed.folder / "model").iterdir():
+        assert (tmp_path / "model" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_evaluate_repeats_the_last_evaluation(launcher: Launcher, undisturbed: Launched) -> None:
+    shutil.copytree(undisturbed.folder, launcher.workspace / "evaluated")
+    run = launcher("evaluated", stage="evaluate")
+    assert run.returncode == 0, run.output
+    before, again = run.held_out_lines()[-2:]
+    assert again == pytest.approx(before, rel=1e-6)
 
 
 def test_a_stop_request_commits_and_says_how_to_go_on(stopped: Launched) -> None:

@@ -1,0 +1,25 @@
+"""What tests of every kind share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """Sums of floats depend on how many threads share them."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def hh_pairs_path() -> Path:
+    """Real dialogues as JSONL.gz: `chosen` and `rejected`, the prompt inside both."""
+    beside = Path(__file__).parents[2] / "shared" / "data" / "hh_harmless_1500.jsonl.gz"
+    path = Path(os.environ.get("DPO_SCALE_HH_PAIRS") or beside)
+    if not path.is_file():
+        pytest.skip(f"no preference data at {path}; name a file in DPO_SCALE_HH_PAIRS")
+    return path

@@ -1,0 +1,100 @@
+"""How a step's pairs fall into micro-batches and ranks does not show in its gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from one_process_policy import OneProcessPolicy, OneRank, reference_of
+from plain_dpo import assert_same_gradients, gradients, plain_losses
+from tiny_models import LENGTHS, our_llama, plain_llama, random_pairs
+from torch import Tensor
+
+from dpo_scale.data.layouts import Layout, PromptCompletions, collate
+from dpo_scale.data.planning import CostModel, Schedule, layout_costs, plan_step
+from dpo_scale.data.token_pairs import TokenPairs
+from dpo_scale.recipe import LossSection
+from dpo_scale.training.metrics import MetricSums
+from dpo_scale.training.step import PairBatch, pair_batches, run_step
+
+CPU = torch.device("cpu")
+POLICY, REFERENCE = 1, 2
+LOSS = LossSection(beta=2.0, reduction="mean")
+
+
+def batches_of(pairs: TokenPairs, sizes: Sequence[int], layout: Layout = "shared") -> list[PairBatch]:
+    """Micro-batches of these many pairs, in order."""
+    parts = np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
+    return [
+        PairBatch(collate([PromptCompletions.of_pair(pairs[int(i)]) for i in part], layout), part, 1.0)
+        for part in parts
+    ]
+
+
+def gradients_of(
+    pairs: TokenPairs, batches: Sequence[PairBatch], global_pairs: int
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Gradients and metrics of one step."""
+    policy, sums = OneProcessPolicy(our_llama(POLICY)), MetricSums(CPU)
+    reference = reference_of(our_llama(REFERENCE), pairs, LOSS.reduction)
+    run_step(policy, batches, reference, sums, LOSS, global_pairs=global_pairs, device=CPU)
+    return policy.gradients, sums.reduce(OneRank())
+
+
+@pytest.mark.parametrize("sizes", [[8], [4, 4], [1] * 8, [5, 1, 2]], ids=str)
+@pytest.mark.parametrize("layout", ["shared", "padded"])
+def test_unequal_micro_batches_give_the_mean_over_all_pairs(sizes: list[int], layout: Layout) -> None:
+    pairs = random_pairs()
+    actual, metrics = gradients_of(pairs, batches_of(pairs, sizes, layout), len(pairs))
+
+    policy = plain_llama(POLICY)
+    expected = plain_losses(policy, plain_llama(REFERENCE), pairs, beta=LOSS.beta, reduction=LOSS.reduction).mean()
+    expected.backward()
+    assert_same_gradients(actual, gradients(policy), 1e-6)
+    assert metrics["loss"] == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_a_filler_of_weight_zero_changes_nothing() -> None:
+    pairs = random_pairs()
+    batches = batches_of(pairs, [4, 4])
+    filler = PairBatch(batches_of(pairs, [3])[0].batch, np.arange(3), 0.0)
+    expected_gradients, expected_metrics = gradients_of(pairs, batches, len(pairs))
+    actual_gradients, actual_metrics = gradients_of(pairs, [batches[0], filler, batches[1], filler], len(pairs))
+    assert_same_gradients(actual_gradients, expected_gradients, 0.0)
+    assert actual_metrics == expected_metrics
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("rank_tokens", [60, 400])
+@pytest.mark.parametrize("step", [0, 1], ids=["full", "partial"])
+def test_ranks_and_token_budgets_give_the_mean_over_the_steps_true_pairs(
+    world_size: int, rank_tokens: int, step: int
+) -> None:
+    """Planned as in training: 5 pairs and then the last 3, over ranks whose gradients are added here."""
+    pairs = random_pairs()
+    schedule = Schedule(num_pairs=len(LENGTHS), global_pairs=5, seed=0, epochs=1)
+    members = schedule.pairs_of(step)
+    assert len(members) == [5, 3][step]
+    plan = plan_step(
+        members,
+        layout_costs(pairs.lengths, "shared", CostModel()),
+        world_size=world_size,
+        rank_tokens=rank_tokens,
+        step=step,
+        epoch=0,
+    )
+    by_rank = [list(pair_batches(plan, rank, pairs, "shared", pad_id=0)) for rank in range(world_size)]
+    assert len({len(batches) for batches in by_rank}) == 1, "ranks in lockstep"
+    fillers = sum(item.weight == 0 for batches in by_rank for item in batches)
+    assert fillers > 0 or world_size <= len(members)
+    parts = [gradients_of(pairs, batches, plan.num_pairs)[0] for batches in by_rank]
+    actual = {name: torch.stack([part[name] for part in parts]).sum(0) for name in parts[0]}
+
+    policy = plain_llama(POLICY)
+    chosen = [pairs[int(index)] for index in members]
+    plain_losses(
+        policy, plain_llama(REFERENCE), chosen, beta=LOSS.beta, reduction=LOSS.reduction
+    ).mean().backward()
+    assert_same_gradients(actual, gradients(policy), 1e-6)

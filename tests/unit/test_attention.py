@@ -1,0 +1,237 @@
+"""Shared, packed and padded give what the model's own eager attention gives, on every architecture."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import SERVED, VOCABULARY, WINDOW, save_tiny_model
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from dpo_scale.data.layouts import Layout, PromptCompletions, Segment, Segments, collate
+from dpo_scale.errors import UserError
+from dpo_scale.model import attention
+from dpo_scale.model.attention import (
+    UnsupportedAttentionError,
+    choose_kernel,
+    observe,
+    register,
+    segment_attention,
+)
+from dpo_scale.model.loading import checkpoint_activations, load_model
+from dpo_scale.model.log_probs import CompletionLogProbs
+from dpo_scale.recipe import ModelSection
+
+LAYOUTS: tuple[Layout, ...] = ("shared", "packed", "padded")
+CPU = torch.device("cpu")
+
+
+def _token_ids(rng: np.random.Generator, length: int) -> np.ndarray:
+    return rng.integers(3, VOCABULARY, length).astype(np.int32)
+
+
+def _pairs() -> list[PromptCompletions]:
+    """Longer than the window on both sides of the prompt's end; completions of one token; a prompt of one token."""
+    rng = np.random.default_rng(0)
+    lengths = [(9, 11, 7), (3, 1, 5), (14, 4, 12), (1, 6, 1)]
+    return [PromptCompletions(_token_ids(rng, p), (_token_ids(rng, c), _token_ids(rng, r))) for p, c, r in lengths]
+
+
+def _sign_and_length_weights(groups: Sequence[PromptCompletions]) -> list[float]:
+    """A weight a sequence that tells chosen from rejected, as a preference loss does."""
+    return [sign * (1 + 0.1 * n) for n, _ in enumerate(groups) for sign in (1.0, -1.0)]
+
+
+def _eager_log_prob_sums(model: nn.Module, groups: Sequence[PromptCompletions]) -> Tensor:
+    """The plain form, written out: right-padded rows, every logit, one log-softmax, [S]."""
+    rows = [(len(group.prompt), [*group.prompt, *completion]) for group in groups for completion in group.completions]
+    width = max(len(tokens) for _, tokens in rows)
+    input_ids = torch.tensor([[int(t) for t in tokens] + [0] * (width - len(tokens)) for _, tokens in rows])
+    mask = torch.tensor([[1] * len(tokens) + [0] * (width - len(tokens)) for _, tokens in rows])
+    logits = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits.float()
+    sums = []
+    for row, (num_prompt, tokens) in enumerate(rows):
+        logps = logits[row].log_softmax(-1)
+        sums.append(torch.stack([logps[at - 1, int(tokens[at])] for at in range(num_prompt, len(tokens))]).sum())
+    return torch.stack(sums)
+
+
+def _log_prob_sums(model: CompletionLogProbs, groups: Sequence[PromptCompletions], layout: Layout) -> Tensor:
+    batch = collate(groups, layout)
+    return torch.zeros(len(batch.lengths)).index_add(0, batch.sequence_of_target, model(batch))
+
+
+def _gradients(model: nn.Module, sums_S: Tensor, groups: Sequence[PromptCompletions]) -> dict[str, Tensor]:
+    model.zero_grad()
+    (sums_S * torch.tensor(_sign_and_length_weights(groups))).sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def _relative_gap(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """Largest relative gap of a parameter's gradient; one far below the others' size counts against those."""
+    assert actual.keys() == expected.keys()
+    total = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
+    gaps = [(actual[name] - expected[name]).norm() / (expected[name].norm() + 0.01 * total) for name in expected]
+    return float(torch.stack(gaps).max())
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    root = tmp_path_factory.mktemp("models")
+
+    @functools.cache
+    def folder(model_type: str) -> Path:
+        return save_tiny_model(root / model_type, model_type)
+
+    return folder
+
+
+def _load(folder: Path, **settings: Any) -> CompletionLogProbs:
+    register("sdpa")
+    return load_model(folder, ModelSection(path=str(folder), dtype="float32", **settings))
+
+
+@functools.cache
+def _expected(folder: Path) -> tuple[Tensor, dict[str, Tensor]]:
+    """Log-prob sums [S] and gradients of the library's model with its own eager attention, without this package."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    sums = _eager_log_prob_sums(model, _pairs())
+    return sums.detach(), _gradients(model, sums, _pairs())
+
+
+@pytest.mark.parametrize("model_type", SERVED)
+def test_every_layout_agrees_with_the_models_own_eager_forward(model_type: str, model_folder: Any) -> None:
+    folder = model_folder(model_type)
+    expected_sums, expected_gradients = _expected(folder)
+    model = _load(folder).eval()
+    for layout in LAYOUTS:
+        with observe() as observation:
+            actual_sums = _log_prob_sums(model, _pairs(), layout)
+        assert (actual_sums - expected_sums).abs().max() < 1e-4, layout
+        actual_gradients = _gradients(model.model, actual_sums, _pairs())
+        assert _relative_gap(actual_gradients, expected_gradients) < 1e-5, layout
+        if layout != "padded":
+            assert observation.reason_against(model.config.num_hidden_layers) is None
+
+
+@pytest.mark.parametrize("model_type", SERVED)
+def test_recomputed_activations_change_nothing_in_training(model_type: str, model_folder: Any) -> None:
+    folder = model_folder(model_type)
+    expected_sums, expected_gradients = _expected(folder)
+    model = _load(folder)
+    checkpoint_activations(model)
+    model.train()
+    for layout in LAYOUTS:
+        actual_sums = _log_prob_sums(model, _pairs(), layout)
+        assert (actual_sums - expected_sums).abs().max() < 1e-4, layout
+        assert _relative_gap(_gradients(model.model, actual_sums, _pairs()), expected_gradients) < 1e-5, layout
+
+
+def test_the_tiny_models_show_a_window_and_a_cap_that_are_ignored(model_folder: Any) -> None:
+    """Guards the tests above: what they are to catch is far above their tolerance."""
+    for model_type, settings in (
+        ("mistral", {"sliding_window": None}),
+        ("gemma2", {"attn_logit_softcapping": None}),
+        ("gemma2", {"final_logit_softcapping": None}),
+        ("gemma2", {"sliding_window": 100}),
+        ("gemma3_text", {"sliding_window": 100}),
+        ("phi3", {"sliding_window": None}),
+        ("cohere", {"logit_scale": 1.0}),
+        ("granite", {"logits_scaling": 1.0}),
+    ):
+        folder = model_folder(model_type)
+        changed = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="eager", **settings
+        )
+        with torch.no_grad():
+            gap = (_eager_log_prob_sums(changed.eval(), _pairs()) - _expected(folder)[0]).abs().max()
+        assert gap > 1e-2, (model_type, settings)
+
+
+def test_dropout_is_off_in_training_unless_asked_for(tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path, "gpt_neox", attention_dropout=0.5, hidden_dropout=0.5)
+    groups = _pairs()
+    off, on = _load(folder).train(), _load(folder, dropout=True).train()
+    torch.manual_seed(0)
+    assert torch.equal(_log_prob_sums(off, groups, "shared"), _log_prob_sums(off, groups, "shared"))
+    assert not torch.allclose(_log_prob_sums(on, groups, "shared"), _log_prob_sums(on, groups, "shared"))
+
+
+def _one_mask(segments: Segments, positions: list[int], window: int | None) -> Tensor:
+    """The whole [T, T] mask from first principles: who a token descends from, and how far back that is."""
+    length = len(positions)
+    mask = torch.zeros(length, length, dtype=torch.bool)
+    for segment in segments.segments:
+        for query in range(segment.start, segment.stop):
+            ancestors = [*range(segment.prefix_start, segment.prefix_stop), *range(segment.start, query + 1)]
+            for key in ancestors:
+                if window is None or positions[query] - positions[key] < window:
+                    mask[query, key] = True
+    return mask
+
+
+@pytest.mark.parametrize("layout", ["shared", "packed"])
+@pytest.mark.parametrize("window", [None, 1, WINDOW, 100])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("kernel", ["sdpa", "flex"])
+def test_kernels_equal_one_softmax_over_the_masked_row(
+    kernel: attention.Kernel, layout: Layout, window: int | None, softcap: float | None
+) -> None:
+    batch = collate(_pairs(), layout)
+    assert batch.segments is not None
+    torch.manual_seed(0)
+    length, heads, kv_heads, size = batch.input_ids.shape[1], 4, 2, 16
+    query = torch.randn(1, heads, length, size)
+    key, value = torch.randn(2, 1, kv_heads, length, size).unbind()
+
+    scores = 0.3 * torch.einsum("bhqd,bhkd->bhqk", query.double(), key.double().repeat_interleave(2, 1))
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    mask = _one_mask(batch.segments, batch.position_ids[0].tolist(), window)
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
+    expected = (weights @ value.double().repeat_interleave(2, 1)).transpose(1, 2)
+
+    with torch.no_grad():
+        actual = segment_attention(
+            query,
+            key,
+            value,
+            batch.segments,
+            kernel=kernel,
+            scaling=0.3,
+            sliding_window=window,
+            softcap=softcap,
+        )
+    assert actual.shape == (1, length, heads, size)
+    assert (actual - expected).abs().max() < 1e-5
+
+
+def test_the_scale_defaults_to_the_inverse_root_of_the_head_size() -> None:
+    batch = collate(_pairs(), "shared")
+    query, key, value = torch.randn(3, 1, 2, batch.input_ids.shape[1], 16).unbind()
+    given = segment_attention(query, key, value, batch.segments, kernel="sdpa", scaling=0.25)
+    assert torch.equal(segment_attention(query, key, value, batch.segments, kernel="sdpa"), given)
+
+
+def test_extra_tensors_are_refused_and_noted_while_observed() -> None:
+    segments = Segments.build([Segment(0, 4)])
+    states = torch.randn(1, 2, 4, 8)
+    with pytest.raises(UnsupportedAttentionError, match="s_aux"):
+        segment_attention(states, states, states, segments, kernel="sdpa", s_aux=torch.zeros(2))
+    with observe() as observation:
+        segment_attention(states, states, states, segments, kernel="sdpa", s_aux=torch.zeros(2))
+        segment_attention(states, states, states, segments, kernel="sdpa", position_ids=torch.arange(4))
+    assert "s_aux" in str(observation.reason_against(0))
+    assert "position_ids" not in str(observation.reason_against(0))
+
+
+def test_a_kernel_that_is_not_there_is_refused_with_those_that_are() -> None:
+    assert choose_kernel("auto", CPU, torch.bfloat16) == "sdpa"
+    assert choose_kernel("sdpa", CPU, torch.float32) == "sdpa"
+    with pytest.raises(UserError, match=r"model\.attention: varlen does not run on cpu .* use auto or one of sdpa"):
+        choose_kernel("varlen", CPU, torch.bfloat16)

@@ -1,0 +1,301 @@
+from __future__ import annotations
+
+import errno
+import gc
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fake_engine import make_parameters, save
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+from dpo_scale.training import export
+from dpo_scale.training.export import ExportError, export_checkpoint, plan_shards
+from dpo_scale.training.tensor_files import TensorEntry
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 61,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+def llama(dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(**(SIZES | changes))
+    return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+def source_folder(model: Any, folder: Path) -> Path:
+    """The folder that training started from: other weights than the model now has, and a tokenizer."""
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    (folder / "model.safetensors").write_bytes(b"old weights")
+    (folder / "README.md").write_text("another model's card")
+    (folder / "LICENSE").write_text("free")
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    return folder
+
+
+def checkpoint_of(model: Any, folder: Path, **fields: Any) -> Path:
+    """A checkpoint by two ranks whose masters are the model's weights."""
+    parameters = {
+        name: [parameter.detach().float(), torch.ones(parameter.shape), torch.ones(parameter.shape)]
+        for name, parameter in model.named_parameters()
+    }
+    values = {"architecture": type(model).__name__, "buffers": {}, "dtype": model.dtype} | fields
+    path = save(folder, parameters, **values)[0]
+    assert isinstance(path, Path), path
+    return path
+
+
+def exported(model: Any, tmp_path: Path, **arguments: Any) -> Path:
+    source = source_folder(model, tmp_path / "source")
+    path = checkpoint_of(model, tmp_path / "checkpoints")
+    export_checkpoint(path, tmp_path / "model", source_model=source, **arguments)
+    return tmp_path / "model"
+
+
+def logits(model: Any) -> torch.Tensor:
+    tokens = torch.randint(61, (2, 9), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        return model(tokens).logits
+
+
+# --- weights
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tied", [False, True])
+def test_logits_equal_those_of_the_model_in_memory(tmp_path: Path, dtype: torch.dtype, tied: bool) -> None:
+    model = llama(dtype, tie_word_embeddings=tied)
+    out = exported(model, tmp_path, max_shard_bytes=8000)
+    loaded, report = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert loaded.dtype == dtype
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert torch.equal(logits(loaded.eval()), logits(model))
+
+
+def test_another_precision_is_the_cast_of_the_master_weights(tmp_path: Path) -> None:
+    model = llama()
+    loaded = load_file(exported(model, tmp_path, dtype=torch.bfloat16) / "model.safetensors")
+    for name, parameter in model.named_parameters():
+        assert torch.equal(loaded[name], parameter.detach().to(torch.bfloat16))
+    assert json.loads((tmp_path / "model/config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_tied_weights_are_stored_once(tmp_path: Path) -> None:
+    loaded = load_file(exported(llama(tie_word_embeddings=True), tmp_path) / "model.safetensors")
+    assert "model.embed_tokens.weight" in loaded
+    assert "lm_head.weight" not in loaded
+
+
+def test_buffers_are_stored_too_and_wide_types_come_first(tmp_path: Path) -> None:
+    model = llama(torch.bfloat16)
+    buffers = {"steps": torch.tensor(3), "mask": torch.tensor([True]), "scale": torch.rand(3)}
+    path = checkpoint_of(model, tmp_path / "checkpoints", buffers=buffers)
+    source = source_folder(model, tmp_path / "source")
+    export_checkpoint(path, tmp_path / "model", source_model=source)
+    loaded = load_file(tmp_path / "model/model.safetensors")
+    for name, buffer in buffers.items():
+        assert torch.equal(loaded[name], buffer)
+    assert torch.equal(loaded["lm_head.weight"], model.lm_head.weight)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4)),
+        lambda: Qwen3MoeForCausalLM(
+            Qwen3MoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, head_dim=6)
+        ),
+    ],
+    ids=["mixtral", "qwen3_moe"],
+)
+def test_fused_experts_are_published_as_the_model_family_publishes_them(tmp_path: Path, make: Any) -> None:
+    torch.manual_seed(0)
+    model = make().eval()
+    out = exported(model, tmp_path, max_shard_bytes=8000)
+    model.save_pretrained(tmp_path / "by_transformers")
+    expected = load_file(tmp_path / "by_transformers/model.safetensors")
+    actual = {name: tensor for shard in out.glob("*.safetensors") for name, tensor in load_file(shard).items()}
+    assert actual.keys() == expected.keys()
+    assert any(".experts.3." in name for name in actual)
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(out).eval()), logits(model))
+
+
+# --- shards
+
+
+def test_shards_stay_below_the_bound_and_the_index_names_every_tensor_once(tmp_path: Path) -> None:
+    model = llama()
+    out = exported(model, tmp_path, max_shard_bytes=8000)
+    shards = sorted(out.glob("*.safetensors"))
+    assert len(shards) > 3
+    assert shards[0].name == f"model-00001-of-{len(shards):05d}.safetensors"
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    expected = {}
+    for shard in shards:
+        with safe_open(shard, "pt") as file:
+            held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            assert file.metadata() == {"format": "pt"}
+        total = sum(tensor.nbytes for tensor in held.values())
+        assert total <= 8000 or len(held) == 1
+        expected |= dict.fromkeys(held, shard.name)
+    assert index["weight_map"] == expected
+    assert expected.keys() == {name for name, _ in model.named_parameters()}
+    assert index["metadata"]["total_size"] == 4 * sum(p.numel() for p in model.parameters())
+
+
+def test_a_tensor_larger_than_the_bound_gets_a_shard_of_its_own() -> None:
+    entries = [TensorEntry(str(size), torch.uint8, (size,)) for size in (3, 4, 20, 5, 5, 1)]
+    shards = plan_shards(entries, max_bytes=10)
+    assert [[entry.bytes for entry in shard] for shard in shards] == [[3, 4], [20], [5, 5], [1]]
+
+
+def test_memory_stays_far_below_one_shard(tmp_path: Path) -> None:
+    """Parameters of 1 MB, shards of 24 MB, a model of 64 MB."""
+    peak = Path("/proc/self/clear_refs")
+    if not peak.exists():
+        pytest.skip("needs Linux's /proc to reset the peak of memory")
+    count = 64
+    parameters = make_parameters({f"layer.{i}.weight": (512, 512) for i in range(count)})
+    source = source_folder(llama(), tmp_path / "source")
+    path = save(tmp_path / "checkpoints", parameters, architecture="Unknown", buffers={})[0]
+    del parameters
+    gc.collect()
+    export_checkpoint(path, tmp_path / "warm_up", source_model=source)
+    peak.write_text("5")
+    before = _memory("VmRSS")
+    export_checkpoint(path, tmp_path / "model", source_model=source, max_shard_bytes=24_000_000)
+    assert len(list((tmp_path / "model").glob("*.safetensors"))) == 3
+    assert _memory("VmHWM") - before < 12_000_000
+
+
+def _memory(field: str) -> int:
+    """Bytes, from the kernel."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return 1024 * int(line.split()[1])
+    raise AssertionError(field)
+
+
+# --- the folder
+
+
+def test_everything_but_the_weights_comes_from_the_source(tmp_path: Path) -> None:
+    model = llama(torch.bfloat16)
+    source = source_folder(model, tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    config |= {"torch_dtype": "float32", "architectures": ["LlamaModel"], "extra": 7}
+    (source / "config.json").write_text(json.dumps(config))
+    path = checkpoint_of(model, tmp_path / "checkpoints", step=9)
+    export_checkpoint(path, tmp_path / "out/model", source_model=source, provenance={"recipe": "r"})
+    out = tmp_path / "out/model"
+    assert sorted(file.name for file in out.iterdir()) == [
+        "LICENSE",
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "provenance.json",
+        "tokenizer_config.json",
+    ]
+    written = json.loads((out / "config.json").read_text())
+    assert written["dtype"] == "bfloat16"
+    assert "torch_dtype" not in written
+    assert written["architectures"] == ["LlamaForCausalLM"]
+    assert written["extra"] == 7
+    provenance = json.loads((out / "provenance.json").read_text())
+    assert provenance["recipe"] == "r"
+    assert provenance["step"] == 9
+    assert provenance["trajectory_digest"] == "digest"
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["model"]
+
+
+def test_a_tokenizer_of_its_own_replaces_the_source_s_and_a_template_replaces_both(
+    tmp_path: Path,
+) -> None:
+    tokenizer = tmp_path / "tokenizer"
+    tokenizer.mkdir()
+    (tokenizer / "tokenizer.json").write_text("{}")
+    (tokenizer / "generation_config.json").write_text("not this one")
+    out = exported(llama(), tmp_path, tokenizer=tokenizer, chat_template="{{ 1 }}")
+    assert (out / "tokenizer.json").read_text() == "{}"
+    assert not (out / "tokenizer_config.json").exists()
+    assert (out / "generation_config.json").read_text() != "not this one"
+    assert (out / "chat_template.jinja").read_text() == "{{ 1 }}"
+
+
+def test_only_an_export_of_the_same_run_is_replaced(tmp_path: Path) -> None:
+    model = llama()
+    out = exported(model, tmp_path)
+    path = checkpoint_of(model, tmp_path / "checkpoints", step=2)
+    export_checkpoint(path, out, source_model=tmp_path / "source")
+    assert json.loads((out / "provenance.json").read_text())["step"] == 2
+    other = checkpoint_of(model, tmp_path / "others", digest="another run")
+    with pytest.raises(ExportError, match="something else than an export of this run"):
+        export_checkpoint(other, out, source_model=tmp_path / "source")
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "notes.txt").write_text("keep")
+    with pytest.raises(ExportError, match="name another folder"):
+        export_checkpoint(path, mine, source_model=tmp_path / "source")
+    assert (mine / "notes.txt").read_text() == "keep"
+
+
+def test_a_disk_that_fills_up_leaves_the_earlier_export_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = llama()
+    out = exported(model, tmp_path)
+    before = (out / "model.safetensors").read_bytes()
+    calls = iter(range(99))
+
+    def full(*arguments: Any) -> Any:
+        if next(calls) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return written(*arguments)
+
+    written = export.write_tensors
+    monkeypatch.setattr(export, "write_tensors", full)
+    path = checkpoint_of(model, tmp_path / "checkpoints", step=2)
+    with pytest.raises(ExportError, match="No space left on device"):
+        export_checkpoint(path, out, source_model=tmp_path / "source", max_shard_bytes=8000)
+    assert (out / "model.safetensors").read_bytes() == before
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_an_exported_tokenizer_can_be_loaded(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    model = llama()
+    source = source_folder(model, tmp_path / "source")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "<unk>": 1}, unk_token="<unk>")),
+        chat_template="{{ messages[0] }}",
+    )
+    fast.save_pretrained(source)
+    path = checkpoint_of(model, tmp_path / "checkpoints")
+    export_checkpoint(path, tmp_path / "model", source_model=source)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert tokenizer.encode("a") == [0]
+    assert tokenizer.chat_template == "{{ messages[0] }}"

@@ -1,0 +1,115 @@
+"""Imports point one way, along the arrow of the data, and one package knows the launcher's libraries."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import dpo_scale
+
+ROOT = Path(dpo_scale.__file__).parent
+
+ORDER = (
+    ("errors",),
+    ("recipe", "objectives", "console", "files", "shipped_files"),
+    ("data",),
+    ("model",),
+    ("distributed",),
+    ("reference",),
+    ("training",),
+    ("stages", "operations"),
+    ("launched", "demo"),
+    ("cli", "train", "score", "evaluate"),
+)
+"""From the bottom up: a part imports parts below its own row, and modules of itself."""
+
+RANK_LIBRARIES = ("accelerate", "deepspeed", "torch.distributed")
+EXCEPTIONS = {"launched.py": "torch.distributed.elastic.multiprocessing.errors"}
+"""The launcher's own channel for last words."""
+
+MODULES = sorted(ROOT.rglob("*.py"))
+
+
+def _imports(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and dotted name of every import, those inside functions included."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import"
+            for alias in node.names:
+                yield node.lineno, f"{node.module}.{alias.name}"
+
+
+def _part(relative: Path) -> str:
+    """The top-level module or package that a file belongs to."""
+    return relative.parts[0].removesuffix(".py")
+
+
+def _row(part: str) -> int:
+    return next(number for number, row in enumerate(ORDER) if part in row)
+
+
+def _is_within(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
+
+
+def _wrong_imports() -> list[str]:
+    wrong = []
+    for path in MODULES:
+        relative = path.relative_to(ROOT)
+        part = _part(relative)
+        if part == "__init__":
+            continue
+        for line, name in _imports(path):
+            if not _is_within(name, "dpo_scale") or name == "dpo_scale.__version__":
+                continue
+            other = name.split(".")[1]
+            if other != part and _row(other) >= _row(part):
+                wrong.append(f"{relative}:{line} imports {name}")
+    return wrong
+
+
+def test_every_module_has_its_place_in_the_order() -> None:
+    parts = {_part(path.relative_to(ROOT)) for path in MODULES} - {"__init__"}
+    assert parts == {part for row in ORDER for part in row}
+
+
+def test_imports_point_down_the_order() -> None:
+    assert _wrong_imports() == []
+
+
+def test_within_training_nothing_sees_the_loop() -> None:
+    seen = [
+        f"{path.relative_to(ROOT)}:{line}"
+        for path in (ROOT / "training").glob("*.py")
+        for line, name in _imports(path)
+        if _is_within(name, "dpo_scale.training.loop")
+    ]
+    assert seen == []
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_only_the_distributed_package_knows_ranks(path: Path) -> None:
+    relative = path.relative_to(ROOT)
+    allowed = EXCEPTIONS.get(str(relative))
+    known = [
+        f"{relative}:{line} imports {name}"
+        for line, name in _imports(path)
+        if any(_is_within(name, library) for library in RANK_LIBRARIES) and not (allowed and _is_within(name, allowed))
+    ]
+    assert known == [] or _part(relative) == "distributed"
+
+
+def test_no_module_is_a_drawer() -> None:
+    drawers = {"utils", "util", "helpers", "helper", "common", "misc"}
+    assert [path for path in MODULES if path.stem in drawers or path.parent.name in drawers] == []
+
+
+def test_objectives_know_tensors_only() -> None:
+    names = {name.split(".")[0] for _, name in _imports(ROOT / "objectives.py")}
+    assert names <= {"__future__", "typing", "torch"}

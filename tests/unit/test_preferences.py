@@ -1,0 +1,246 @@
+"""Which rows become which pairs, and what is said of the others."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dpo_scale.data.preferences import PreferencePair, RowError, check_columns, to_preferences
+from dpo_scale.data.sources import RawRow
+from dpo_scale.errors import DataError
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+def system(text: str) -> dict[str, str]:
+    return {"role": "system", "content": text}
+
+
+def read(fields: dict, columns: dict[str, str] | None = None) -> PreferencePair:
+    (pair,) = to_preferences(RawRow("rows.jsonl:7", fields), columns)
+    assert pair.row == "rows.jsonl:7"
+    return pair
+
+
+def parts(pair: PreferencePair) -> tuple:
+    return pair.prompt, pair.chosen, pair.rejected
+
+
+QUESTION, YES, NO = (user("Q"),), (assistant("yes"),), (assistant("no"),)
+FORMATS = {
+    "prompt, chosen and rejected strings": (
+        {"prompt": "Q", "chosen": " yes", "rejected": " no"},
+        ("Q", " yes", " no"),
+    ),
+    "chosen and rejected strings, prompt in both": (
+        {"chosen": "The sky is blue", "rejected": "The sky is green"},
+        ("The sky is", " blue", " green"),
+    ),
+    "Human/Assistant dialogues": (
+        {
+            "chosen": "\n\nHuman: Q\n\nAssistant: a\n\nHuman: R\n\nAssistant: yes",
+            "rejected": "\n\nHuman: Q\n\nAssistant: a\n\nHuman: R\n\nAssistant: no",
+        },
+        ("\n\nHuman: Q\n\nAssistant: a\n\nHuman: R\n\nAssistant:", " yes", " no"),
+    ),
+    "whole chats, prompt in both": (
+        {"chosen": [user("Q"), assistant("yes")], "rejected": [user("Q"), assistant("no")]},
+        (QUESTION, YES, NO),
+    ),
+    "prompt, chosen and rejected messages": (
+        {"prompt": [user("Q")], "chosen": [assistant("yes")], "rejected": [assistant("no")]},
+        (QUESTION, YES, NO),
+    ),
+    "chats, prompt given and in both": (
+        {
+            "prompt": [user("Q")],
+            "chosen": [user("Q"), assistant("yes")],
+            "rejected": [user("Q"), assistant("no")],
+        },
+        (QUESTION, YES, NO),
+    ),
+    "whole chats and their prompt as text": (
+        {
+            "prompt": "Q",
+            "chosen": [user("Q"), assistant("yes")],
+            "rejected": [user("Q"), assistant("no")],
+        },
+        (QUESTION, YES, NO),
+    ),
+    "prompt string, completions as messages": (
+        {"prompt": "Q", "chosen": [assistant("yes")], "rejected": [assistant("no")]},
+        (QUESTION, YES, NO),
+    ),
+    "prompt as messages, completion strings": (
+        {"prompt": [user("Q")], "chosen": "yes", "rejected": "no"},
+        (QUESTION, YES, NO),
+    ),
+    "whole chats, prompt in both, with a system field": (
+        {
+            "system": "Be brief.",
+            "chosen": [user("Q"), assistant("yes")],
+            "rejected": [user("Q"), assistant("no")],
+        },
+        ((system("Be brief."), user("Q")), YES, NO),
+    ),
+    "prompt, chosen and rejected strings, with a system field": (
+        {"system": "", "prompt": "Q", "chosen": "yes", "rejected": "no"},
+        (QUESTION, YES, NO),
+    ),
+    "ranked or scored completions, best against worst": (
+        {"prompt": "Q", "completions": [" no", " so", " yes"], "scores": [1, 2.5, "4"]},
+        ("Q", " yes", " no"),
+    ),
+    "two responses and a preference": (
+        {"prompt": "Q", "response_1": " no", "response_2": " yes", "preference": 2},
+        ("Q", " yes", " no"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_format_is_recognised_by_its_fields_and_named(name):
+    fields, expected_parts = FORMATS[name]
+    pair = read(fields)
+    assert parts(pair) == expected_parts
+    assert pair.format == name
+
+
+def test_the_longest_common_run_of_messages_is_the_prompt():
+    common = [system("S"), user("Q"), assistant("a"), user("R")]
+    pair = read({"chosen": [*common, assistant("yes")], "rejected": [*common, assistant("no")]})
+    assert parts(pair) == (tuple(common), YES, NO)
+
+
+def test_a_dialogue_that_parts_early_is_cut_at_the_last_common_turn():
+    start = "\n\nHuman: Q\n\nAssistant:"
+    pair = read({"chosen": start + " a\n\nHuman: R\n\nAssistant: b", "rejected": start + " c"})
+    assert parts(pair) == (start, " a\n\nHuman: R\n\nAssistant: b", " c")
+
+
+def test_equal_dialogues_leave_empty_completions_behind_the_last_turn():
+    text = "\n\nHuman: Q\n\nAssistant: a"
+    assert parts(read({"chosen": text, "rejected": text})) == (text[:-2], " a", " a")
+
+
+def test_columns_name_the_fields_of_another_data_set():
+    ultrafeedback = {
+        "instruction": "Q",
+        "completions": [
+            {"response": "yes", "overall_score": 9.0},
+            {"response": "no", "overall_score": 2.0},
+        ],
+    }
+    assert parts(read(ultrafeedback, {"prompt": "instruction"})) == ("Q", "yes", "no")
+    nectar = {
+        "prompt": "\n\nHuman: Q\n\nAssistant:",
+        "answers": [{"answer": " no", "rank": 7.0}, {"answer": " yes", "rank": 1.0}],
+    }
+    assert parts(read(nectar, {"completions": "answers"})) == (nectar["prompt"], " yes", " no")
+    helpsteer = {"context": [user("Q")], "response1": "yes", "response2": "no", "overall": -2}
+    columns = {
+        "prompt": "context",
+        "response_1": "response1",
+        "response_2": "response2",
+        "preference": "overall",
+    }
+    assert parts(read(helpsteer, columns)) == (QUESTION, YES, NO)
+
+
+def test_sharegpt_messages_and_null_fields_are_read_as_chat_messages():
+    pair = read(
+        {
+            "conversations": [{"from": "human", "value": "Q"}],
+            "chosen": {"from": "gpt", "value": "yes"},
+            "rejected": {"role": "assistant", "content": "no", "tool_calls": None},
+        },
+        {"prompt": "conversations"},
+    )
+    assert parts(pair) == (QUESTION, YES, NO)
+
+
+def test_tools_documents_and_template_variables_travel_with_the_pair():
+    fields, _ = FORMATS["prompt, chosen and rejected messages"]
+    pair = read(
+        {
+            **fields,
+            "tools": '[{"name": "clock"}]',
+            "documents": [{"title": "T"}],
+            "chat_template_kwargs": {"enable_thinking": False},
+        }
+    )
+    assert pair.tools == ({"name": "clock"},)
+    assert pair.chat_template_kwargs == {"enable_thinking": False, "documents": [{"title": "T"}]}
+
+
+def test_completions_of_equal_merit_carry_no_preference():
+    pair = read({"prompt": "Q", "completions": ["a", "b"], "ranks": [1, 1]})
+    assert pair.chosen == pair.rejected
+    pair = read({"prompt": "Q", "response_1": "a", "response_2": "b", "preference": 0})
+    assert pair.chosen == pair.rejected
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "no field 'chosen' and no field 'rejected'; the row has no fields"),
+        ({"prompt": "Q", "chosen": "a", "loser": "b"}, "no field 'rejected'; the row has 'prompt'"),
+        ({"prompt": "Q", "chosen": "a", "rejected": None}, "field 'rejected' is null"),
+        ({"prompt": 3, "chosen": "a", "rejected": "b"}, "'prompt' has to be text or a list of"),
+        ({"prompt": "Q", "chosen": "a", "rejected": [assistant("b")]}, "one of chosen and"),
+        ({"chosen": "abc", "rejected": "xyz"}, "no field 'prompt', and chosen and rejected have"),
+        ({"chosen": "\n\nHuman: a", "rejected": "\n\nHuman: b"}, "no 'Assistant:' turn in common"),
+        ({"chosen": [user("a")], "rejected": [user("b")]}, "begin with different messages"),
+        ({"chosen": [{"content": "a"}], "rejected": [user("b")]}, "'chosen' has no 'role'"),
+        ({"chosen": [{"role": "user"}], "rejected": [user("b")]}, "'chosen' has no 'content'"),
+        ({"prompt": "Q", "chosen": "a\ud800", "rejected": "b"}, "lone surrogate at character 2"),
+        ({"prompt": "Q", "chosen": "a", "rejected": "b", "tools": [{"\udfff": 1}]}, "'tools' is not valid Unicode"),
+        ({"chosen": [{"role": "user", "content": 3}], "rejected": []}, "content of a message of 'chosen' has to be"),
+        ({"prompt": "Q", "completions": ["a"]}, "a list of two or more"),
+        ({"prompt": "Q", "completions": ["a", "b"]}, "no score and no rank"),
+        ({"prompt": "Q", "completions": ["a", "b"], "ranks": [1, "x"]}, "a number, not 'x'"),
+        ({"prompt": "Q", "chosen": "a", "rejected": "b", "tools": "["}, "'tools' is not valid"),
+        ({"prompt": "Q", "response_1": "a", "response_2": "b"}, "need a field 'preference'"),
+    ],
+)
+def test_a_row_without_a_pair_is_refused_with_the_reason(fields, message):
+    with pytest.raises(RowError, match=message):
+        read(fields)
+
+
+def test_a_column_that_is_not_there_is_named_with_those_that_are():
+    with pytest.raises(RowError, match=r"no field 'win', which columns names as 'chosen'; .*'good'"):
+        read({"good": "a"}, {"chosen": "win"})
+
+
+def test_an_unknown_name_in_columns_gets_a_suggestion():
+    with pytest.raises(DataError, match="'choosen'; did you mean 'chosen'"):
+        check_columns({"choosen": "a"})
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner),
+    max_leaves=6,
+)
+messages = st.dictionaries(st.sampled_from(["role", "content", "from", "value"]), st.text(max_size=5) | json_values)
+names = ["prompt", "chosen", "rejected", "system", "tools", "completions", "scores", "ranks"]
+names += ["response_1", "response_2", "preference", "documents", "chat_template_kwargs"]
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.dictionaries(st.sampled_from(names), json_values | messages | st.lists(messages)))
+def test_any_row_gives_pairs_or_a_reason(fields):
+    try:
+        pairs = to_preferences(RawRow("rows.jsonl:7", fields))
+    except RowError as error:
+        assert str(error)  # noqa: PT017
+    else:
+        assert all(isinstance(pair, PreferencePair) for pair in pairs)

@@ -1,0 +1,347 @@
+"""The way from files to stored tokens: counts, messages, the store, several processes."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+from small_tokenizers import byte_level
+
+from dpo_scale.data import preparation, token_store
+from dpo_scale.data.preparation import prepare_pairs
+from dpo_scale.data.report import DataReport, describe, overlap, pair_hashes
+from dpo_scale.data.token_pairs import TokenPair, TokenPairs
+from dpo_scale.errors import DataError, UserError
+from dpo_scale.recipe import DataSection, DataSource
+
+HH = Path(os.environ.get("DPO_SCALE_DATA", "../shared/data")) / "hh_harmless_1500.jsonl.gz"
+
+
+def row(prompt: str = "Q:", chosen: str = " yes", rejected: str = " no") -> dict[str, str]:
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def write(path: Path, *rows: dict | str) -> str:
+    lines = [line if isinstance(line, str) else json.dumps(line) for line in rows]
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
+@pytest.fixture
+def prepare(tmp_path):
+    """prepare_pairs with a store of its own."""
+
+    def call(*paths: str, tokenizer=None, seed=0, **settings) -> tuple[TokenPairs, DataReport]:
+        data = DataSection(train=list(paths), **{"cache_dir": str(tmp_path / "store"), "workers": 1, **settings})
+        return prepare_pairs(data.train, data, tokenizer or byte_level(), seed=seed)
+
+    return call
+
+
+# --- counts --------------------------------------------------------------------------------------
+
+
+def test_every_row_is_kept_or_counted_under_its_reason(tmp_path, prepare):
+    path = write(
+        tmp_path / "rows.jsonl",
+        row(),
+        row(rejected=" yes"),
+        row(chosen="  "),
+        row(prompt="word " * 60),
+        row(rejected=" no" * 60),
+        "{",
+        {"prompt": "Q"},
+        row(prompt="R:", chosen=" no", rejected=" certainly yes"),
+    )
+    pairs, report = prepare(path, max_length=50, on_bad_row="skip")
+    (source,) = report.sources
+    assert [pair.row for pair in pairs] == [f"{path}:1", f"{path}:8"]
+    assert (report.rows_read, report.pairs_kept) == (8, 2)
+    assert report.dropped == {
+        "chosen and rejected are equal": 1,
+        "chosen is empty": 1,
+        "prompt longer than the limit": 1,
+        "prompt and completion longer than data.max_length": 1,
+        "not valid JSON": 1,
+        "no field 'chosen' and no field 'rejected'": 1,
+    }
+    assert source.first_places["chosen is empty"] == f"{path}:3: chosen is empty"
+    assert source.formats == {"prompt, chosen and rejected strings": 6}
+    assert report.rejected_longer == 0.5
+
+
+def test_real_dialogues_are_counted_as_plain_python_counts_them(prepare):
+    if not HH.is_file():
+        pytest.skip(f"{HH} is not there; DPO_SCALE_DATA names its folder")
+    tokenizer = byte_level()
+    expected = []
+    with gzip.open(HH, "rt", encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            chosen, rejected = json.loads(line)["chosen"], json.loads(line)["rejected"]
+            size = next(n for n in range(len(chosen), -1, -1) if rejected.startswith(chosen[:n]))
+            cut = chosen[:size].rindex("\n\nAssistant:") + len("\n\nAssistant:")
+            if chosen != rejected and chosen[cut:].strip() and rejected[cut:].strip():
+                expected.append((number, chosen[:cut], chosen[cut:], rejected[cut:]))
+    pairs, report = prepare(str(HH), tokenizer=tokenizer, max_length=100_000)
+    assert report.rows_read == 1500
+    assert report.pairs_kept == len(pairs) == len(expected)
+    assert sum(report.dropped.values()) == 1500 - len(expected)
+    assert report.sources[0].boundaries_moved == 0
+    for pair, (number, prompt, chosen, rejected) in zip(pairs, expected, strict=True):
+        assert pair.row == f"{HH}:{number}"
+        assert tokenizer.decode(pair.prompt) == prompt
+        assert tokenizer.decode(pair.chosen) == chosen + "<|end|>"
+        assert tokenizer.decode(pair.rejected) == rejected + "<|end|>"
+    lengths = [[len(tokenizer(part)["input_ids"]) for part in one[1:]] for one in expected]
+    prompts, chosen_ids, rejected_ids = np.array(lengths).T
+    assert report.prompt_tokens.mean == pytest.approx(prompts.mean())
+    assert report.chosen_tokens.max == chosen_ids.max() + 1
+    assert report.chosen_longer == pytest.approx((chosen_ids > rejected_ids).mean())
+    assert report.tokens == np.sum(lengths) + 2 * len(expected)
+
+
+def test_sources_are_reported_one_by_one(tmp_path, prepare):
+    first = write(tmp_path / "a.jsonl", row(), row("R:"))
+    second = write(tmp_path / "b.jsonl", row("S:"), row(rejected=""))
+    pairs, report = prepare(first, second)
+    assert [(one.path, one.rows_read, one.pairs_kept) for one in report.sources] == [
+        (first, 2, 2),
+        (second, 2, 1),
+    ]
+    assert len(pairs) == 3
+
+
+def test_repeated_and_reversed_pairs_are_counted(tmp_path, prepare):
+    path = write(
+        tmp_path / "rows.jsonl",
+        row(),
+        row(),
+        row(chosen=" no", rejected=" yes"),
+        row("R:"),
+        row("R:", chosen=" maybe"),
+    )
+    _, report = prepare(path)
+    assert report.duplicates == 1
+    assert report.contradictions == 3  # two copies one way, one the other
+
+
+def test_held_out_pairs_that_are_trained_on_are_counted():
+    def pair(*parts: list[int]) -> TokenPair:
+        return TokenPair(*(np.array(part, np.int32) for part in parts), "rows.jsonl:1")
+
+    train = TokenPairs.from_pairs([pair([1], [2], [3]), pair([1, 2], [3], [4])])
+    held_out = TokenPairs.from_pairs([pair([1], [2], [3]), pair([1], [2], [4]), pair([2], [1], [3])])
+    both = overlap(train, held_out)
+    assert (both.prompts, both.pairs) == (2, 1)
+
+
+def test_equal_tokens_and_only_those_have_equal_hashes(monkeypatch):
+    monkeypatch.setattr("dpo_scale.data.report._BLOCK_PAIRS", 7)
+    rng = np.random.default_rng(0)
+    parts = [tuple(rng.integers(0, 2, rng.integers(1, 5)).tolist()) for _ in range(600)]
+    pairs = TokenPairs.from_pairs(
+        TokenPair(*(np.array(part, np.int32) for part in parts[i : i + 3]), "rows.jsonl:1") for i in range(0, 600, 3)
+    )
+    hashes = pair_hashes(pairs).reshape(-1).tolist()
+    assert len(set(zip(parts, hashes, strict=True))) == len(set(parts)) == len(set(hashes))
+
+
+def test_the_report_survives_json_and_shows_its_counts(tmp_path, prepare):
+    path = write(tmp_path / "rows.jsonl", row(), row(rejected=" yes"), row("R:"))
+    _, report = prepare(path)
+    assert DataReport.from_json(json.loads(json.dumps(report.to_json()))) == report
+    console = Console(width=100, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    console.print(report.table("train"))
+    text = console.export_text()
+    for expected in ("rows read", "3", "dropped: chosen and rejected are equal", "kept", "2"):
+        assert expected in text
+
+
+def test_an_empty_set_has_a_report():
+    report = describe(TokenPairs.from_pairs([]), ())
+    assert (report.rows_read, report.pairs_kept, report.prompt_tokens.max) == (0, 0, 0)
+
+
+# --- messages ------------------------------------------------------------------------------------
+
+
+def test_bad_rows_are_reported_together_with_their_places(tmp_path, prepare):
+    path = write(tmp_path / "rows.jsonl", row(), "{", {"prompt": "Q", "chosen": "a"}, "[]", row("R"))
+    with pytest.raises(DataError) as caught:
+        prepare(path)
+    message = str(caught.value)
+    assert message.splitlines()[0] == "3 rows cannot be used"
+    assert f"{path}:2: not valid JSON" in message
+    assert f"{path}:3: no field 'rejected'; the row has 'prompt', 'chosen'" in message
+    assert f"{path}:4: a row is an object with named fields, this is a list" in message
+    assert "data.on_bad_row=skip" in message
+    assert not list((tmp_path / "store").glob("[!f]*"))  # only the remembered file hashes
+
+
+def test_at_most_twenty_bad_rows_are_listed(tmp_path, prepare):
+    path = write(tmp_path / "rows.jsonl", *["{"] * 50)
+    with pytest.raises(DataError, match="20 rows, and maybe more, cannot be used") as caught:
+        prepare(path)
+    assert str(caught.value).count("not valid JSON") == 20
+
+
+def test_pairs_without_a_preference_stop_the_run_where_the_recipe_says_so(tmp_path, prepare):
+    path = write(tmp_path / "rows.jsonl", row(), row(rejected=" yes"))
+    with pytest.raises(DataError, match=rf"{path}:2: chosen and rejected are equal") as caught:
+        prepare(path, on_no_preference="error")
+    assert "data.on_no_preference=skip" in str(caught.value)
+
+
+def test_data_of_which_nothing_is_left_names_reason_place_and_fix(tmp_path, prepare):
+    path = write(tmp_path / "rows.jsonl", row("word " * 40))
+    with pytest.raises(DataError, match="no pair is left") as caught:
+        prepare(path, max_length=20)
+    assert f"first: {path}:1: prompt longer than the limit" in str(caught.value)
+    assert "raise data.max_length" in str(caught.value)
+
+
+def test_a_missing_file_and_a_wrong_column_are_named_before_anything_is_read(tmp_path, prepare):
+    with pytest.raises(DataError, match=r"absent\.jsonl: no such file"):
+        prepare(str(tmp_path / "absent.jsonl"))
+    path = write(tmp_path / "rows.jsonl", row())
+    with pytest.raises(DataError, match="unknown field 'winner'"):
+        prepare(DataSource(path=path, columns={"winner": "chosen"}))
+
+
+def test_a_store_that_cannot_be_made_is_named(tmp_path):
+    path = write(tmp_path / "rows.jsonl", row())
+    data = DataSection(train=[path], cache_dir=f"{path}/store")
+    with pytest.raises(UserError, match=r"data\.cache_dir: .* choose another folder"):
+        prepare_pairs(data.train, data, byte_level(), seed=0)
+
+
+def test_a_tokenizer_without_an_end_token_is_refused(tmp_path, prepare):
+    tokenizer = byte_level()
+    tokenizer.eos_token = None
+    with pytest.raises(UserError, match="no end token; set eos_token"):
+        prepare(write(tmp_path / "rows.jsonl", row()), tokenizer=tokenizer)
+
+
+# --- the store -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tokenized_chunks(monkeypatch) -> list[int]:
+    """Rows of each chunk that was really tokenized."""
+    calls: list[int] = []
+    original = preparation._tokenize_chunk
+
+    def counted(tokenizer, columns, rows):
+        calls.append(len(rows))
+        return original(tokenizer, columns, rows)
+
+    monkeypatch.setattr(preparation, "_tokenize_chunk", counted)
+    return calls
+
+
+def test_a_second_call_reads_the_store(tmp_path, prepare, tokenized_chunks):
+    path = write(tmp_path / "rows.jsonl", row(), row("R:"), row(chosen=" yes é"))
+    first, first_report = prepare(path)
+    second, second_report = prepare(path)
+    assert tokenized_chunks == [3]
+    assert second.digest() == first.digest()
+    assert [pair.row for pair in second] == [f"{path}:{n}" for n in (1, 2, 3)]
+    assert second_report == first_report
+    assert not list((tmp_path / "store").glob(".*"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["data", "limit", "truncation", "tokenizer", "template", "columns", "sample", "seed"],
+)
+def test_whatever_decides_the_tokens_decides_the_store(tmp_path, prepare, tokenized_chunks, change):
+    path = write(tmp_path / "rows.jsonl", row(), row("R:"))
+    template = tmp_path / "template.jinja"
+    template.write_text("{{ messages }}")
+    source = DataSource(path=path, rows=1 if change == "seed" else None)
+    settings: dict = {"tokenizer": byte_level(), "chat_template": str(template)}
+    prepare(source, **settings)
+    if change == "data":
+        write(tmp_path / "rows.jsonl", row(), row("S:"))
+    elif change == "limit":
+        settings["max_length"] = 99
+    elif change == "truncation":
+        settings["truncation"] = "keep_start"
+    elif change == "tokenizer":
+        settings["tokenizer"].add_tokens(["Q:"])
+    elif change == "template":
+        template.write_text("{{ messages }}!")
+    elif change == "columns":
+        source = DataSource(path=path, columns={"chosen": "rejected", "rejected": "chosen"})
+    elif change == "sample":
+        source = DataSource(path=path, rows=1)
+    else:
+        settings["seed"] = 1
+    prepare(source, **settings)
+    assert len(tokenized_chunks) == 2
+
+
+def test_what_decides_nothing_leaves_the_store(tmp_path, prepare, tokenized_chunks):
+    path = write(tmp_path / "rows.jsonl", row(), row("R:"))
+    prepare(path, seed=0)
+    os.utime(path)
+    prepare(path, seed=1, workers=2)
+    assert len(tokenized_chunks) == 1
+
+
+def test_a_failure_half_way_leaves_nothing_behind(tmp_path, prepare, monkeypatch):
+    path = write(tmp_path / "rows.jsonl", row())
+
+    def fail(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(token_store, "describe", fail)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(path)
+    assert not [file for file in (tmp_path / "store").iterdir() if file.name != "sha256.jsonl"]
+    pairs, _ = prepare(path)
+    assert len(pairs) == 1
+
+
+def test_two_writers_of_one_store_agree(tmp_path, prepare, monkeypatch):
+    """The second finds the first one's store in place when it wants to put down its own."""
+    path = write(tmp_path / "rows.jsonl", row(), row("R:"))
+    original = preparation._tokenize_sources
+    inner: list[TokenPairs] = []
+
+    def interrupted(*args):
+        original(*args)
+        if not inner:
+            inner.append(TokenPairs.from_pairs([]))  # the inner call tokenizes once
+            inner[0] = prepare(path)[0]
+
+    monkeypatch.setattr(preparation, "_tokenize_sources", interrupted)
+    outer, _ = prepare(path)
+    assert outer.digest() == inner[0].digest()
+
+
+def test_worker_processes_give_what_this_process_gives(tmp_path, prepare, monkeypatch):
+    rows = [row(f"question {n}:", " yes" * (n % 7 + 1), " no" * (n % 5 + 1)) for n in range(300)]
+    rows[200] = row(rejected="")
+    path = write(tmp_path / "rows.jsonl", *rows)
+    alone, alone_report = prepare(path)
+    monkeypatch.setattr(preparation, "CHUNK_ROWS", 20)
+    monkeypatch.setattr(preparation, "INLINE_CHUNKS", 2)
+    many, many_report = prepare(path, workers=2, cache_dir=str(tmp_path / "other"))
+    assert many.digest() == alone.digest()
+    assert [pair.row for pair in many] == [pair.row for pair in alone]
+    assert many_report == alone_report
+
+
+def test_a_mistake_in_a_worker_process_reaches_the_user(tmp_path, prepare, monkeypatch):
+    path = write(tmp_path / "rows.jsonl", *[row()] * 60, "{", *[row()] * 200)
+    monkeypatch.setattr(preparation, "CHUNK_ROWS", 20)
+    monkeypatch.setattr(preparation, "INLINE_CHUNKS", 2)
+    with pytest.raises(DataError, match=f"{path}:61: not valid JSON"):
+        prepare(path, workers=2)

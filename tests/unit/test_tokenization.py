@@ -1,0 +1,397 @@
+"""Tokens, boundaries, ends and cuts, against tables written by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from small_tokenizers import (
+    byte_level,
+    hand_byte_level,
+    hand_sentencepiece,
+    train_sentencepiece,
+)
+from test_preferences import FORMATS
+from tokenizers.processors import TemplateProcessing
+
+from dpo_scale.data import tokenization
+from dpo_scale.data.preferences import PreferencePair, to_preferences
+from dpo_scale.data.sources import RawRow
+from dpo_scale.data.tokenization import Dropped, Kept, PairTokenizer
+from dpo_scale.errors import DataError, UserError
+from dpo_scale.model.tokenizer import load_tokenizer
+from dpo_scale.recipe import DataSection
+
+USER = {"role": "user", "content": "say"}
+TOOL = {"type": "function", "function": {"name": "say", "parameters": {}}}
+
+
+def section(**settings) -> DataSection:
+    return DataSection(train=["unused.jsonl"], **{"max_length": 100, **settings})
+
+
+def answer(text: str) -> tuple[dict[str, str]]:
+    return ({"role": "assistant", "content": text},)
+
+
+def strings(prompt: str = "say:", chosen: str = " yes", rejected: str = " no é") -> PreferencePair:
+    return PreferencePair(prompt, chosen, rejected, "rows.jsonl:1", "strings")
+
+
+def chat(chosen: str = "yes", rejected: str = "no", **more) -> PreferencePair:
+    return PreferencePair((USER,), answer(chosen), answer(rejected), "rows.jsonl:1", "chat", **more)
+
+
+def kept(tokenizer, pair: PreferencePair, **settings) -> Kept:
+    (outcome,) = PairTokenizer(tokenizer, section(**settings)).tokenize([pair])
+    assert isinstance(outcome, Kept), outcome
+    return outcome
+
+
+def dropped(tokenizer, pair: PreferencePair, **settings) -> str:
+    (outcome,) = PairTokenizer(tokenizer, section(**settings)).tokenize([pair])
+    assert isinstance(outcome, Dropped), outcome
+    return outcome.reason
+
+
+def pieces(tokenizer, outcome: Kept) -> tuple[list[str], ...]:
+    """Prompt, chosen and rejected as token strings."""
+    pair = outcome.pair
+    return tuple(tokenizer.convert_ids_to_tokens(part.tolist()) for part in (pair.prompt, pair.chosen, pair.rejected))
+
+
+# --- golden tables: three ways to write text and chats, four tokenizers --------------------------
+
+TURN_BYTES = ["<|im_start|>", *"user", "Ċ", "say", "<|im_end|>", "Ċ"]
+TURN_PIECES = ["<|im_start|>", "▁", *"user", "<0x0A>", "say", "<|im_end|>", "▁", "<0x0A>"]
+OPEN_BYTES = ["<|im_start|>", "a", "s", "s", "i", "s", "t", "a", "n", "t", "Ċ"]
+OPEN_PIECES = ["<|im_start|>", "▁", "a", "s", "s", "i", "s", "t", "a", "n", "t", "<0x0A>"]
+TABLES = {
+    ("strings", "byte_level"): (
+        ["say", ":"],
+        ["Ġyes", "<|end|>"],
+        ["Ġno", "Ġ", "Ã", "©", "<|end|>"],
+    ),
+    ("strings", "bpe"): (
+        ["<s>", "▁say", ":"],
+        ["▁yes", "</s>"],
+        ["▁no", "▁", "<0xC3>", "<0xA9>", "</s>"],
+    ),
+    ("strings", "unigram"): (
+        ["<s>", "▁say", ":"],
+        ["▁yes", "</s>"],
+        ["▁no", "▁", "<0xC3>", "<0xA9>", "</s>"],
+    ),
+    ("chat", "byte_level"): (
+        TURN_BYTES + OPEN_BYTES,
+        ["yes", "<|im_end|>", "Ċ"],
+        ["no", "Ġ", "Ã", "©", "<|im_end|>", "Ċ"],
+    ),
+    ("chat", "bpe"): (
+        TURN_PIECES + OPEN_PIECES,
+        ["yes", "<|im_end|>", "▁", "<0x0A>"],
+        ["no", "▁", "<0xC3>", "<0xA9>", "<|im_end|>", "▁", "<0x0A>"],
+    ),
+    ("chat", "unigram"): (
+        TURN_PIECES + OPEN_PIECES,
+        ["yes", "<|im_end|>", "▁", "<0x0A>"],
+        ["no", "▁", "<0xC3>", "<0xA9>", "<|im_end|>", "▁", "<0x0A>"],
+    ),
+}
+TOOLS_TEMPLATE = (
+    "{% if tools %}<|im_start|>{% for tool in tools %}{{ tool.function.name }}:{% endfor %}<|im_end|>{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def hand(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hand")
+    names = {name: hand_sentencepiece(folder / name, name) for name in ("bpe", "unigram")}
+    loaded = {name: load_tokenizer(str(path)) for name, path in names.items()}
+    return {"byte_level": hand_byte_level(), **loaded}
+
+
+@pytest.mark.parametrize("name", ["byte_level", "bpe", "unigram"])
+@pytest.mark.parametrize("form", ["strings", "chat"])
+def test_tokens_are_those_of_the_table(hand, form, name):
+    pair = strings() if form == "strings" else chat("yes", "no é")
+    outcome = kept(hand[name], pair)
+    assert pieces(hand[name], outcome) == TABLES[form, name]
+    assert not outcome.boundary_moved
+    assert outcome.cuts == ()
+
+
+@pytest.mark.parametrize("name", ["byte_level", "bpe", "unigram"])
+def test_tools_stand_where_the_template_writes_them(hand, name):
+    tokenizer = hand[name]
+    own_template = tokenizer.chat_template
+    tokenizer.chat_template = TOOLS_TEMPLATE + own_template
+    try:
+        outcome = kept(tokenizer, chat("yes", "no é", tools=(TOOL,)))
+    finally:
+        tokenizer.chat_template = own_template
+    prompt, chosen, rejected = TABLES["chat", name]
+    announced = ["<|im_start|>", "say" if name == "byte_level" else "▁say", ":", "<|im_end|>"]
+    assert pieces(tokenizer, outcome) == (announced + prompt, chosen, rejected)
+
+
+@pytest.mark.parametrize("name", ["byte_level", "bpe", "unigram"])
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_every_format_gives_the_tokens_of_its_texts(hand, format_name, name):
+    """The thirteen formats say the same few things, so their tokens follow from the parts."""
+    fields, (prompt, chosen, rejected) = FORMATS[format_name]
+    (pair,) = to_preferences(RawRow("rows.jsonl:1", fields))
+    tokenizer = hand[name]
+    (start, middle, end) = pieces(tokenizer, kept(tokenizer, pair))
+    text = tokenizer.decode(tokenizer.convert_tokens_to_ids([*start, *middle]))
+    loser = tokenizer.decode(tokenizer.convert_tokens_to_ids([*start, *end]))
+    if isinstance(prompt, str):
+        bos, eos = tokenizer.bos_token or "", tokenizer.eos_token
+        gap = " " if bos else ""  # decoding shows SentencePiece's dummy prefix behind BOS
+        assert (text, loser) == (
+            f"{bos}{gap}{prompt}{chosen}{eos}",
+            f"{bos}{gap}{prompt}{rejected}{eos}",
+        )
+    else:
+        roles = [message["role"] for message in prompt]
+        assert "".join(start).count("<|im_start|>") == len(roles) + 1
+        assert middle[0] == "yes"
+        assert end[0] == "no"
+        assert "<|im_end|>" in middle
+        assert "<|im_end|>" in end
+
+
+# --- ends, beginnings, boundaries ----------------------------------------------------------------
+
+
+def test_bos_is_written_once(hand):
+    tokenizer = hand["bpe"]
+    for prompt in ("say:", "<s>say:"):
+        ids = kept(tokenizer, strings(prompt)).pair.prompt
+        assert (ids == tokenizer.bos_token_id).sum() == 1
+        assert ids[0] == tokenizer.bos_token_id
+
+
+def test_an_end_token_of_the_tokenizers_own_is_not_written_into_the_middle():
+    tokenizer = byte_level()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A <|end|>", special_tokens=[("<|end|>", 0)]
+    )
+    assert tokenizer("a")["input_ids"][-1] == 0
+    pair = kept(tokenizer, strings()).pair
+    assert (pair.prompt != 0).all()
+    assert (pair.chosen == 0).tolist() == [False] * (len(pair.chosen) - 1) + [True]
+
+
+def test_an_end_that_the_text_already_has_is_not_doubled(hand):
+    outcome = kept(hand["byte_level"], strings(chosen=" yes<|end|>"))
+    assert pieces(hand["byte_level"], outcome)[1] == ["Ġyes", "<|end|>"]
+
+
+def test_a_template_without_a_turn_end_gets_the_end_token(hand):
+    tokenizer = hand_byte_level()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}:{{ m.content }}{% endfor %}"
+    tokenizer.chat_template += "{% if add_generation_prompt %}assistant:{% endif %}"
+    assert pieces(tokenizer, kept(tokenizer, chat()))[1:] == (["yes", "<|end|>"], ["no", "<|end|>"])
+
+
+def test_a_token_across_the_boundary_is_scored_whole_and_counted(hand):
+    """`sa` + `y` is the one token `say`: the prompt keeps what both joined texts begin with."""
+    tokenizer = hand["byte_level"]
+    outcome = kept(tokenizer, strings(":sa", "y", " no"))
+    assert outcome.boundary_moved
+    assert pieces(tokenizer, outcome) == (
+        [":"],
+        ["say", "<|end|>"],
+        ["sa", "Ġno", "<|end|>"],
+    )
+
+
+def test_a_prompt_that_vanishes_into_the_completion_needs_bos(hand):
+    pair = strings("sa", "y", " no")
+    assert dropped(hand["byte_level"], pair) == tokenization.EMPTY_PROMPT
+    assert pieces(hand["bpe"], kept(hand["bpe"], pair))[0] == ["<s>"]
+    assert pieces(hand["bpe"], kept(hand["bpe"], strings("")))[0] == ["<s>"]
+
+
+THINKING = (  # as Qwen3 does: thoughts of earlier turns are left out, the last turn always has some
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and loop.last %}"
+    "<think>\n{{ m.reasoning_content or '' }}\n</think>\n\n{% endif %}"
+    "{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
+    "{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("variables", "thought"), [(None, "<think>\n\n</think>\n\n"), ({"enable_thinking": False}, "")]
+)
+def test_thoughts_are_scored_where_the_template_leaves_them_to_the_model(variables, thought):
+    tokenizer = byte_level(THINKING)
+    history = ({**answer("first")[0], "reasoning_content": "hidden"}, USER)
+    pair = replace(chat(chat_template_kwargs=variables), prompt=(USER, *history))
+    outcome = kept(tokenizer, pair, max_length=1000)
+    prompt = tokenizer.decode(outcome.pair.prompt)
+    assert "hidden" not in prompt
+    assert tokenizer.decode(outcome.pair.chosen) == f"{thought}yes<|im_end|>\n"
+    assert prompt.endswith("assistant\n" + ("" if thought else "<think>\n\n</think>\n\n"))
+    assert not outcome.boundary_moved
+
+
+def test_a_template_whose_prompt_is_no_prefix_is_cut_at_the_common_tokens_and_counted():
+    opened = THINKING.replace("{% if enable_thinking", "<think>plan{% if enable_thinking")
+    tokenizer = byte_level(opened)
+    outcome = kept(tokenizer, chat(), max_length=1000)
+    assert outcome.boundary_moved
+    assert tokenizer.decode(outcome.pair.prompt).endswith("assistant\n<think>")
+    assert tokenizer.decode(outcome.pair.chosen) == "\n\n</think>\n\nyes<|im_end|>\n"
+
+
+def test_a_chat_needs_a_template_and_the_file_wins(tmp_path):
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: .* set data\.chat_template"):
+        kept(byte_level(None), chat())
+    file = tmp_path / "template.jinja"
+    file.write_text("Q{{ messages[0].content }}{% for m in messages[1:] %}A{{ m.content }}{% endfor %}")
+    tokenizer = byte_level()
+    pair = kept(tokenizer, chat(), chat_template=str(file)).pair
+    assert tokenizer.decode(pair.prompt) == "Qsay"
+    assert tokenizer.decode(pair.chosen) == "Ayes<|end|>"
+    with pytest.raises(DataError, match=r"data\.chat_template: .*absent\.jinja cannot be read"):
+        kept(tokenizer, chat(), chat_template=str(tmp_path / "absent.jinja"))
+
+
+def test_a_template_that_refuses_a_row_says_why():
+    tokenizer = byte_level("{{ raise_exception('roles must alternate') }}")
+    (outcome,) = PairTokenizer(tokenizer, section()).tokenize([chat()])
+    assert outcome == Dropped("rows.jsonl:1", tokenization.TEMPLATE_FAILED, "roles must alternate")
+
+
+@pytest.mark.parametrize(
+    ("pair", "reason"),
+    [
+        (strings(chosen=" a", rejected=" a"), tokenization.EQUAL),
+        (strings(chosen=" \n"), tokenization.EMPTY_CHOSEN),
+        (strings(rejected=""), tokenization.EMPTY_REJECTED),
+        (chat(rejected=" "), tokenization.EMPTY_REJECTED),
+        (replace(chat(), chosen=()), tokenization.EMPTY_CHOSEN),
+    ],
+)
+def test_a_pair_without_a_preference_is_set_aside(pair, reason):
+    assert dropped(byte_level(), pair) == reason
+
+
+# --- truncation ----------------------------------------------------------------------------------
+
+# Prompt `<s> ▁say : : : :` of 6 tokens, chosen of 5 with its end, rejected of 3.
+LONG = strings("say::::", "::::", "::")
+BOS_SAY = ["<s>", "▁say"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected", "cuts"),
+    [
+        ({"max_length": 11}, (BOS_SAY + [":"] * 4, 5, 3), ()),
+        ({"max_length": 10}, tokenization.PAIR_TOO_LONG, ()),
+        ({"max_prompt_length": 5}, tokenization.PROMPT_TOO_LONG, ()),
+        ({"max_length": 6}, tokenization.PROMPT_TOO_LONG, ()),
+        ({"max_completion_length": 4}, tokenization.COMPLETION_TOO_LONG, ()),
+        (
+            {"max_length": 8, "truncation": "keep_start_of_prompt"},
+            (["<s>", "▁say", ":"], 5, 3),
+            (tokenization.PROMPT_END_CUT,),
+        ),
+        (
+            {"max_length": 8, "truncation": "keep_end_of_prompt"},
+            (["<s>", ":", ":"], 5, 3),
+            (tokenization.PROMPT_START_CUT,),
+        ),
+        (
+            {"max_prompt_length": 4, "truncation": "keep_end_of_prompt"},
+            (["<s>", ":", ":", ":"], 5, 3),
+            (tokenization.PROMPT_START_CUT,),
+        ),
+        (
+            {"max_length": 6, "truncation": "keep_end_of_prompt"},
+            tokenization.COMPLETION_TOO_LONG,
+            (),
+        ),
+        (
+            {"max_length": 10, "truncation": "keep_start"},
+            (BOS_SAY + [":"] * 4, 4, 3),
+            (tokenization.CHOSEN_CUT,),
+        ),
+        ({"max_length": 8, "truncation": "keep_start"}, tokenization.EQUAL_AFTER_CUT, ()),
+        ({"max_length": 6, "truncation": "keep_start"}, tokenization.PROMPT_TOO_LONG, ()),
+        (
+            {"max_completion_length": 4, "truncation": "keep_start"},
+            (BOS_SAY + [":"] * 4, 4, 3),
+            (tokenization.CHOSEN_CUT,),
+        ),
+    ],
+)
+def test_a_pair_over_a_limit_is_cut_or_dropped_as_the_recipe_says(hand, settings, expected, cuts):
+    tokenizer = hand["bpe"]
+    if isinstance(expected, str):
+        assert dropped(tokenizer, LONG, **settings) == expected
+        return
+    outcome = kept(tokenizer, LONG, **settings)
+    prompt, n_chosen, n_rejected = expected
+    assert pieces(tokenizer, outcome)[0] == prompt
+    assert (len(outcome.pair.chosen), len(outcome.pair.rejected)) == (n_chosen, n_rejected)
+    assert outcome.cuts == cuts
+    # An end token is at the end of what was not cut, and nowhere else.
+    ends = [ids[-1] == 2 for ids in (outcome.pair.chosen, outcome.pair.rejected)]
+    assert ends == [tokenization.CHOSEN_CUT not in cuts, True]
+
+
+# --- any text ------------------------------------------------------------------------------------
+
+any_text = st.text(st.one_of(st.sampled_from(" abehrst:\n"), st.characters(exclude_categories=["Cs"])), max_size=40)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> dict[str, object]:
+    plain = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    folders: dict[str, Path] = {
+        kind: train_sentencepiece(tmp_path_factory.mktemp(kind), kind, **plain) for kind in ("bpe", "unigram")
+    }
+    loaded = {kind: load_tokenizer(str(folder)) for kind, folder in folders.items()}
+    return {"byte_level": byte_level(), **loaded}
+
+
+@pytest.mark.parametrize("name", ["byte_level", "bpe", "unigram"])
+def test_scored_tokens_decode_to_the_completion_and_nothing_of_the_prompt(trained, name):
+    tokenizer = trained[name]
+    pairs = PairTokenizer(tokenizer, section(max_length=1000))
+    special = set(tokenizer.all_special_tokens)
+
+    def decode(ids: np.ndarray) -> str:
+        return tokenizer.decode(ids, skip_special_tokens=True)
+
+    @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(any_text, any_text, any_text)
+    def check(prompt: str, chosen: str, rejected: str) -> None:
+        if any(token in prompt + chosen + rejected for token in special) or "▁" in prompt + chosen:
+            return
+        (outcome,) = pairs.tokenize([strings(prompt, chosen, rejected)])
+        if isinstance(outcome, Dropped):
+            empty = not chosen.strip() or not rejected.strip() or chosen == rejected
+            assert empty or outcome.reason == tokenization.EMPTY_PROMPT
+            return
+        pair = outcome.pair
+        assert pair.chosen[-1] == pair.rejected[-1] == tokenizer.eos_token_id
+        joined = tokenizer(prompt + chosen, add_special_tokens=False)["input_ids"]
+        actual_ids = [*pair.prompt.tolist(), *pair.chosen.tolist()]
+        bos = [tokenizer.bos_token_id] if actual_ids[0] == tokenizer.bos_token_id else []
+        assert actual_ids == [*bos, *joined, tokenizer.eos_token_id]
+        if not outcome.boundary_moved and prompt:
+            whole = decode(np.concatenate([pair.prompt, pair.chosen]))
+            assert whole == decode(pair.prompt) + chosen
+
+    check()

@@ -1,0 +1,192 @@
+"""Loading tokenizers; SentencePiece itself is the oracle for its models."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from pathlib import Path
+
+import pytest
+import sentencepiece
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from small_tokenizers import SENTENCES, byte_level, hand_sentencepiece, train_sentencepiece
+from transformers import AutoTokenizer
+
+from dpo_scale.errors import UserError
+from dpo_scale.model.tokenizer import load_tokenizer, save_tokenizer, tokenizer_files
+
+HH = Path(os.environ.get("DPO_SCALE_DATA", "../shared/data")) / "hh_harmless_1500.jsonl.gz"
+TEXTS = [
+    "",
+    " ",
+    "   ",
+    "Hello world",
+    "  two  spaces and   a tail ",
+    "tab\tline\nbreak\r\n\n\nHuman: hi\n\nAssistant:",
+    "été naïve 漢字 \U0001f600\U0001f3f3️",
+    "▁ a▁b▁",
+    "1, 22, 333;<0x0A>",
+    "a\x00b",
+]
+KINDS = [
+    {"model_type": "bpe"},
+    {"model_type": "unigram"},
+    {"model_type": "bpe", "byte_fallback": False, "vocab_size": 120},
+    {"model_type": "unigram", "byte_fallback": False, "vocab_size": 80},
+    {"model_type": "bpe", "normalization_rule_name": "identity", "remove_extra_whitespaces": False},
+    {"model_type": "unigram", "normalization_rule_name": "identity", "add_dummy_prefix": False},
+    {"model_type": "bpe", "user_defined_symbols": "<sep>,<tool>"},
+    {"model_type": "bpe", "split_by_whitespace": False},
+    {"model_type": "bpe", "remove_extra_whitespaces": False},
+]
+
+
+@pytest.fixture(scope="module", params=KINDS, ids=lambda kind: "-".join(map(str, kind.values())))
+def sentencepiece_folder(request, tmp_path_factory) -> Path:
+    return train_sentencepiece(tmp_path_factory.mktemp("sentencepiece"), **request.param)
+
+
+def processor(folder: Path) -> sentencepiece.SentencePieceProcessor:
+    return sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+
+
+def test_a_bare_sentencepiece_model_gives_the_ids_of_sentencepiece(sentencepiece_folder):
+    tokenizer, oracle = load_tokenizer(str(sentencepiece_folder)), processor(sentencepiece_folder)
+    for text in [*TEXTS, "<sep>the river<tool>is <sep>", "the<sep>"]:
+        actual_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert actual_ids == oracle.encode(text), text
+
+
+def test_scores_rank_the_pieces_whatever_their_order_in_the_file(tmp_path):
+    tokenizer = load_tokenizer(str(hand_sentencepiece(tmp_path, "bpe")))
+    assert tokenizer.tokenize("eye") == ["▁", "e", "ye"] == processor(tmp_path).encode("eye", out_type=str)
+
+
+def test_any_text_gives_the_ids_of_sentencepiece(tmp_path_factory):
+    folder = train_sentencepiece(
+        tmp_path_factory.mktemp("bpe"),
+        "bpe",
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+    )
+    tokenizer, oracle = load_tokenizer(str(folder)), processor(folder)
+    text = st.text(st.one_of(st.sampled_from("aet hr\n▁<>"), st.characters(exclude_categories="C")))
+
+    @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(text)
+    def check(text: str) -> None:
+        if any(name in text for name in ("<s>", "</s>", "<unk>")):
+            return  # text that spells a control symbol is read as that symbol
+        assert tokenizer(text, add_special_tokens=False)["input_ids"] == oracle.encode(text)
+
+    check()
+
+
+def test_real_dialogues_give_the_ids_of_sentencepiece(tmp_path):
+    if not HH.is_file():
+        pytest.skip(f"{HH} is not there; DPO_SCALE_DATA names its folder")
+    with gzip.open(HH, "rt", encoding="utf-8") as lines:
+        texts = [json.loads(line)["chosen"] for line in lines]
+    folder = train_sentencepiece(tmp_path, "bpe")
+    tokenizer, oracle = load_tokenizer(str(folder)), processor(folder)
+    actual_ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    assert actual_ids == oracle.encode(texts)
+
+
+def test_the_models_of_mistral_common_give_the_ids_of_sentencepiece(tmp_path):
+    mistral = pytest.importorskip("mistral_common", reason="mistral-common brings real models")
+    files = sorted((Path(mistral.__file__).parent / "data").glob("*.model.v*"))
+    assert files
+    for file in files:
+        folder = tmp_path / file.name
+        folder.mkdir()
+        (folder / "tokenizer.model").write_bytes(file.read_bytes())
+        tokenizer, oracle = load_tokenizer(str(folder)), processor(folder)
+        for text in [*TEXTS, *SENTENCES, "def f(x):\n    return x  # \t漢字"]:
+            assert tokenizer(text, add_special_tokens=False)["input_ids"] == oracle.encode(text), text
+
+
+def test_a_bare_model_has_bos_end_and_round_trips(tmp_path):
+    folder = train_sentencepiece(tmp_path, "bpe", normalization_rule_name="identity")
+    tokenizer = load_tokenizer(str(folder))
+    ids = tokenizer("the river\n漢")["input_ids"]
+    assert ids[0] == tokenizer.bos_token_id == 1
+    assert tokenizer.eos_token_id == 2
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "the river\n漢"
+
+
+def test_tokenizer_config_next_to_a_bare_model_is_heeded(tmp_path):
+    folder = train_sentencepiece(tmp_path, "bpe", control_symbols="<|im_end|>")
+    config = {
+        "tokenizer_class": "LlamaTokenizer",
+        "add_bos_token": False,
+        "eos_token": {"content": "<|im_end|>"},
+        "chat_template": "{{ messages }}",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = load_tokenizer(str(folder))
+    assert tokenizer.eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>") == 3
+    assert tokenizer("the")["input_ids"][0] != tokenizer.bos_token_id
+    assert tokenizer.chat_template == "{{ messages }}"
+
+
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+def test_an_exported_bare_model_loads_with_plain_transformers(tmp_path, model_type):
+    folder = train_sentencepiece(tmp_path / "source", model_type)
+    tokenizer = load_tokenizer(str(folder))
+    target = tmp_path / "target"
+    target.mkdir()
+    save_tokenizer(tokenizer, str(folder), target)
+    (target / "config.json").write_bytes((folder / "config.json").read_bytes())
+    exported = AutoTokenizer.from_pretrained(target)
+    assert exported.eos_token_id == tokenizer.eos_token_id
+    for text in TEXTS:
+        assert exported(text)["input_ids"] == [1, *processor(folder).encode(text)], text
+
+
+def test_an_exported_json_tokenizer_is_copied_byte_for_byte(tmp_path):
+    source, target = tmp_path / "source", tmp_path / "target"
+    tokenizer = byte_level()
+    tokenizer.save_pretrained(source)
+    target.mkdir()
+    save_tokenizer(load_tokenizer(str(source)), str(source), target)
+    names = [file.name for file in tokenizer_files(source)]
+    assert names == ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
+    for name in names:
+        assert (target / name).read_bytes() == (source / name).read_bytes()
+    reloaded = AutoTokenizer.from_pretrained(target)
+    assert reloaded("the river")["input_ids"] == tokenizer("the river")["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: folder.mkdir(), "no tokenizer in this folder"),
+        (lambda folder: folder.write_text("x"), "give the folder"),
+        (lambda folder: None, "no such folder"),
+    ],
+)
+def test_a_place_without_a_tokenizer_is_named(tmp_path, make, message):
+    path = tmp_path / "model"
+    make(path)
+    with pytest.raises(UserError, match=f"{path}: .*{message}"):
+        load_tokenizer(str(path))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"\xff\xfe nonsense", "not a SentencePiece model"), (b"", "not a SentencePiece model")],
+)
+def test_a_damaged_model_file_is_named(tmp_path, content, message):
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    with pytest.raises(UserError, match=rf"tokenizer\.model: {message}"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_damaged_tokenizer_json_is_named(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{")
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(UserError, match="no tokenizer could be loaded"):
+        load_tokenizer(str(tmp_path))
