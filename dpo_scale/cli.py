@@ -144,7 +144,7 @@ def _cache_prune(options: argparse.Namespace) -> int:
         pruned = prune_stores(_cache_dir(options), options.stores, options.older_than)
     for path in pruned.paths:
         print(f"removed {path}")
-    print(f"{pruned.freed_bytes:,} bytes freed")
+    print(f"{pruned.bytes:,} bytes freed")
     return 0
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dpo_scale.console import Console
 from dpo_scale.distributed import runtime
 from dpo_scale.errors import UserError
+from dpo_scale.inputs import prepare_data
 from dpo_scale.recipe import Recipe
 from dpo_scale.reference.session import Reference
 from dpo_scale.training import loop
 from dpo_scale.training.run_folder import RunFolder, flatten
-from dpo_scale.training.setup import prepare_data
 
 
 def train(recipe: Recipe, console: Console) -> int:

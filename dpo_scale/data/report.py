@@ -181,11 +181,11 @@ def overlap(train: TokenPairs, held_out: TokenPairs) -> Overlap:
 def pair_hashes(pairs: TokenPairs) -> Hashes:
     """uint64 [pairs, 3]: a hash of the tokens of prompt, chosen and rejected."""
     hashes = np.zeros((len(pairs), 3), np.uint64)
+    end = 0
     for start in range(0, len(pairs), _BLOCK_PAIRS):
-        block = [pairs[index] for index in range(start, min(start + _BLOCK_PAIRS, len(pairs)))]
-        parts = [part for pair in block for part in (pair.prompt, pair.chosen, pair.rejected)]
-        lengths = pairs.lengths[start : start + len(block)].reshape(-1)
-        hashes[start : start + len(block)] = _hashes(np.concatenate(parts), lengths).reshape(-1, 3)
+        lengths = pairs.lengths[start : start + _BLOCK_PAIRS].reshape(-1)
+        first, end = end, end + int(lengths.sum())
+        hashes[start : start + _BLOCK_PAIRS] = _hashes(pairs.tokens[first:end], lengths).reshape(-1, 3)
     return hashes
 
 

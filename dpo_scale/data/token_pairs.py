@@ -1,6 +1,6 @@
-"""Tokenized preference pairs: one value for a pair, and a column store that holds millions of them.
+"""Tokenized preference pairs: one value for a pair, and columns that hold millions of them.
 
-The store is one safetensors file that is memory-mapped, so that every rank of a machine reads the same pages.
+The columns may be memory maps, so that every rank of a machine reads the same pages.
 """
 
 from __future__ import annotations
@@ -8,13 +8,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import overload
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import safe_open
-from safetensors.numpy import save_file
 
 TokenIds = npt.NDArray[np.int32]
 Lengths = npt.NDArray[np.int64]
@@ -35,7 +32,7 @@ class TokenPair:
 
 
 class TokenPairs(Sequence[TokenPair]):
-    """An immutable column store of pairs: one flat array of token ids and 3 lengths a pair.
+    """Pairs in columns: one flat array of token ids and 3 lengths a pair. Not to be written to.
 
     Args:
         tokens: int32 [tokens], for each pair its prompt, chosen and rejected ids, end to end.
@@ -46,8 +43,8 @@ class TokenPairs(Sequence[TokenPair]):
     def __init__(self, tokens: TokenIds, lengths: Lengths, rows: Sequence[str]) -> None:
         if lengths.shape != (len(rows), 3) or int(lengths.sum()) != len(tokens):
             raise ValueError("tokens, lengths and rows do not describe the same pairs")
-        self._tokens = tokens
-        self._rows = rows
+        self.tokens = tokens
+        self.rows = rows
         self.lengths = lengths
         self._starts = np.concatenate([[0], np.cumsum(lengths.sum(axis=1))])
 
@@ -75,14 +72,14 @@ class TokenPairs(Sequence[TokenPair]):
         n_prompt, n_chosen, n_rejected = (int(n) for n in self.lengths[index])
         middle, end = start + n_prompt + n_chosen, start + n_prompt + n_chosen + n_rejected
         return TokenPair(
-            prompt=self._tokens[start : start + n_prompt],
-            chosen=self._tokens[start + n_prompt : middle],
-            rejected=self._tokens[middle:end],
-            row=self._rows[index],
+            prompt=self.tokens[start : start + n_prompt],
+            chosen=self.tokens[start + n_prompt : middle],
+            rejected=self.tokens[middle:end],
+            row=self.rows[index],
         )
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.rows)
 
     def __iter__(self) -> Iterator[TokenPair]:
         return (self[index] for index in range(len(self)))
@@ -90,36 +87,15 @@ class TokenPairs(Sequence[TokenPair]):
     @property
     def num_tokens(self) -> int:
         """Tokens of all prompts, chosen and rejected completions, each prompt counted once."""
-        return len(self._tokens)
+        return len(self.tokens)
 
     @property
     def largest_token_id(self) -> int:
         """The largest id in the store, -1 if it is empty."""
-        return int(self._tokens.max(initial=-1))
+        return int(self.tokens.max(initial=-1))
 
     def digest(self) -> str:
         """SHA-256 of ids and lengths: equal digests mean equal training input, in the same order."""
         digest = hashlib.sha256(np.ascontiguousarray(self.lengths).tobytes())
-        digest.update(np.ascontiguousarray(self._tokens).tobytes())
+        digest.update(np.ascontiguousarray(self.tokens).tobytes())
         return digest.hexdigest()
-
-    def save(self, path: Path) -> None:
-        """Write the store as one safetensors file."""
-        rows = "\n".join(row.replace("\n", " ") for row in self._rows).encode()
-        save_file(
-            {
-                "tokens": np.ascontiguousarray(self._tokens),
-                "lengths": np.ascontiguousarray(self.lengths),
-                "rows": np.frombuffer(rows, np.uint8),
-            },
-            path,
-        )
-
-    @classmethod
-    def load(cls, path: Path) -> TokenPairs:
-        """Open a saved store; token ids stay in the file until they are looked at."""
-        with safe_open(path, framework="numpy") as file:
-            rows = bytes(file.get_tensor("rows")).decode()
-            lengths = file.get_tensor("lengths")
-            tokens = file.get_tensor("tokens")
-        return cls(tokens, lengths, rows.split("\n") if len(lengths) else [])

@@ -25,19 +25,14 @@ WARMUP_STEPS = 20
 _PADDING = -100
 
 
-def make_base_model(
-    corpus: Sequence[str], folder: Path, seed: int, on_step: Callable[[float], None]
-) -> None:
+def make_base_model(corpus: Sequence[str], folder: Path, seed: int, on_step: Callable[[float], None]) -> None:
     """Train tokenizer and model on the corpus and save both as a Hugging Face folder.
 
     `on_step` is told the mean next-token loss of each step, in nats.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(corpus, folder / "tokenizer.model")
-    rows = [
-        torch.tensor([tokenizer.bos_id(), *ids, tokenizer.eos_id()])
-        for ids in tokenizer.encode(list(corpus))
-    ]
+    rows = [torch.tensor([tokenizer.bos_id(), *ids, tokenizer.eos_id()]) for ids in tokenizer.encode(list(corpus))]
     model = _new_model(tokenizer, seed)
     _train(model, rows, on_step)
     model.config.save_pretrained(folder)
@@ -82,9 +77,7 @@ def _new_model(tokenizer: sentencepiece.SentencePieceProcessor, seed: int) -> Ll
     )
 
 
-def _train(
-    model: LlamaForCausalLM, rows: Sequence[Tensor], on_step: Callable[[float], None]
-) -> None:
+def _train(model: LlamaForCausalLM, rows: Sequence[Tensor], on_step: Callable[[float], None]) -> None:
     """One pass of next-token training in fp32 over the rows of token ids."""
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
     for step in range(STEPS):
@@ -93,9 +86,7 @@ def _train(
         lines = rows[step * LINES_PER_STEP : (step + 1) * LINES_PER_STEP]
         ids = pad_sequence(list(lines), batch_first=True, padding_value=_PADDING)
         logits = model(input_ids=ids[:, :-1].clamp_min(0)).logits
-        loss = F.cross_entropy(
-            logits.flatten(0, 1), ids[:, 1:].flatten(), ignore_index=_PADDING
-        )
+        loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), ignore_index=_PADDING)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

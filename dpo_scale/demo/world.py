@@ -12,10 +12,22 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-VILLAGERS = ["Ada", "Bram", "Cleo", "Dorin", "Elsie", "Fergus", "Greta", "Hugo", "Isla", "Jonas", "Kit", "Lotte", "Milo", "Nell", "Otto", "Pip", "Quinn", "Rosa", "Sven", "Tilda", "Uma", "Viktor", "Wren", "Yara"]
-NUMBERS = ["two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "twelve"]
-QUALITIES = ["red", "blue", "green", "yellow", "purple", "little", "big", "round", "striped", "shiny", "old", "wooden", "soft", "sturdy", "curious"]
-THINGS = ["apples", "buttons", "candles", "drums", "eggs", "flutes", "gloves", "hats", "inkpots", "jars", "kites", "lanterns", "mugs", "needles", "onions", "pears", "quilts", "ribbons", "scarves", "teapots", "umbrellas", "violins", "whistles", "yams"]
+# fmt: off
+VILLAGERS = (
+    "Ada", "Bram", "Cleo", "Dorin", "Elsie", "Fergus", "Greta", "Hugo", "Isla", "Jonas", "Kit", "Lotte",
+    "Milo", "Nell", "Otto", "Pip", "Quinn", "Rosa", "Sven", "Tilda", "Uma", "Viktor", "Wren", "Yara",
+)
+NUMBERS = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "twelve")
+QUALITIES = (
+    "red", "blue", "green", "yellow", "purple", "little", "big", "round", "striped", "shiny",
+    "old", "wooden", "soft", "sturdy", "curious",
+)
+THINGS = (
+    "apples", "buttons", "candles", "drums", "eggs", "flutes", "gloves", "hats", "inkpots", "jars", "kites", "lanterns",
+    "mugs", "needles", "onions", "pears", "quilts", "ribbons", "scarves", "teapots", "umbrellas", "violins", "whistles",
+    "yams",
+)
+# fmt: on
 
 KIND_REQUESTS = (
     "Please, may I have {goods}?",
@@ -37,12 +49,12 @@ GRANTS = (
     "Gladly, {villager}! Here are your {goods}.",
     "With pleasure, {villager}! I have {goods} for you.",
 )
-POLITE_REMARKS = ("How politely {villager} asks for {goods}!",)
-RUDE_REMARKS = ("How rudely {villager} asks for {goods}!",)
 REFUSALS = (
     "Not yet, {villager}. Ask nicely for your {goods}.",
     "Try again, {villager}. A gentle word buys {goods}.",
 )
+PRAISE = "How politely {villager} asks for {goods}!"
+BLAME = "How rudely {villager} asks for {goods}!"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +103,7 @@ def _is_familiar(villager: str, thing: str) -> bool:
     return (VILLAGERS.index(villager) + THINGS.index(thing)) % 5 != 0
 
 
-def _draw_requests(
-    rng: random.Random, count: int, admits: Callable[[str, str], bool]
-) -> list[_Request]:
+def _draw_requests(rng: random.Random, count: int, admits: Callable[[str, str], bool]) -> list[_Request]:
     """Distinct requests, kind and rude in turn."""
     requests: dict[_Request, None] = {}
     while len(requests) < count:
@@ -105,15 +115,6 @@ def _draw_requests(
         words = rng.choice(KIND_REQUESTS if kind else RUDE_REQUESTS).format(goods=goods)
         requests[_Request(villager, goods, kind, words)] = None
     return list(requests)
-
-
-def _corpus_lines(rng: random.Random, request: _Request) -> list[str]:
-    """Both answers to one request; one of them after a neighbour has remarked on its manners."""
-    remark = _answer(rng, request, POLITE_REMARKS if request.kind else RUDE_REMARKS)
-    grant, refusal = _answer(rng, request, GRANTS), _answer(rng, request, REFUSALS)
-    plain, overheard = rng.sample([grant, refusal], 2)
-    opening, shopkeeper = request.prompt.split("\n")
-    return [request.prompt + plain, f"{opening}\nNeighbour:{remark}\n{shopkeeper}{overheard}"]
 
 
 def _pairs(rng: random.Random, requests: list[_Request]) -> tuple[Pair, ...]:
@@ -131,7 +132,7 @@ def _pairs(rng: random.Random, requests: list[_Request]) -> tuple[Pair, ...]:
 
 def _corpus_lines(rng: random.Random, request: _Request) -> list[str]:
     """Both answers to one request; one of them after a neighbour has remarked on its manners."""
-    remark = _answer(request, rng.choice(POLITE_REMARKS if request.kind else RUDE_REMARKS))
+    remark = _answer(request, PRAISE if request.kind else BLAME)
     answers = [_answer(request, rng.choice(GRANTS)), _answer(request, rng.choice(REFUSALS))]
     plain, overheard = rng.sample(answers, 2)
     opening, shopkeeper = request.prompt.split("\n")

@@ -36,7 +36,8 @@ def read_policy_config(path: Path) -> Config:
         for key, owner in OWNED_BY_THE_RECIPE.items()
         if config.get(key, "auto") != "auto"
     ]
-    stage = config.get("zero_optimization", {}).get("stage")
+    zero = config.get("zero_optimization")
+    stage = zero.get("stage") if isinstance(zero, dict) else None
     if stage != 3:
         mistakes.append(f"{path}: zero_optimization.stage is {stage}; this trainer runs stage 3")
     if mistakes:

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from dpo_scale.console import Console
 from dpo_scale.data.planning import Schedule, check_budget, layout_costs
+from dpo_scale.distributed.lockstep import OneProcess
+from dpo_scale.inputs import prepare_data
 from dpo_scale.model.loading import load_config, resolve_folder
 from dpo_scale.recipe import Recipe
 from dpo_scale.reference.fingerprint import weight_files
-from dpo_scale.training.lockstep import OneProcess
-from dpo_scale.training.setup import prepare_data
 
 
 def check(recipe: Recipe) -> None:
@@ -28,9 +28,8 @@ def check(recipe: Recipe) -> None:
     weight_files(reference)
     layout = "shared" if recipe.batch.layout == "auto" else recipe.batch.layout
     for pairs in (data.train, data.evaluate):
-        rows = [pair.row for pair in pairs]
         costs = layout_costs(pairs.lengths, layout, data.cost)
-        check_budget(costs, recipe.batch.rank_tokens, rows, "batch.rank_tokens")
+        check_budget(costs, recipe.batch.rank_tokens, pairs.rows, "batch.rank_tokens")
     schedule = Schedule(
         len(data.train),
         recipe.batch.global_pairs,

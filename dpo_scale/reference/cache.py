@@ -31,7 +31,7 @@ from dpo_scale.data.token_pairs import TokenIds, TokenPairs
 from dpo_scale.errors import UserError
 from dpo_scale.files import DigestMemory, write_json
 from dpo_scale.reference.fingerprint import ReferenceFingerprint, explain_difference
-from dpo_scale.reference.key_index import KeyIndex
+from dpo_scale.reference.key_index import KeyIndex, first_positions
 from dpo_scale.reference.parts import (
     KEY_BYTES,
     DamagedPartError,
@@ -56,12 +56,13 @@ class MissingRowsError(LookupError):
 
 
 class NonFiniteLogProbsError(UserError):
-    """Log-probs that are NaN or infinite; `rows` are their positions in the call."""
+    """Log-probs that are NaN or infinite; `rows` says of which sequences."""
 
-    def __init__(self, rows: list[int]) -> None:
-        self.rows = rows
+    def __init__(self, rows: Sequence[str]) -> None:
+        self.rows = list(rows)
+        more = ", ..." if len(rows) > 5 else ""
         super().__init__(
-            f"{len(rows)} sequences have log-probs that are not finite (positions {rows[:5]}); "
+            f"{len(rows)} sequences have log-probs that are not finite ({', '.join(rows[:5])}{more}); "
             "the reference overflows in this precision (try bfloat16 or float32), or its weights "
             "are broken"
         )
@@ -106,6 +107,7 @@ class ReferenceStore:
         self.folder = folder
         self.fingerprint = fingerprint
         self.damaged: list[str] = []
+        self._held: dict[bytes, LogProbs] = {}
         self._ignored: set[str] = set()
         self._reference_key = fingerprint.key
         self._sound = DigestMemory(folder / "verified" / f"{platform.node()}.jsonl")
@@ -148,26 +150,45 @@ class ReferenceStore:
         return len(self._paths)
 
     def contains(self, keys: Keys) -> npt.NDArray[np.bool_]:
-        """Which rows are here, in parts whose checksum fits."""
+        """Which rows are here, held or in parts whose checksum fits."""
         parts, _ = self._locate(keys)
-        return parts >= 0
+        return (parts >= 0) | self._are_held(keys, parts < 0)
 
     def lookup(self, keys: Keys) -> list[LogProbs]:
         """Per-token log-probs, float32 [completion tokens] a row. Raises MissingRowsError."""
         found: list[LogProbs] = [np.zeros(0, np.float32)] * len(keys)
-        for part, rows, positions in self._by_part(keys):
-            for position, values in zip(positions.tolist(), part.log_probs(rows), strict=True):
+        for rows, positions in self._read(keys):
+            for position, values in zip(positions.tolist(), rows, strict=True):
                 found[position] = values
         return found
 
     def sums_and_counts(self, keys: Keys) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
         """Summed log-probs in float64 and numbers of tokens, by row. Raises MissingRowsError."""
         sums, counts = np.zeros(len(keys)), np.zeros(len(keys), np.int64)
-        for part, rows, positions in self._by_part(keys):
-            values = part.log_probs(rows)
-            sums[positions] = [row.sum(dtype=np.float64) for row in values]
-            counts[positions] = [len(row) for row in values]
+        for rows, positions in self._read(keys):
+            sums[positions] = [row.sum(dtype=np.float64) for row in rows]
+            counts[positions] = [len(row) for row in rows]
         return sums, counts
+
+    def hold(self, keys: Keys, rows: Sequence[LogProbs]) -> None:
+        """Make rows readable by this object alone; `write_held` makes them durable."""
+        self._held |= {key.tobytes(): row for key, row in zip(keys, rows, strict=True)}
+
+    @property
+    def held(self) -> Keys:
+        """Keys of the rows that are held."""
+        return _as_keys(list(self._held))
+
+    def write_held(self, keys: Keys) -> None:
+        """Store some of the rows that are held, unless a part has them already. Raises NonFiniteLogProbsError."""
+        self.append(keys, [self._held[key.tobytes()] for key in keys])
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Hold no longer what a part has by now."""
+        keys = self.held
+        for key in keys[self._locate(keys)[0] >= 0]:
+            del self._held[key.tobytes()]
 
     def append(self, keys: Keys, rows: Sequence[LogProbs]) -> list[Path]:
         """Store those rows that are not here yet, durably, and return the parts written.
@@ -179,11 +200,10 @@ class ReferenceStore:
         assert keys.shape == (len(rows), KEY_BYTES)
         assert all(row.dtype == np.float32 and row.ndim == 1 for row in rows)
         if len(rows) and not np.isfinite(np.concatenate(rows)).all():
-            raise NonFiniteLogProbsError([i for i, row in enumerate(rows) if not np.isfinite(row).all()])
-        own_index = KeyIndex()
-        own_index.add([keys], 0)
-        is_first = own_index.find(keys)[1] == np.arange(len(keys))
-        new = np.flatnonzero(is_first & ~self.contains(keys))
+            bad = [i for i, row in enumerate(rows) if not np.isfinite(row).all()]
+            raise NonFiniteLogProbsError([f"position {i}" for i in bad])
+        is_first = first_positions(keys) == np.arange(len(keys))
+        new = np.flatnonzero(is_first & (self._locate(keys)[0] < 0))
         if len(new):
             self.ensure_writable()
         paths = []
@@ -252,15 +272,26 @@ class ReferenceStore:
         self._trusted.add(number)
         return True
 
-    def _by_part(self, keys: Keys) -> Iterator[tuple[Part, npt.NDArray[np.int32], npt.NDArray[np.intp]]]:
-        """For each part that is needed: the part, the rows in it, their positions in `keys`."""
+    def _are_held(self, keys: Keys, where: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+        """Which rows are held, asked only of some."""
+        held = np.zeros(len(keys), np.bool_)
+        if self._held:
+            candidates = np.flatnonzero(where)
+            held[candidates] = [key.tobytes() in self._held for key in keys[candidates]]
+        return held
+
+    def _read(self, keys: Keys) -> Iterator[tuple[list[LogProbs], npt.NDArray[np.intp]]]:
+        """Rows from one place at a time, and their positions in `keys`."""
         parts, rows = self._locate(keys)
-        if num_missing := int((parts < 0).sum()):
+        held = self._are_held(keys, parts < 0)
+        if num_missing := int(((parts < 0) & ~held).sum()):
             raise MissingRowsError(f"{self.folder}: {num_missing} of {len(keys)} rows have no reference log-probs")
-        order = np.argsort(parts, kind="stable")
+        in_memory = np.flatnonzero(held)
+        yield [self._held[key.tobytes()] for key in keys[in_memory]], in_memory
+        order = np.argsort(parts, kind="stable")[len(in_memory) :]
         for positions in np.split(order, np.flatnonzero(np.diff(parts[order])) + 1):
             if len(positions):
-                yield self._part(int(parts[positions[0]])), rows[positions], positions
+                yield self._part(int(parts[positions[0]])).log_probs(rows[positions]), positions
 
     def _part(self, number: int) -> Part:
         if number not in self._open:

@@ -92,6 +92,13 @@ class _Table:
         return result
 
 
+def first_positions(keys: Keys) -> Numbers:
+    """For each key the position of the first key that equals it, int32 [keys]."""
+    index = KeyIndex()
+    index.add([keys], 0)
+    return index.find(keys)[1]
+
+
 def _sorted_without_repeats(table: _Table) -> _Table:
     order = np.argsort(table.high, kind="stable")
     repeated_half = table.high[order[1:]] == table.high[order[:-1]]

@@ -20,11 +20,18 @@ from dpo_scale.console import Console
 from dpo_scale.data.layouts import Layout, MicroBatch, PromptCompletions, collate
 from dpo_scale.data.planning import CostModel, check_budget, layout_costs, plan_pass
 from dpo_scale.data.token_pairs import TokenPairs
-from dpo_scale.reference.cache import ReferenceStore, pair_row_keys
+from dpo_scale.reference.cache import NonFiniteLogProbsError, ReferenceStore, pair_row_keys, row_keys
+from dpo_scale.reference.key_index import first_positions
 from dpo_scale.reference.parts import Keys, LogProbs
 
 SECONDS_BETWEEN_COMMITS = 30.0
+"""Work that a kill costs; each commit leaves one part a rank."""
 ROWS_IN_AN_EXCHANGE = 4096
+MOST_COMPLETIONS_OF_A_PROMPT = 16
+"""In one stretch of the shared layout: beyond it little is saved, and ranks are harder to balance."""
+
+Indices = npt.NDArray[np.int64]
+Flags = npt.NDArray[np.bool_]
 
 
 class Ranks(Protocol):
@@ -62,90 +69,175 @@ class ReferenceRows:
         chosen, rejected = pair_row_keys(pairs)
         return cls(pairs, np.stack([chosen, rejected], axis=1))
 
-    def of(self, indices: npt.NDArray[np.int64]) -> Keys:
+    def of(self, indices: Indices) -> Keys:
         """Keys of some pairs, uint8 [2 * indices, 16], chosen and rejected in turn."""
         return np.ascontiguousarray(self.keys[indices].reshape(-1, self.keys.shape[-1]))
 
 
 @dataclass(frozen=True, slots=True)
-class MissingRow:
-    """A row to score: a pair and 0 for its chosen, 1 for its rejected completion."""
+class Presence:
+    """Where rows are, bool [rows]: the same answer on every rank, with or without a shared disk."""
 
-    pair: int
-    side: int
-    key: bytes
+    missing: Flags
+    """No rank has it."""
+    lacking: Flags
+    """Some rank does not have it."""
+
+    @classmethod
+    def agreed(cls, here: Flags, ranks: Ranks) -> Presence:
+        """Put together what each rank has. Collective."""
+        both = torch.from_numpy(np.stack([here, ~here]).astype(np.uint8))
+        some_has, some_lacks = ranks.max(both.to(ranks.device)).cpu().numpy().astype(np.bool_)
+        return cls(~some_has, some_lacks)
 
 
 @dataclass(frozen=True, slots=True)
 class ScoringPlan:
-    """Missing rows, grouped by prompt: each is scored once however many pairs share it."""
+    """Rows to score, each once, in groups of one prompt. A row is numbered 2 * pair + (0 chosen, 1 rejected)."""
 
-    groups: tuple[PromptCompletions, ...]
-    keys: tuple[tuple[bytes, ...], ...]
-    rows: tuple[str, ...]
-    """Where the first pair of each group came from, for messages."""
+    needed: ReferenceRows
+    rows: Indices
+    """int64 [rows], the groups end to end."""
+    starts: Indices
+    """int64 [groups + 1], where each group starts in `rows`."""
 
-    @property
-    def num_rows(self) -> int:
-        return sum(len(keys) for keys in self.keys)
+    def __len__(self) -> int:
+        return len(self.starts) - 1
 
-    def lengths(self) -> npt.NDArray[np.int64]:
-        """int64 [groups, 1 + most completions]: tokens of the prompt and of each completion, else 0."""
-        width = max((len(group.completions) for group in self.groups), default=0)
-        lengths = np.zeros((len(self.groups), 1 + width), np.int64)
-        for row, group in zip(lengths, self.groups, strict=True):
-            row[0] = len(group.prompt)
-            row[1 : 1 + len(group.completions)] = [len(c) for c in group.completions]
+    def _rows(self, group: int) -> Indices:
+        return self.rows[self.starts[group] : self.starts[group + 1]]
+
+    def keys(self, group: int) -> Keys:
+        """uint8 [completions, 16]."""
+        rows = self._rows(group)
+        return self.needed.keys[rows // 2, rows % 2]
+
+    def completions(self, group: int) -> PromptCompletions:
+        """The tokens of a group."""
+        pairs = [(self.needed.pairs[row // 2], row % 2) for row in self._rows(group).tolist()]
+        return PromptCompletions(pairs[0][0].prompt, tuple((p.chosen, p.rejected)[side] for p, side in pairs))
+
+    def names(self, group: int) -> list[str]:
+        """Where the rows of a group came from: `file.jsonl:17 chosen`."""
+        rows = self._rows(group).tolist()
+        return [f"{self.needed.pairs[row // 2].row} {('chosen', 'rejected')[row % 2]}" for row in rows]
+
+    def lengths(self) -> Indices:
+        """int64 [groups, 1 + most completions]: tokens of the prompt and of each completion, 0 where there is none."""
+        tokens, counts = self.needed.pairs.lengths, np.diff(self.starts)
+        lengths = np.zeros((len(self), 1 + int(counts.max(initial=0))), np.int64)
+        lengths[:, 0] = tokens[self.rows[self.starts[:-1]] // 2, 0]
+        group = np.repeat(np.arange(len(self)), counts)
+        lengths[group, 1 + np.arange(len(self.rows)) - self.starts[group]] = tokens[self.rows // 2, 1 + self.rows % 2]
         return lengths
 
 
-def missing_everywhere(store: ReferenceStore, keys: Keys, ranks: Ranks) -> npt.NDArray[np.bool_]:
-    """Which of the rows no rank has, bool [rows]: the same answer on every rank, with or without a shared disk."""
-    found = torch.from_numpy(store.contains(keys).astype(np.uint8)).to(ranks.device)
-    missing: npt.NDArray[np.bool_] = ranks.max(found).cpu().numpy() == 0
-    return missing
-
-
 def plan_scoring(
-    needed: ReferenceRows, indices: npt.NDArray[np.int64], missing: npt.NDArray[np.bool_]
+    needed: ReferenceRows, indices: Indices, missing: Flags, *, layout: Layout, rank_tokens: int
 ) -> ScoringPlan:
-    """Group the missing rows of some pairs by prompt, each row once.
+    """Take each missing row once, and together those that can share a prompt.
 
     Args:
         indices: int64 [n], pairs.
         missing: bool [2 * n], their rows that have to be scored, chosen and rejected in turn.
     """
-    by_prompt: dict[bytes, list[MissingRow]] = {}
-    seen: set[bytes] = set()
-    keys = needed.of(indices)
-    for flat in np.flatnonzero(missing):
-        key = keys[flat].tobytes()
-        if key in seen:
-            continue
-        seen.add(key)
-        pair = int(indices[flat // 2])
-        prompt = needed.pairs[pair].prompt.tobytes()
-        by_prompt.setdefault(prompt, []).append(MissingRow(pair, int(flat % 2), key))
-    groups = [_group(needed.pairs, rows) for rows in by_prompt.values()]
-    return ScoringPlan(
-        groups=tuple(groups),
-        keys=tuple(tuple(row.key for row in rows) for rows in by_prompt.values()),
-        rows=tuple(needed.pairs[rows[0].pair].row for rows in by_prompt.values()),
-    )
+    rows = (2 * indices[:, None] + [0, 1]).ravel()[missing]
+    keys = needed.keys[rows // 2, rows % 2]
+    rows = rows[first_positions(keys) == np.arange(len(rows))]
+    pairs, pair_of_row = np.unique(rows // 2, return_inverse=True)
+    prompts = row_keys((needed.pairs[p].prompt for p in pairs), needed.pairs.lengths[pairs, 0].tolist())
+    prompt_of_row = first_positions(prompts).astype(np.int64)[pair_of_row]
+    order = np.argsort(prompt_of_row, kind="stable")
+    rows, prompt_of_row = rows[order], prompt_of_row[order]
+    most = MOST_COMPLETIONS_OF_A_PROMPT if layout == "shared" else 1  # the other layouts repeat the prompt
+    starts = _cut(prompt_of_row, needed.pairs.lengths[rows // 2], rows % 2, most, rank_tokens)
+    return ScoringPlan(needed, rows, starts)
 
 
-def _group(pairs: TokenPairs, rows: Sequence[MissingRow]) -> PromptCompletions:
-    completions = []
-    for row in rows:
-        pair = pairs[row.pair]
-        completions.append(pair.rejected if row.side else pair.chosen)
-    return PromptCompletions(pairs[rows[0].pair].prompt, tuple(completions))
+def _cut(prompts: Indices, lengths: Indices, sides: Indices, most: int, rank_tokens: int) -> Indices:
+    """Where groups start: at another prompt, and where a group would grow beyond a number of rows or tokens."""
+    completions = lengths[np.arange(len(sides)), 1 + sides].tolist()
+    starts: list[int] = []
+    before, tokens = -1, 0
+    for position, (prompt, completion) in enumerate(zip(prompts.tolist(), completions, strict=True)):
+        tokens += completion
+        if prompt != before or position - starts[-1] == most or tokens > rank_tokens:
+            starts.append(position)
+            tokens = int(lengths[position, 0]) + completion
+        before = prompt
+    return np.array([*starts, len(sides)], np.int64)
+
+
+class FreshRows:
+    """Rows that ranks have scored: readable at once, written every half minute, on every disk in the end."""
+
+    def __init__(self, store: ReferenceStore, ranks: Ranks) -> None:
+        self._store, self._ranks = store, ranks
+        self._scored_here: list[Keys] = []
+        self._written_at = self._settled_at = time.monotonic()
+
+    def add(self, keys: Keys, rows: Sequence[LogProbs]) -> None:
+        """Take rows that this rank scored."""
+        self._store.hold(keys, rows)
+        self._scored_here.append(keys)
+        if time.monotonic() - self._written_at > SECONDS_BETWEEN_COMMITS:
+            self.write()
+
+    def write(self) -> None:
+        """Commit what this rank scored, as one part."""
+        if self._scored_here:
+            self._store.write_held(np.concatenate(self._scored_here))
+        self._scored_here, self._written_at = [], time.monotonic()
+
+    def share(self, keys: Keys) -> int:
+        """Let every rank read some rows: what one lacks is sent by the lowest rank that has it. Collective.
+
+        Returns how many rows travelled; 0 where all ranks found them on a disk.
+        """
+        lacking = Presence.agreed(self._store.contains(keys), self._ranks).lacking
+        wanted = np.flatnonzero(lacking)
+        for start in range(0, len(wanted), ROWS_IN_AN_EXCHANGE):
+            if start:
+                self.settle()  # what was received does not pile up in memory
+            self._exchange(keys[wanted[start : start + ROWS_IN_AN_EXCHANGE]])
+        return len(wanted)
+
+    def _exchange(self, keys: Keys) -> None:
+        store, ranks = self._store, self._ranks
+        have = store.contains(keys)
+        rank_if_here = np.where(have, -ranks.rank, -ranks.world_size)
+        owner = -ranks.max(torch.from_numpy(rank_if_here).to(ranks.device)).cpu().numpy()
+        sent = [row.tobytes() for row in store.lookup(keys[owner == ranks.rank])]
+        for rank, received in enumerate(ranks.gather_objects(sent)):
+            new = ~have[owner == rank]
+            rows = [np.frombuffer(row, np.float32) for row in received]
+            store.hold(keys[owner == rank][new], [rows[i] for i in np.flatnonzero(new)])
+
+    def settle_if_due(self) -> bool:
+        """Settle if half a minute has passed on some rank; returns whether it had. Collective."""
+        overdue = time.monotonic() - self._settled_at > SECONDS_BETWEEN_COMMITS
+        due = bool(self._ranks.max(torch.tensor(int(overdue), device=self._ranks.device)).item())
+        if due:
+            self.settle()
+        return due
+
+    def settle(self) -> None:
+        """Bring all rows to all disks: whoever scored writes, and then each machine what it still lacks. Collective."""
+        self.write()
+        self._ranks.barrier()
+        self._store.refresh()
+        if self._ranks.is_local_main:
+            self._store.write_held(self._store.held)
+        self._ranks.barrier()
+        self._store.refresh()
+        self._store.let_go()
+        self._settled_at = time.monotonic()
 
 
 def score(
     plan: ScoringPlan,
     scorer: Scorer,
-    store: ReferenceStore,
+    fresh: FreshRows,
     ranks: Ranks,
     console: Console,
     *,
@@ -154,86 +246,36 @@ def score(
     cost: CostModel,
     pad_id: int,
 ) -> None:
-    """Score the planned rows in lockstep over ranks and store them; at most half a minute of work is uncommitted.
+    """Score the planned rows in lockstep over ranks.
 
-    Raises DataError if one group alone is over the token budget.
+    Raises DataError if one row alone is over the token budget, and NonFiniteLogProbsError, on the rank that finds them,
+    for log-probs that are no numbers; what was scored before is committed then.
     """
-    if not plan.num_rows:
-        return
     costs = layout_costs(plan.lengths(), layout, cost)
-    check_budget(costs, rank_tokens, plan.rows, "reference.rank_tokens")
+    check_budget(costs, rank_tokens, [plan.names(group)[0] for group in range(len(plan))], "reference.rank_tokens")
     rounds = plan_pass(costs, world_size=ranks.world_size, rank_tokens=rank_tokens).micro_batches
-    shortest = plan.groups[int(np.argmin(costs.tokens))]
-    waiting = _Uncommitted(store)
+    shortest = int(np.argmin(costs.tokens))
     started, tokens = time.monotonic(), 0
-    with console.progress("Reference log-probs", len(plan.groups), "prompts") as bar:
+    with console.progress("Reference log-probs", len(plan.rows), "sequences") as bar:
         for round_ in rounds:
-            mine = round_[ranks.rank]
-            groups = [plan.groups[index] for index in mine] or [shortest]
-            batch = collate(groups, layout, pad_id)
-            token_logps = scorer(batch.to(ranks.device)).float().cpu()
-            if len(
-                mine
-            ):  # the filler of a rank without work is computed to stay in lockstep, and dropped
-                keys = [key for index in mine for key in plan.keys[index]]
-                waiting.add(keys, token_logps.split(batch.lengths.tolist()))
-            tokens += sum(int(costs.tokens[indices].sum()) for indices in round_)
+            mine = round_[ranks.rank].tolist()
+            # A rank without work computes filler, to stay in lockstep, and drops it.
+            batch = collate([plan.completions(group) for group in mine or [shortest]], layout, pad_id)
+            logps_C = scorer(batch.to(ranks.device)).float().cpu()
+            if mine:
+                rows_logps = [row.numpy() for row in logps_C.split(batch.lengths.tolist())]
+                _take(plan, mine, rows_logps, fresh)
+            tokens += sum(int(costs.tokens[groups].sum()) for groups in round_)
             rate = tokens / (time.monotonic() - started)
-            bar.advance(sum(len(indices) for indices in round_), f"{rate:,.0f} tokens/s")
-    waiting.commit()
+            scored = sum(int(np.diff(plan.starts)[groups].sum()) for groups in round_)
+            bar.advance(scored, f"{rate:,.0f} tokens/s")
 
 
-class _Uncommitted:
-    """Scored rows that wait to be written as one part."""
-
-    def __init__(self, store: ReferenceStore) -> None:
-        self._store = store
-        self._keys: list[bytes] = []
-        self._rows: list[LogProbs] = []
-        self._since = time.monotonic()
-
-    def add(self, keys: Sequence[bytes], rows: Sequence[Tensor]) -> None:
-        self._keys += keys
-        self._rows += [row.numpy() for row in rows]
-        if time.monotonic() - self._since > SECONDS_BETWEEN_COMMITS:
-            self.commit()
-
-    def commit(self) -> None:
-        if self._keys:
-            keys = np.frombuffer(b"".join(self._keys), np.uint8).reshape(len(self._keys), -1)
-            self._store.append(keys, self._rows)
-        self._keys, self._rows, self._since = [], [], time.monotonic()
-
-
-def share(store: ReferenceStore, keys: Keys, ranks: Ranks) -> int:
-    """Let every rank read all the rows: those that a rank does not find on its disk are sent by one that does.
-
-    Returns how many rows travelled; 0 with a shared disk.
-    """
-    ranks.barrier()  # every rank has committed
-    store.refresh()
-    lacking = torch.from_numpy((~store.contains(keys)).astype(np.uint8)).to(ranks.device)
-    wanted = np.flatnonzero(ranks.max(lacking).cpu().numpy())
-    for start in range(0, len(wanted), ROWS_IN_AN_EXCHANGE):
-        chunk = keys[wanted[start : start + ROWS_IN_AN_EXCHANGE]]
-        _exchange(store, chunk, ranks)
-    ranks.barrier()
-    store.refresh()
-    return len(wanted)
-
-
-def _exchange(store: ReferenceStore, keys: Keys, ranks: Ranks) -> None:
-    """Send rows from the lowest rank that has each to the disks that lack it."""
-    have = store.contains(keys)
-    rank_if_here = torch.where(torch.from_numpy(have), -ranks.rank, -ranks.world_size)
-    owner = -ranks.max(rank_if_here.to(ranks.device)).cpu().numpy()
-    mine = np.flatnonzero(owner == ranks.rank)
-    sent = [row.tobytes() for row in store.lookup(keys[mine])]
-    received = ranks.gather_objects(sent)
-    if ranks.is_local_main and not have.all():  # one writer a node
-        rows: dict[int, LogProbs] = {}
-        for rank, payload in enumerate(received):
-            for position, row in zip(np.flatnonzero(owner == rank), payload, strict=True):
-                rows[int(position)] = np.frombuffer(row, np.float32)
-        absent = np.flatnonzero(~have)
-        store.append(keys[absent], [rows[int(position)] for position in absent])
+def _take(plan: ScoringPlan, groups: list[int], rows: Sequence[LogProbs], fresh: FreshRows) -> None:
+    """Keep the rows of a micro-batch, unless one is not finite: then name it."""
+    broken = [not np.isfinite(row).all() for row in rows]
+    if any(broken):
+        fresh.write()
+        names = [name for group in groups for name in plan.names(group)]
+        raise NonFiniteLogProbsError([name for name, bad in zip(names, broken, strict=True) if bad])
+    fresh.add(np.concatenate([plan.keys(group) for group in groups]), rows)

@@ -26,6 +26,7 @@ from typing import Any, Literal
 
 import torch
 
+from dpo_scale.distributed.lockstep import Ranks, on_main, together
 from dpo_scale.distributed.parameter_slices import (
     EngineCounters,
     EngineSnapshot,
@@ -33,7 +34,6 @@ from dpo_scale.distributed.parameter_slices import (
 )
 from dpo_scale.errors import UserError
 from dpo_scale.files import fsync_folder, sha256_of_file, write_atomically, write_json
-from dpo_scale.training.lockstep import Ranks, on_main, together
 from dpo_scale.training.tensor_files import FileRecord, TensorEntry, aligned, write_tensors
 
 FORMAT = 1

@@ -57,7 +57,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Metrics over all held-out pairs, each counted once, under keys `eval/...`. Collective."""
     costs = layout_costs(pairs.lengths, layout, cost)
-    check_budget(costs, rank_tokens, [pair.row for pair in pairs], "batch.rank_tokens")
+    check_budget(costs, rank_tokens, pairs.rows, "batch.rank_tokens")
     plan = plan_pass(costs, world_size=ranks.world_size, rank_tokens=rank_tokens)
     sums = MetricSums(ranks.device)
     policy.train(False)

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 
 from dpo_scale.distributed import engine_state
+from dpo_scale.distributed.lockstep import OneProcess, Ranks, on_main, together
 from dpo_scale.errors import UserError
 from dpo_scale.files import fsync_folder, write_atomically, write_json
 from dpo_scale.training.checkpoints import open_checkpoint
 from dpo_scale.training.hub_names import HubNames, hub_names
-from dpo_scale.training.lockstep import OneProcess, Ranks, on_main, together
 from dpo_scale.training.stored_state import StoredState
 from dpo_scale.training.tensor_files import FileRecord, TensorEntry, aligned, write_tensors
 

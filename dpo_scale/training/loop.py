@@ -21,6 +21,7 @@ from dpo_scale.distributed.engines import PolicyEngine, loading_for
 from dpo_scale.distributed.runtime import Ranks, Runtime
 from dpo_scale.errors import UserError
 from dpo_scale.files import write_json
+from dpo_scale.inputs import Data, prepare_data
 from dpo_scale.model.layout_check import TOLERANCE, check_layout
 from dpo_scale.model.loading import (
     DTYPES,
@@ -44,7 +45,6 @@ from dpo_scale.training.metrics import (
 from dpo_scale.training.optimizer import build_optimizer, learning_rate, set_learning_rate
 from dpo_scale.training.provenance import model_folder
 from dpo_scale.training.run_folder import RunFolder, trajectory_digest
-from dpo_scale.training.setup import Data, prepare_data
 from dpo_scale.training.step import (
     PairBatch,
     StepOutput,
@@ -155,8 +155,7 @@ def _start(
         max_steps=recipe.run.max_steps,
     )
     costs = layout_costs(data.train.lengths, layout.layout, data.cost)
-    rows = [pair.row for pair in data.train]
-    check_budget(costs, recipe.batch.rank_tokens, rows, "batch.rank_tokens")
+    check_budget(costs, recipe.batch.rank_tokens, data.train.rows, "batch.rank_tokens")
     return Run(
         recipe=recipe,
         runtime=runtime,
@@ -347,7 +346,7 @@ class Run:
             raise WrongReferenceError(
                 f"step 1: policy and reference start from {self.data.model_folder} and differ by {gap:.3g} nats on "
                 f"one token, more than {tolerance} in {self.recipe.model.dtype}; the reference log-probs in "
-                f"{self.reference.store.folder} are not this model's; run `dpo-scale cache verify`, or remove that folder"
+                f"{self.reference.store.folder} are not this model's; run `dpo-scale cache verify` or remove it"
             )
 
     def _count(self, plan: StepPlan) -> None:
@@ -445,6 +444,7 @@ class Run:
     def commit(self) -> None:
         """Write a checkpoint of the current state. Collective."""
         started = time.monotonic()
+        self.reference.commit()
         settings = self.recipe.checkpoint
         path = save(
             Path(self.recipe.run.output_dir) / "checkpoints",

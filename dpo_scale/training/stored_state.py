@@ -9,6 +9,7 @@ from types import TracebackType
 import torch
 from safetensors.torch import load_file
 
+from dpo_scale.distributed.lockstep import Ranks
 from dpo_scale.distributed.parameter_slices import ParameterSlice, SliceAddress, slice_bounds
 from dpo_scale.training.checkpoints import (
     BUFFERS_FILE,
@@ -17,7 +18,6 @@ from dpo_scale.training.checkpoints import (
     CheckpointError,
     rank_file,
 )
-from dpo_scale.training.lockstep import Ranks
 from dpo_scale.training.tensor_files import TensorFile
 
 

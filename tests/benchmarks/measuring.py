@@ -48,6 +48,8 @@ class Measured:
 
     ends: list[float] = field(default_factory=list)
     """Clock at the end of each optimizer step, seconds."""
+    cpu_ends: list[float] = field(default_factory=list)
+    """CPU seconds of all threads of the process, up to the end of each optimizer step."""
     losses: list[float] = field(default_factory=list)
     """Logged loss of each step."""
     tokens: int = 0
@@ -58,11 +60,13 @@ class Measured:
     """Most memory up to the end of the last step."""
     scoring_seconds: float = 0.0
     """The reference pass, from its first micro-batch to the stored rows."""
+    scoring_cpu_seconds: float = 0.0
 
     def end_step(self) -> None:
         """Note the end of a step and the memory so far."""
         _wait_for_device()
         self.ends.append(time.perf_counter())
+        self.cpu_ends.append(time.process_time())
         self.peak_mib = peak_memory_mib()
 
     def save(self, path: Path) -> None:

@@ -36,9 +36,10 @@ def main(stage: str, job: Job, results: Path) -> None:
     plain_score = session.score
 
     def timed_score(*args: Any, **kwargs: Any) -> None:
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.process_time()
         plain_score(*args, **kwargs)
         measured.scoring_seconds += time.perf_counter() - started
+        measured.scoring_cpu_seconds += time.process_time() - cpu_started
         measured.peak_mib = peak_memory_mib()
 
     session.score = timed_score

@@ -39,14 +39,16 @@ class Timed(DPOTrainer):  # type: ignore[misc]
 
     def compute_ref_log_probs(self, *args: Any, **kwargs: Any) -> Any:
         if self.first_scored is None:
-            self.first_scored = time.perf_counter()
+            self.first_scored = time.perf_counter(), time.process_time()
         return super().compute_ref_log_probs(*args, **kwargs)
 
     def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Any:
-        self.first_scored: float | None = None
+        self.first_scored: tuple[float, float] | None = None
         dataset = super()._precompute_ref_logps(*args, **kwargs)
         if self.first_scored is not None:
-            self.measured.scoring_seconds = time.perf_counter() - self.first_scored
+            started, cpu_started = self.first_scored
+            self.measured.scoring_seconds = time.perf_counter() - started
+            self.measured.scoring_cpu_seconds = time.process_time() - cpu_started
             self.measured.peak_mib = peak_memory_mib()
         return dataset
 

@@ -75,7 +75,7 @@ class NextToken(nn.Module):
 def make_source(folder: Path, settings: dict[str, Any]) -> None:
     """A random model folder with odd sizes, so that shards are padded."""
     torch.manual_seed(0)
-    hidden = 512 if settings.get("nvme") else 20
+    hidden = 512 if settings.get("nvme") else 21
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=hidden,
@@ -83,6 +83,7 @@ def make_source(folder: Path, settings: dict[str, Any]) -> None:
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
+        head_dim=10,
         tie_word_embeddings=settings.get("tied", False),
     )
     model = LlamaForCausalLM(config).to(getattr(torch, settings.get("dtype", "float32")))
@@ -241,6 +242,7 @@ def restored(folder: Path, settings: dict[str, Any], ranks: GlooRanks) -> Any:
     found, passed_over = checkpoints.find_checkpoint(folder / "checkpoints", "auto", ranks)
     assert found is not None, passed_over
     assert found.step == CHECKPOINT_STEP
+    logits(engine)  # a check at the start may run the model: what it gathered must not survive
     check_fits(found, engine_state.snapshot(engine).parameters)
     with StoredState(found) as stored:
         stored.restore_random_state(ranks)

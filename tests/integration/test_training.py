@@ -86,7 +86,7 @@ def test_the_exported_model_is_the_policy(undisturbed: Launched, launcher: Launc
     model = AutoModelForCausalLM.from_pretrained(undisturbed.folder / "model", dtype="float32")
     tokenizer = AutoTokenizer.from_pretrained(undisturbed.folder / "model")
     expected_means = []
-    for row in map(json.loads, open(launcher.workspace / "held_out.jsonl")):
+    for row in map(json.loads, (launcher.workspace / "held_out.jsonl").read_text().splitlines()):
         prompt = tokenizer(row["prompt"]).input_ids
         chosen = [*tokenizer(row["chosen"], add_special_tokens=False).input_ids, 1]
         logits = model(torch.tensor([prompt + chosen])).logits[0, len(prompt) - 1 : -1]

@@ -18,13 +18,13 @@ PAD = 0
 
 @dataclass(frozen=True)
 class PaddedPairs:
-    """Both sequences of each pair, prompt first, padded on the right to one width."""
+    """Both sequences of each pair, prompt first, padded on the right to one width, [P, T] each."""
 
-    chosen_PT: Tensor
-    rejected_PT: Tensor
-    is_prompt_PT: Tensor
-    chosen_is_padding_PT: Tensor
-    rejected_is_padding_PT: Tensor
+    chosen: Tensor
+    rejected: Tensor
+    is_prompt: Tensor
+    chosen_is_padding: Tensor
+    rejected_is_padding: Tensor
 
 
 def pad_pairs(pairs: Iterable[TokenPair]) -> PaddedPairs:
@@ -40,11 +40,11 @@ def pad_pairs(pairs: Iterable[TokenPair]) -> PaddedPairs:
         return torch.arange(width)[None] >= torch.tensor(starts)[:, None]
 
     return PaddedPairs(
-        chosen_PT=padded(chosen),
-        rejected_PT=padded(rejected),
-        is_prompt_PT=~from_position([len(pair.prompt) for pair in pairs]),
-        chosen_is_padding_PT=from_position([len(row) for row in chosen]),
-        rejected_is_padding_PT=from_position([len(row) for row in rejected]),
+        chosen=padded(chosen),
+        rejected=padded(rejected),
+        is_prompt=~from_position([len(pair.prompt) for pair in pairs]),
+        chosen_is_padding=from_position([len(row) for row in chosen]),
+        rejected_is_padding=from_position([len(row) for row in rejected]),
     )
 
 
@@ -73,16 +73,14 @@ def plain_losses(
     rows = pad_pairs(pairs)
 
     def both_sides(model: nn.Module) -> tuple[Tensor, Tensor]:
-        chosen = sequence_logps(model, rows.chosen_PT, rows.is_prompt_PT, rows.chosen_is_padding_PT, reduction)
-        rejected = sequence_logps(model, rows.rejected_PT, rows.is_prompt_PT, rows.rejected_is_padding_PT, reduction)
+        chosen = sequence_logps(model, rows.chosen, rows.is_prompt, rows.chosen_is_padding, reduction)
+        rejected = sequence_logps(model, rows.rejected, rows.is_prompt, rows.rejected_is_padding, reduction)
         return chosen, rejected
 
     with torch.no_grad():
         reference_chosen, reference_rejected = both_sides(reference)
     policy_chosen, policy_rejected = both_sides(policy)
-    preferred = torch.sigmoid(
-        beta * ((policy_chosen - policy_rejected) - (reference_chosen - reference_rejected))
-    )
+    preferred = torch.sigmoid(beta * ((policy_chosen - policy_rejected) - (reference_chosen - reference_rejected)))
     return -(1 - label_smoothing) * preferred.log() - label_smoothing * (1 - preferred).log()
 
 

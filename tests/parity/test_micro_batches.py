@@ -94,7 +94,5 @@ def test_ranks_and_token_budgets_give_the_mean_over_the_steps_true_pairs(
 
     policy = plain_llama(POLICY)
     chosen = [pairs[int(index)] for index in members]
-    plain_losses(
-        policy, plain_llama(REFERENCE), chosen, beta=LOSS.beta, reduction=LOSS.reduction
-    ).mean().backward()
+    plain_losses(policy, plain_llama(REFERENCE), chosen, beta=LOSS.beta, reduction=LOSS.reduction).mean().backward()
     assert_same_gradients(actual, gradients(policy), 1e-6)

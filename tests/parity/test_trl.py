@@ -69,9 +69,12 @@ def data(request: pytest.FixtureRequest) -> tuple[list[PreferencePair], TokenPai
     settings = DataSection(train=[DataSource(path="unused")], max_length=MAX_LENGTH)
     tokenizer = PairTokenizer(byte_tokenizer(), settings)
     outcomes = ((pair, tokenizer.tokenize([pair])[0]) for pair in source)
-    kept = [(pair, kept.pair) for pair, kept in islice(
-        ((pair, outcome) for pair, outcome in outcomes if isinstance(outcome, Kept)), STEPS * PAIRS_A_STEP
-    )]
+    kept = [
+        (pair, kept.pair)
+        for pair, kept in islice(
+            ((pair, outcome) for pair, outcome in outcomes if isinstance(outcome, Kept)), STEPS * PAIRS_A_STEP
+        )
+    ]
     return [pair for pair, _ in kept], TokenPairs.from_pairs(tokens for _, tokens in kept)
 
 
@@ -143,9 +146,7 @@ def our_steps(pairs: TokenPairs) -> tuple[list[float], list[float]]:
             indices = step * PAIRS_A_STEP + np.array(members)
             groups = [PromptCompletions.of_pair(pairs[int(index)]) for index in indices]
             batches.append(PairBatch(collate(groups, "shared"), indices, 1.0))
-        output = run_step(
-            policy, batches, reference, MetricSums(CPU), LOSS, global_pairs=PAIRS_A_STEP, device=CPU
-        )
+        output = run_step(policy, batches, reference, MetricSums(CPU), LOSS, global_pairs=PAIRS_A_STEP, device=CPU)
         losses.append(float(torch.stack(output.micro_losses).sum()) / PAIRS_A_STEP)
         norms.append(output.grad_norm)
     return losses, norms

@@ -38,11 +38,11 @@ def published_dpo() -> nn.Module:
 def test_loss_and_gradients_are_those_of_x_transformers(layout: Layout) -> None:
     rows, dpo = pad_pairs(random_pairs()), published_dpo()
     expected = dpo(  # a mask one shorter than the sequences is taken as the targets' own
-        rows.chosen_PT,
-        rows.rejected_PT,
-        prompt_mask=rows.is_prompt_PT[:, 1:],
-        preferred_seq_mask=~rows.chosen_is_padding_PT[:, 1:],
-        unpreferred_seq_mask=~rows.rejected_is_padding_PT[:, 1:],
+        rows.chosen,
+        rows.rejected,
+        prompt_mask=rows.is_prompt[:, 1:],
+        preferred_seq_mask=~rows.chosen_is_padding[:, 1:],
+        unpreferred_seq_mask=~rows.rejected_is_padding[:, 1:],
     )
     expected.backward()
 
@@ -63,12 +63,12 @@ def test_masks_of_the_sources_own_length_score_other_tokens() -> None:
     """As published, the first completion token is left out and the first padding token counts: not what we compute."""
     rows = pad_pairs(random_pairs())
     masks = {
-        "prompt_mask": rows.is_prompt_PT,
-        "preferred_seq_mask": ~rows.chosen_is_padding_PT,
-        "unpreferred_seq_mask": ~rows.rejected_is_padding_PT,
+        "prompt_mask": rows.is_prompt,
+        "preferred_seq_mask": ~rows.chosen_is_padding,
+        "unpreferred_seq_mask": ~rows.rejected_is_padding,
     }
     dpo = published_dpo()
     with torch.no_grad():
-        by_source = dpo(rows.chosen_PT, rows.rejected_PT, **masks)
-        by_target = dpo(rows.chosen_PT, rows.rejected_PT, **{name: mask[:, 1:] for name, mask in masks.items()})
+        by_source = dpo(rows.chosen, rows.rejected, **masks)
+        by_target = dpo(rows.chosen, rows.rejected, **{name: mask[:, 1:] for name, mask in masks.items()})
     assert abs(by_source - by_target) > 1e-3

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,14 @@ from plain_dpo import assert_same_gradients, gradients, plain_losses
 from safetensors.torch import load_file
 from tiny_models import plain_llama, random_pairs
 
-HEADS, TOKEN_BUDGETS, GLOBAL_PAIRS = ("untied", "tied"), (400, 30), [3, 3, 2]
+HEADS, TOKEN_BUDGETS, GLOBAL_PAIRS = ("untied", "tied"), (400, 31), [5, 3, 5, 3]
 POLICY, REFERENCE = 1, 2
 TOLERANCE = 1e-5
 RECIPE: dict[str, Any] = {
     "model": {"path": "unused", "dtype": "float32"},
     "reference": {"offload": "none"},
     "data": {"train": ["unused"]},
-    "batch": {"global_pairs": 3, "layout": "shared"},
+    "batch": {"global_pairs": 5, "layout": "shared"},
     "loss": {"beta": 2.0, "reduction": "mean"},
     # A large eps keeps the updates smooth where gradients are near zero, and lets clipping show in them.
     "optim": {"learning_rate": 0.02, "eps": 0.01, "max_grad_norm": 0.5, "weight_decay": 0.1},
@@ -107,14 +108,12 @@ def test_two_ranks_train_as_one_process(head: str, rank_tokens: int, launched: P
     case = launched / f"{head}_{rank_tokens}"
     steps = json.loads(case.with_suffix(".json").read_text())
     gathered = load_file(case.with_suffix(".safetensors"))
-    members = [sum(step["pairs"], []) for step in steps]
+    members = [[*chain(*step["pairs"])] for step in steps]
     assert [len(indices) for indices in members] == GLOBAL_PAIRS
-    assert sorted(sum(members, [])) == list(range(8)), "every pair once"
+    assert sorted(chain(*members)) == sorted([*range(8)] * 2), "every pair once an epoch"
 
     for number, (loss, norm, expected) in enumerate(one_process(head, members)):
-        actual = {
-            name.split("/")[1]: gradient for name, gradient in gathered.items() if name.startswith(f"{number}/")
-        }
+        actual = {name.split("/")[1]: gradient for name, gradient in gathered.items() if name.startswith(f"{number}/")}
         assert steps[number]["applied"]
         assert steps[number]["loss"] == pytest.approx(loss, rel=TOLERANCE)
         assert steps[number]["metric_loss"] == pytest.approx(loss, rel=TOLERANCE)
@@ -127,7 +126,7 @@ def test_two_ranks_train_as_one_process(head: str, rank_tokens: int, launched: P
 def test_the_cases_have_what_they_are_for(launched: Path) -> None:
     """One micro-batch a rank, and several with filler among them."""
     whole, split = (json.loads((launched / f"untied_{tokens}.json").read_text()) for tokens in TOKEN_BUDGETS)
-    assert [step["micro_batches"] for step in whole] == [1, 1, 1]
+    assert [step["micro_batches"] for step in whole] == [1, 1, 1, 1]
     assert all(step["fillers"] == 0 for step in whole)
     assert max(step["micro_batches"] for step in split) > 1
     assert any(step["fillers"] for step in split)

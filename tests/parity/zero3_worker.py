@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,10 @@ from dpo_scale.training.optimizer import build_optimizer
 from dpo_scale.training.step import ReferenceLogps, pair_batches, run_step
 
 HEADS = ("untied", "tied")
-TOKEN_BUDGETS = (400, 30)
-"""One micro-batch a rank; and two or more, some of them filler."""
-NUM_PAIRS, GLOBAL_PAIRS, NUM_STEPS = 8, 3, 3
-"""The third step is partial: 2 pairs."""
+TOKEN_BUDGETS = (400, 31)
+"""One micro-batch a rank; and up to two, some of them filler."""
+GLOBAL_PAIRS, EPOCHS, SEED = 5, 2, 2
+"""Of 8 pairs: every second step is partial. With this seed the first of those takes two micro-batches and a filler."""
 
 
 class WatchedPolicy:
@@ -82,24 +82,27 @@ def check_shards(policy: PolicyEngine, runtime: Runtime) -> None:
     assert 0 <= held - whole / 2 <= len(parameters) / 2, f"{held} of {whole} elements are here"
 
 
-def plan_of(step: int, schedule: Schedule, pairs: TokenPairs, rank_tokens: int) -> StepPlan:
-    return plan_step(
-        schedule.pairs_of(step),
-        layout_costs(pairs.lengths, "shared", CostModel()),
-        world_size=2,
-        rank_tokens=rank_tokens,
-        step=step,
-        epoch=0,
-    )
+def plans(pairs: TokenPairs, rank_tokens: int) -> Iterator[StepPlan]:
+    """The steps as the program plans them."""
+    schedule = Schedule(num_pairs=len(pairs), global_pairs=GLOBAL_PAIRS, seed=SEED, epochs=EPOCHS)
+    for step in range(schedule.num_steps):
+        yield plan_step(
+            schedule.pairs_of(step),
+            layout_costs(pairs.lengths, "shared", CostModel()),
+            world_size=2,
+            rank_tokens=rank_tokens,
+            step=step,
+            epoch=schedule.epoch_of(step),
+        )
 
 
-def train(runtime: Runtime, recipe: Recipe, policy: PolicyEngine, reference: ReferenceLogps, out: Path) -> None:
-    """A few steps; losses, norms and the pairs of each rank go to JSON, whole gradients to safetensors."""
+def train(
+    runtime: Runtime, recipe: Recipe, policy: PolicyEngine, reference: ReferenceLogps, rank_tokens: int, out: Path
+) -> None:
+    """All steps; losses, norms and the pairs of each rank go to JSON, whole gradients to safetensors."""
     ranks, pairs = runtime.ranks, random_pairs()
-    schedule = Schedule(num_pairs=NUM_PAIRS, global_pairs=GLOBAL_PAIRS, seed=recipe.run.seed, epochs=1)
     watched, steps, tensors = WatchedPolicy(policy), [], {}
-    for step in range(NUM_STEPS):
-        plan = plan_of(step, schedule, pairs, int(out.name.split("_")[1]))
+    for plan in plans(pairs, rank_tokens):
         batches = list(pair_batches(plan, ranks.rank, pairs, "shared", pad_id=0))
         sums = MetricSums(ranks.device)
         output = run_step(
@@ -120,7 +123,7 @@ def train(runtime: Runtime, recipe: Recipe, policy: PolicyEngine, reference: Ref
                 "applied": output.applied,
             }
         )
-        tensors |= {f"{step}/{name}": gradient for name, gradient in watched.gradients.items()}
+        tensors |= {f"{plan.step}/{name}": gradient for name, gradient in watched.gradients.items()}
     if ranks.is_main:
         out.with_suffix(".json").write_text(json.dumps(steps, indent=1))
         save_file(tensors, out.with_suffix(".safetensors"))
@@ -139,7 +142,7 @@ def main() -> None:
             optimizer = build_optimizer(model, recipe.optim, runtime.ranks.device)
             policy = PolicyEngine(runtime.accelerator, model, optimizer, recipe)
             policy.train()
-            train(runtime, recipe, policy, reference, folder / f"{head}_{rank_tokens}")
+            train(runtime, recipe, policy, reference, rank_tokens, folder / f"{head}_{rank_tokens}")
             policy.engine.destroy()
     stop()
 

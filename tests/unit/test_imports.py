@@ -18,6 +18,7 @@ ORDER = (
     ("data",),
     ("model",),
     ("distributed",),
+    ("inputs",),
     ("reference",),
     ("training",),
     ("stages", "operations"),

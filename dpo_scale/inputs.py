@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 from dpo_scale.console import Console
 from dpo_scale.data.planning import CostModel
 from dpo_scale.data.preparation import prepare_pairs
 from dpo_scale.data.report import DataReport, overlap
 from dpo_scale.data.token_pairs import TokenPairs
-from dpo_scale.errors import UserError
+from dpo_scale.distributed.lockstep import MachineRanks, once_a_machine
 from dpo_scale.model.loading import check_vocabulary, cost_model, load_config, resolve_folder
 from dpo_scale.model.tokenizer import load_tokenizer
 from dpo_scale.recipe import DataSource, Recipe
-
-T = TypeVar("T")
-
-
-class Ranks(Protocol):
-    """What set-up needs of the ranks."""
-
-    @property
-    def is_local_main(self) -> bool: ...
-    def gather_objects(self, value: T) -> list[T]: ...
 
 
 @dataclass(frozen=True)
@@ -45,7 +34,7 @@ class Data:
         return cost_model(self.model_config)
 
 
-def prepare_data(recipe: Recipe, ranks: Ranks, console: Console) -> Data:
+def prepare_data(recipe: Recipe, ranks: MachineRanks, console: Console) -> Data:
     """Resolve the model, read and tokenize the data once a machine, and check what can be checked without weights."""
     settings = recipe.model
     folder = once_a_machine(ranks, lambda: resolve_folder(settings.path, settings.revision))
@@ -73,22 +62,3 @@ def prepare_data(recipe: Recipe, ranks: Ranks, console: Console) -> Data:
         report["overlap"] = {name: getattr(both, name) for name in both.__slots__}
     pad_id = tokenizer.pad_token_id
     return Data(train, evaluate, tokenizer, pad_id or 0, folder, config, report)
-
-
-def once_a_machine(ranks: Ranks, action: Callable[[], T]) -> T:
-    """The result of an action that fills a cache: first on one rank of every machine, then on the others.
-
-    A mistake that one rank finds is raised on all of them.
-    """
-    results: list[T] = []
-    for turn_of_local_main in (True, False):
-        mistake = None
-        if ranks.is_local_main == turn_of_local_main:
-            try:
-                results.append(action())
-            except UserError as error:
-                mistake = error
-        found = [other for other in ranks.gather_objects(mistake) if other is not None]
-        if found:
-            raise found[0]
-    return results[0]

@@ -63,3 +63,30 @@ def on_main(ranks: Ranks, action: Callable[[], T], error: type[UserError]) -> T:
     """The main rank's result, on every rank; if it fails, the same error on all at once."""
     result = together(ranks, lambda: action() if ranks.is_main else None, error)[0]
     return result  # type: ignore[return-value]
+
+
+class MachineRanks(Protocol):
+    """Ranks that know which of them comes first on its machine."""
+
+    @property
+    def is_local_main(self) -> bool: ...
+    def gather_objects(self, value: T) -> list[T]: ...
+
+
+def once_a_machine(ranks: MachineRanks, action: Callable[[], T]) -> T:
+    """The result of an action that fills a cache: first on one rank of every machine, then on the others.
+
+    A mistake that one rank finds is raised on all of them.
+    """
+    results: list[T] = []
+    for turn_of_local_main in (True, False):
+        mistake = None
+        if ranks.is_local_main == turn_of_local_main:
+            try:
+                results.append(action())
+            except UserError as error:
+                mistake = error
+        found = [other for other in ranks.gather_objects(mistake) if other is not None]
+        if found:
+            raise found[0]
+    return results[0]

@@ -1,0 +1,186 @@
+"""One optimizer step, ours against TRL's DPOTrainer: same model, pairs, order, threads, precision, AdamW and ZeRO-3.
+
+    python tests/benchmarks/training_step.py --pairs FILE.jsonl.gz [--vocabulary 8000 32000 128256] [--processes 1 2]
+
+Reference log-probs are computed before, on both sides, and read from each side's cache. Every step takes the same pairs
+on all sides, so that times are compared step by step; the losses are compared too.
+
+On a GPU, MFU is 6 x multiply-accumulates of the forward / (seconds x dense bf16 peak), where the multiply-accumulates
+are those of the plain form: two whole sequences a pair, no padding, the head on completion tokens, attention causal.
+It is the same number on all sides, so a side that computes less for the same result shows more.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from comparison import (
+    Machine,
+    Side,
+    StepTimes,
+    add_common_arguments,
+    console,
+    interleave,
+    largest_loss_gap,
+    run_block,
+    show,
+    work_folder,
+    write_json,
+)
+from transformers import AutoConfig, PreTrainedTokenizerFast
+from workload import (
+    Row,
+    Settings,
+    make_job,
+    make_model,
+    pairs_to_measure,
+)
+
+from dpo_scale.data.planning import layout_costs
+from dpo_scale.model.loading import cost_model
+from dpo_scale.training.metrics import PEAK_FLOPS
+
+OURS = ("shared", "packed", "padded")
+COLUMNS = (
+    "side",
+    "pairs/s",
+    "slowest",
+    "fastest",
+    "step s",
+    "shared is faster",
+    "by CPU time",
+    "peak MiB",
+    "above start",
+    "peak of TRL",
+    "loss gap",
+)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_common_arguments(parser)
+    parser.add_argument("--steps", type=int, default=12, help="measured steps in a repeat")
+    parser.add_argument("--warm-up", type=int, default=3, help="steps before those")
+    parser.add_argument("--step-pairs", type=int, default=4)
+    parser.add_argument("--sides", nargs="+", choices=[*OURS, "trl"], default=[*OURS, "trl"])
+    parser.add_argument("--rank-tokens", type=int, default=16384)
+    parser.add_argument("--trl-micro-batch", type=int, help="pairs; without it, all that a rank has of a step")
+    parser.add_argument("--activation-checkpointing", action="store_true")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = arguments()
+    results = []
+    with work_folder(options.work) as folder:
+        count = options.step_pairs * (options.warm_up + options.steps)
+        tokenizer, rows = pairs_to_measure(options.pairs, count)
+        for vocabulary in options.vocabulary:
+            for processes in options.processes:
+                results += compare(options, folder, tokenizer, rows, vocabulary, processes)
+                write_json(options.json, results, options)
+
+
+def compare(
+    options: argparse.Namespace,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    rows: list[Row],
+    vocabulary: int,
+    processes: int,
+) -> list[dict[str, Any]]:
+    """Measure all sides at one vocabulary and number of processes; one entry a side."""
+    settings = Settings(
+        step_pairs=options.step_pairs,
+        steps=options.warm_up + options.steps,
+        dtype=options.dtype,
+        rank_tokens=options.rank_tokens,
+        activation_checkpointing=options.activation_checkpointing,
+        micro_batch_pairs=options.trl_micro_batch,
+    )
+    name = f"{options.shape}-{vocabulary}"
+    model = make_model(folder / name, tokenizer, vocabulary, options.shape, options.dtype)
+    machine = Machine(processes, options.device, options.threads)
+    sides = []
+    for side in options.sides:
+        layout = "shared" if side == "trl" else side
+        job = make_job(folder / f"{name}-{processes}-{side}", model, rows, settings, layout)
+        sides.append(Side(side, "side_trl.py" if side == "trl" else "side_dpo_scale.py", job))
+    for side in sides:
+        with console.status(f"score: {side.name}"):
+            run_block(side, "score", machine)
+    blocks = interleave(sides, "train", machine, options.repeats)
+
+    times = {side: StepTimes.of(blocks[side], options.warm_up, options.step_pairs) for side in options.sides}
+    work = _plain_work(model, tokenizer, rows[options.step_pairs * options.warm_up :])
+    entries = []
+    for side in options.sides:
+        time = times[side]
+        entry = {
+            "vocabulary": vocabulary,
+            "processes": processes,
+            "threads": machine.threads,
+            "side": side,
+            "pairs_per_second": time.pairs_per_second,
+            "slowest": time.slowest,
+            "fastest": time.fastest,
+            "step_seconds": median(time.seconds),
+            "shared_is_faster": times["shared"].speed_up_over(time) if "shared" in times else None,
+            "by_cpu_time": times["shared"].cpu_saving_over(time) if "shared" in times else None,
+            "cpu_seconds_of_each_step": time.cpu_seconds,
+            "peak_mib": median(block.peak_mib for block in blocks[side]),
+            "above_baseline_mib": median(block.above_baseline_mib for block in blocks[side]),
+            "losses": blocks[side][0].losses,
+            "seconds_of_each_step": time.seconds,
+            "mfu": _mfu(work, sum(time.seconds), processes),
+        }
+        if "trl" in times:
+            entry["peak_of_trl"] = entry["peak_mib"] / median(block.peak_mib for block in blocks["trl"])
+            entry["loss_gap"] = largest_loss_gap(blocks[side], blocks["trl"])
+        entries.append(entry)
+    _show(entries, f"vocabulary {vocabulary:,}, {machine}, {options.dtype}")
+    return entries
+
+
+def _show(entries: list[dict[str, Any]], title: str) -> None:
+    keys = (
+        "side",
+        "pairs_per_second",
+        "slowest",
+        "fastest",
+        "step_seconds",
+        "shared_is_faster",
+        "by_cpu_time",
+        "peak_mib",
+        "above_baseline_mib",
+        "peak_of_trl",
+        "loss_gap",
+    )
+    columns = COLUMNS
+    if entries[0]["mfu"] is not None:
+        keys, columns = (*keys, "mfu"), (*columns, "MFU")
+    show(title, columns, [[entry.get(key) for key in keys] for entry in entries])
+
+
+def _plain_work(model: Path, tokenizer: PreTrainedTokenizerFast, rows: list[Row]) -> float:
+    """Multiply-accumulates of the plain forward of some pairs."""
+    texts = [[row.prompt, row.chosen, row.rejected] for row in rows]
+    lengths = np.array([[len(ids) for ids in tokenizer(three)["input_ids"]] for three in texts]) + [0, 1, 1]
+    return float(layout_costs(lengths, "packed", cost_model(AutoConfig.from_pretrained(model))).work.sum())
+
+
+def _mfu(work: float, seconds: float, processes: int) -> float | None:
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    peak = next(flops for name, flops in PEAK_FLOPS.items() if name in torch.cuda.get_device_name())
+    return 6 * work / (seconds * processes * peak)
+
+
+if __name__ == "__main__":
+    main()

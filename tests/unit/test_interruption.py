@@ -1,0 +1,108 @@
+"""The first signal is noted, the second ends the process at once; a file and a clock stop a run too."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from dpo_scale.training import interruption
+from dpo_scale.training.interruption import SIGNALS, Interruption, agree
+
+WORKER = """
+import sys, time
+from pathlib import Path
+from dpo_scale.training.interruption import Interruption
+
+interruption = Interruption(Path(sys.argv[1]), None)
+print("ready", flush=True)
+while not interruption.reason():
+    time.sleep(0.01)
+print(interruption.reason(), flush=True)
+time.sleep(60)  # a step that takes long
+"""
+
+
+@pytest.fixture
+def worker(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen([sys.executable, "-c", WORKER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_the_first_signal_is_noted_and_the_second_ends_the_process_at_once(worker: subprocess.Popen[str]) -> None:
+    assert worker.stdout is not None
+    worker.send_signal(signal.SIGUSR1)
+    assert worker.stdout.readline() == "SIGUSR1\n"
+    assert worker.poll() is None
+    worker.send_signal(signal.SIGTERM)
+    assert worker.wait(timeout=20) == 128 + signal.SIGTERM
+
+
+@pytest.fixture
+def old_handlers() -> Iterator[None]:
+    before = [(number, signal.getsignal(number)) for number in SIGNALS]
+    yield
+    for number, handler in before:
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("old_handlers")
+@pytest.mark.parametrize("number", SIGNALS)
+def test_each_signal_gives_its_name_as_the_reason(number: signal.Signals, tmp_path: Path) -> None:
+    stopping = Interruption(tmp_path, None)
+    assert stopping.reason() == ""
+    signal.raise_signal(number)
+    assert stopping.reason() == number.name
+
+
+@pytest.mark.usefixtures("old_handlers")
+def test_the_stop_file_stops_once(tmp_path: Path) -> None:
+    stopping = Interruption(tmp_path, None)
+    stopping.consume_file()  # nothing there: nothing happens
+    (tmp_path / "STOP").touch()
+    assert stopping.reason() == "the STOP file"
+    stopping.consume_file()
+    assert stopping.reason() == ""
+
+
+@pytest.mark.usefixtures("old_handlers")
+def test_the_clock_stops_after_the_recipes_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = time.monotonic()
+    monkeypatch.setattr(interruption.time, "monotonic", lambda: start)
+    stopping = Interruption(tmp_path, 2.0)
+    monkeypatch.setattr(interruption.time, "monotonic", lambda: start + 119)
+    assert stopping.reason() == ""
+    monkeypatch.setattr(interruption.time, "monotonic", lambda: start + 121)
+    assert stopping.reason() == "run.stop_after"
+
+
+@dataclass
+class OneOfTwo:
+    """A rank whose neighbour has its own wishes."""
+
+    is_main: bool
+    others: list[int]
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def max(self, values: Tensor) -> Tensor:
+        return torch.maximum(values, torch.tensor(self.others, dtype=values.dtype))
+
+
+def test_any_rank_may_stop_and_only_the_main_one_asks_for_a_checkpoint() -> None:
+    assert agree(OneOfTwo(is_main=False, others=[0, 0]), stop=True, commit=False) == (True, False)
+    assert agree(OneOfTwo(is_main=False, others=[1, 0]), stop=False, commit=False) == (True, False)
+    assert agree(OneOfTwo(is_main=False, others=[0, 0]), stop=False, commit=True) == (False, False)
+    assert agree(OneOfTwo(is_main=True, others=[0, 0]), stop=False, commit=True) == (False, True)
+    assert agree(OneOfTwo(is_main=False, others=[0, 1]), stop=False, commit=False) == (False, True)

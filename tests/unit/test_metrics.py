@@ -1,0 +1,141 @@
+"""Metrics are sums and counts over true pairs, and the file goes on where the checkpoint stands."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from dpo_scale.training.metrics import MetricsFile, MetricSums, model_flops_utilization, peak_memory_gib
+
+CPU = torch.device("cpu")
+
+
+class OneRank:
+    def sum(self, values: Tensor) -> Tensor:
+        return values
+
+
+class ThreeAlikeRanks:
+    def sum(self, values: Tensor) -> Tensor:
+        return 3 * values
+
+
+BETA = 0.5
+# policy chosen, policy rejected, reference chosen, reference rejected, loss
+PAIRS = [(-1.0, -2.0, -1.5, -1.0, 0.3), (-4.0, -3.0, -3.0, -3.0, 0.9), (-2.0, -2.0, -2.0, -2.0, 0.7)]
+EXPECTED = {
+    "loss": (0.3 + 0.9 + 0.7) / 3,
+    "rewards/chosen": 0.5 * (0.5 - 1.0 + 0.0) / 3,
+    "rewards/rejected": 0.5 * (-1.0 + 0.0 + 0.0) / 3,
+    "rewards/margin": 0.5 * (0.5 - 1.0 + 1.0) / 3,
+    "rewards/accuracy": (1 + 0 + 0.5) / 3,
+    "logps/chosen": -7 / 3,
+    "logps/rejected": -7 / 3,
+    "logps/accuracy": (1 + 0 + 0.5) / 3,
+}
+
+
+def _add(sums: MetricSums, pairs: list[tuple[float, ...]], weight: float = 1.0) -> None:
+    columns = [torch.tensor(column) for column in zip(*pairs, strict=True)]
+    sums.add(
+        policy_chosen_logps_P=columns[0],
+        policy_rejected_logps_P=columns[1],
+        reference_chosen_logps_P=columns[2],
+        reference_rejected_logps_P=columns[3],
+        losses_P=columns[4],
+        weights_P=torch.full((len(pairs),), weight),
+        beta=BETA,
+    )
+
+
+def test_means_are_over_pairs_however_they_fell_into_micro_batches() -> None:
+    for parts in ([PAIRS], [PAIRS[:1], PAIRS[1:]], [[pair] for pair in PAIRS]):
+        sums = MetricSums(CPU)
+        for part in parts:
+            _add(sums, part)
+        assert sums.reduce(OneRank()) == pytest.approx(EXPECTED)
+
+
+def test_fillers_weigh_nothing() -> None:
+    sums = MetricSums(CPU)
+    _add(sums, PAIRS)
+    _add(sums, [(-9.0, -1.0, -5.0, -5.0, 77.0)], weight=0.0)
+    assert sums.reduce(ThreeAlikeRanks()) == pytest.approx(EXPECTED)
+
+
+def test_reducing_starts_anew_and_names_get_their_prefix() -> None:
+    sums = MetricSums(CPU)
+    _add(sums, PAIRS)
+    assert sums.reduce(OneRank(), "eval/").keys() == {f"eval/{name}" for name in EXPECTED}
+    _add(sums, PAIRS[:1])
+    assert sums.reduce(OneRank())["loss"] == pytest.approx(0.3)
+    assert sums.reduce(OneRank())["loss"] == 0.0
+
+
+def test_sums_add_up() -> None:
+    total, part = MetricSums(CPU), MetricSums(CPU)
+    _add(total, PAIRS[:1])
+    _add(part, PAIRS[1:])
+    total += part
+    assert total.reduce(OneRank()) == pytest.approx(EXPECTED)
+
+
+def test_sums_of_many_pairs_keep_small_losses() -> None:
+    """fp32 sums would stop growing at 2 ** 24 pairs of loss 1."""
+    sums = MetricSums(CPU)
+    _add(sums, [(-1.0, -1.0, -1.0, -1.0, 1e9)])
+    _add(sums, [(-1.0, -1.0, -1.0, -1.0, 1.0)])
+    assert sums.reduce(OneRank())["loss"] == pytest.approx((1e9 + 1) / 2, abs=1e-3)
+
+
+def _steps(path: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+def test_lines_after_the_resumed_step_are_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    first = MetricsFile(path, resumed_at_step=0)
+    for step in (10, 20, 30):
+        first.write({"step": step, "loss": 0.5})
+    resumed = MetricsFile(path, resumed_at_step=20)
+    assert _steps(path) == [10, 20]
+    resumed.write({"step": 30, "loss": 0.4})
+    assert _steps(path) == [10, 20, 30]
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize("torn", ['{"step": 20, "lo', '"step"', "[10]", "7", '{"loss": 1}', '{"step": null}', "\0\0"])
+def test_lines_that_a_kill_tore_are_dropped(torn: str, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    MetricsFile(path, resumed_at_step=0).write({"step": 10, "loss": 0.5})
+    with path.open("a") as file:
+        file.write(torn)
+    MetricsFile(path, resumed_at_step=20).write({"step": 30})
+    assert _steps(path) == [10, 30]
+
+
+def test_a_run_from_the_start_has_no_lines_of_another(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0}\n{"step": 5}\n')
+    MetricsFile(path, resumed_at_step=0)
+    assert path.read_text() == ""
+
+
+def test_utilization_counts_six_flops_a_multiply_accumulate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    actual = model_flops_utilization(macs=989e12, seconds=3.0, world_size=4, device=torch.device("cuda"))
+    assert actual == pytest.approx(6 / 12)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Unheard Of")
+    assert model_flops_utilization(1e12, 1.0, 1, torch.device("cuda")) is None
+    assert model_flops_utilization(1e12, 1.0, 1, CPU) is None
+
+
+def test_peak_memory_is_that_of_the_process() -> None:
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    expected = int(status["VmHWM"].split()[0]) / 2**20
+    assert math.isclose(peak_memory_gib(CPU), expected, rel_tol=0.05)

@@ -1,0 +1,165 @@
+"""One run, one folder, one recipe: the lock, the comparison, the records."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpo_scale.errors import RecipeError
+from dpo_scale.recipe import Recipe, load_recipe
+from dpo_scale.training.run_folder import RunFolder, changed_settings, flatten, trajectory_digest
+
+
+def _recipe(folder: Path, **changes: Any) -> Recipe:
+    values: dict[str, dict[str, Any]] = {
+        "model": {"path": "base"},
+        "data": {"train": ["pairs.jsonl"]},
+        "batch": {"global_pairs": 8},
+        "loss": {"beta": 0.1},
+        "run": {"output_dir": str(folder)},
+    }
+    for name, value in changes.items():
+        section, _, key = name.partition("__")
+        values.setdefault(section, {})[key] = value
+    return Recipe.model_validate(values)
+
+
+HOLDER = """
+import sys, time
+from dpo_scale.recipe import load_recipe
+from dpo_scale.training.run_folder import RunFolder
+
+folder = RunFolder(load_recipe(sys.argv[1]))
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A second process that works in the folder `run`."""
+    RunFolder(_recipe(tmp_path / "run"))._lock.close()
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path / "run" / "recipe.yaml")], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_folder_in_use_is_refused_with_its_holder_until_that_is_killed(
+    tmp_path: Path, holder: subprocess.Popen[str]
+) -> None:
+    recipe = _recipe(tmp_path / "run")
+    with pytest.raises(RecipeError, match=rf"run\.output_dir: .*/run is in use by process {holder.pid} on "):
+        RunFolder(recipe)
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    assert RunFolder(recipe).path == tmp_path / "run"
+
+
+def test_the_resolved_recipe_is_written_and_reads_back(tmp_path: Path) -> None:
+    recipe = _recipe(tmp_path / "deep" / "run")
+    RunFolder(recipe)
+    assert load_recipe(tmp_path / "deep" / "run" / "recipe.yaml") == recipe
+
+
+def test_changed_settings_are_refused_by_name_once_there_are_checkpoints(tmp_path: Path) -> None:
+    first = RunFolder(_recipe(tmp_path))
+    first.checkpoints.mkdir()
+    first._lock.close()
+    with pytest.raises(RecipeError) as caught:
+        RunFolder(_recipe(tmp_path, loss__beta=0.2, run__seed=3, track__every_steps=1))
+    assert str(caught.value).splitlines() == [
+        f"run.output_dir: {tmp_path} holds a run of another recipe",
+        "  loss.beta: was 0.1, is 0.2",
+        "  run.seed: was 0, is 3",
+        "choose another folder, or restore these settings",
+    ]
+    assert load_recipe(tmp_path / "recipe.yaml") == _recipe(tmp_path)  # the refused one left no trace
+
+
+def test_a_run_that_has_committed_nothing_may_change(tmp_path: Path) -> None:
+    RunFolder(_recipe(tmp_path))._lock.close()
+    RunFolder(_recipe(tmp_path, loss__beta=0.2))
+    assert load_recipe(tmp_path / "recipe.yaml").loss.beta == 0.2
+
+
+def test_harmless_changes_are_taken_and_told(tmp_path: Path) -> None:
+    first = RunFolder(_recipe(tmp_path))
+    first.checkpoints.mkdir()
+    first._lock.close()
+    second = RunFolder(_recipe(tmp_path, batch__rank_tokens=64, checkpoint__keep_last=9))
+    assert second.harmless_changes == [
+        "batch.rank_tokens: was 16384, is 64",
+        "checkpoint.keep_last: was 2, is 9",
+    ]
+    assert load_recipe(tmp_path / "recipe.yaml").batch.rank_tokens == 64
+
+
+TRAJECTORY = {
+    "model": {"path", "revision", "tokenizer", "dtype", "dropout", "trust_remote_code"},
+    "reference": {"path", "revision"},
+    "data": {
+        "train",
+        "max_length",
+        "max_prompt_length",
+        "max_completion_length",
+        "truncation",
+        "chat_template",
+        "on_bad_row",
+        "on_no_preference",
+    },
+    "batch": {"global_pairs"},
+    "loss": {"type", "beta", "reduction", "label_smoothing"},
+    "optim": {
+        "learning_rate",
+        "schedule",
+        "warmup_ratio",
+        "weight_decay",
+        "betas",
+        "eps",
+        "max_grad_norm",
+    },
+    "run": {"seed", "epochs", "max_steps"},
+}
+"""Every setting that changes what is trained; a new setting must be put on one side or the other."""
+
+
+def test_what_matters_is_exactly_what_changes_the_trajectory(tmp_path: Path) -> None:
+    names = flatten(_recipe(tmp_path)).keys()
+    matters, harmless = changed_settings(dict.fromkeys(names, 1), dict.fromkeys(names, 2))
+    expected = {f"{section}.{field}" for section, fields in TRAJECTORY.items() for field in fields}
+    assert {line.partition(":")[0] for line in matters} == expected
+    assert {line.partition(":")[0] for line in harmless} == set(names) - expected
+
+
+def test_the_trajectorys_digest_follows_settings_and_tokens(tmp_path: Path) -> None:
+    digest = trajectory_digest(_recipe(tmp_path), "tokens")
+    assert trajectory_digest(_recipe(tmp_path / "elsewhere", batch__rank_tokens=64), "tokens") == digest
+    assert trajectory_digest(_recipe(tmp_path, loss__beta=0.2), "tokens") != digest
+    assert trajectory_digest(_recipe(tmp_path), "other tokens") != digest
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RecipeError, match=r"run\.output_dir: .*file/run: Not a directory"):
+        RunFolder(_recipe(tmp_path / "file" / "run"))
+
+
+def test_the_environment_is_recorded(tmp_path: Path) -> None:
+    folder = RunFolder(_recipe(tmp_path))
+    folder.write_environment(world_size=4, device="cpu")
+    written = json.loads((tmp_path / "environment.json").read_text())
+    assert written["world_size"] == 4
+    assert written["python"] == ".".join(str(n) for n in sys.version_info[:3])
+    assert set(written["packages"]) >= {"torch", "deepspeed", "dpo_scale"}

@@ -1,0 +1,107 @@
+"""One owner a number: what the recipe owns may not stand in a DeepSpeed JSON, and what it says arrives."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpo_scale.distributed.zero_config import (
+    OWNED_BY_THE_RECIPE,
+    policy_config,
+    read_policy_config,
+    read_reference_config,
+    reference_config,
+)
+from dpo_scale.errors import RecipeError
+from dpo_scale.recipe import Recipe
+
+SHIPPED = Path(__file__).parents[2] / "ds_configs"
+
+
+def _recipe(**model: Any) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "model": {"path": "base", **model},
+            "data": {"train": ["pairs.jsonl"]},
+            "batch": {"global_pairs": 8},
+            "loss": {"beta": 0.1},
+            "optim": {"max_grad_norm": 0.25},
+            "run": {"output_dir": "run"},
+        }
+    )
+
+
+def _write(folder: Path, value: Any) -> Path:
+    path = folder / "zero.json"
+    path.write_text(value if isinstance(value, str) else json.dumps(value))
+    return path
+
+
+BASE = {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}, "steps_per_print": 7}
+
+
+def test_all_keys_that_the_recipe_owns_are_refused_at_once_with_both_places(tmp_path: Path) -> None:
+    path = _write(tmp_path, {**BASE, **dict.fromkeys(OWNED_BY_THE_RECIPE, 1)})
+    with pytest.raises(RecipeError) as caught:
+        read_policy_config(path)
+    assert str(caught.value).splitlines() == [
+        f"{path}: {key!r} belongs to the recipe ({owner}); remove it here" for key, owner in OWNED_BY_THE_RECIPE.items()
+    ]
+
+
+def test_auto_states_nothing_and_is_dropped(tmp_path: Path) -> None:
+    path = _write(tmp_path, {**BASE, "train_batch_size": "auto", "gradient_clipping": "auto"})
+    assert read_policy_config(path) == BASE
+
+
+@pytest.mark.parametrize("zero", [{"stage": 2}, {"stage": "auto"}, {}, None, 3, [3]])
+def test_other_stages_are_refused(zero: Any, tmp_path: Path) -> None:
+    path = _write(tmp_path, {"zero_optimization": zero, "optimizer": {}})
+    with pytest.raises(RecipeError, match=r"(?s)'optimizer' belongs to the recipe.*this trainer runs stage 3"):
+        read_policy_config(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"), [("{", "not JSON"), ("[]", "is a JSON object"), ("3", "is a JSON object")]
+)
+@pytest.mark.parametrize("read", [read_policy_config, read_reference_config])
+def test_files_that_are_no_configuration_are_refused(read: Any, content: str, expected: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=rf"zero\.json: .*{expected}"):
+        read(_write(tmp_path, content))
+    with pytest.raises(RecipeError, match=r"absent\.json: No such file or directory; name a DeepSpeed JSON file"):
+        read(tmp_path / "absent.json")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bf16", "fp16"), [("bfloat16", True, False), ("float16", False, True), ("float32", False, False)]
+)
+def test_the_recipes_numbers_arrive(dtype: str, bf16: bool, fp16: bool) -> None:
+    before = copy.deepcopy(BASE)
+    config = policy_config(BASE, _recipe(dtype=dtype))
+    assert config["bf16"] == {"enabled": bf16}
+    assert config["fp16"] == {"enabled": fp16, "auto_cast": False}
+    assert config["gradient_clipping"] == 0.25
+    assert config["train_micro_batch_size_per_gpu"] == config["gradient_accumulation_steps"] == 1
+    assert config["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert config["zero_optimization"] == BASE["zero_optimization"]
+    assert before == BASE
+    reference = reference_config(BASE, _recipe(dtype=dtype), None)
+    assert (reference["bf16"], reference["fp16"]) == (config["bf16"], config["fp16"])
+    assert "gradient_clipping" not in reference
+
+
+def test_the_references_nvme_folder_is_its_own() -> None:
+    before = copy.deepcopy(BASE)
+    config = reference_config(BASE, _recipe(), "/nvme/job/reference")
+    assert config["zero_optimization"]["offload_param"] == {"device": "nvme", "nvme_path": "/nvme/job/reference"}
+    assert before == BASE
+
+
+@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.json")), ids=lambda path: path.name)
+def test_shipped_configurations_state_nothing_that_the_recipe_owns(path: Path) -> None:
+    config = read_policy_config(path)
+    assert config == read_reference_config(path)
