@@ -53,6 +53,10 @@ class StepPlan:
     num_pairs: int
     micro_batches: tuple[tuple[Indices, ...], ...]
 
+    def pairs(self) -> Indices:
+        """All pairs of the step, int64 [num_pairs], in the order of micro-batches and ranks."""
+        return np.concatenate([indices for round_ in self.micro_batches for indices in round_])
+
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
@@ -169,10 +173,9 @@ def plan_step(pairs: Indices, costs: Costs, *, world_size: int, rank_tokens: int
         if bins is not None:
             break
         count += 1
-    rounds = _lockstep(bins, costs, world_size)
-    placed = np.concatenate([indices for round_ in rounds for indices in round_])
-    assert np.array_equal(np.sort(placed), np.sort(pairs)), "ranks share or lack a pair of this step"
-    return StepPlan(step, epoch, len(pairs), rounds)
+    plan = StepPlan(step, epoch, len(pairs), _lockstep(bins, costs, world_size))
+    assert np.array_equal(np.sort(plan.pairs()), np.sort(pairs)), "ranks share or lack a pair"
+    return plan
 
 
 def plan_pass(costs: Costs, *, world_size: int, rank_tokens: int) -> StepPlan:

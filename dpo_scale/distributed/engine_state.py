@@ -78,7 +78,7 @@ def restore(
     counters: EngineCounters,
     prefix: str = PREFIX,
 ) -> None:
-    """Put a stored state into a fresh engine, before its first step. Collective.
+    """Put a stored state into an engine between two steps. Collective.
 
     `read` serves this rank's slices, whatever the number of ranks that stored them. Learning rate
     and weight decay of the parameter groups stay as the engine was built.

@@ -89,9 +89,7 @@ class Commit:
         fields = {key: value for key, value in record.items() if key not in ("format", "step")}
         counters = dict(fields["counters"])
         scale = counters.pop("loss_scale")
-        fields["counters"] = EngineCounters(
-            **counters, loss_scale=None if scale is None else LossScale(**scale)
-        )
+        fields["counters"] = EngineCounters(**counters, loss_scale=None if scale is None else LossScale(**scale))
         fields["run"] = RunState(**fields["run"])
         fields["parameters"] = {name: tuple(dims) for name, dims in fields["parameters"].items()}
         fields["files"] = tuple(FileRecord(**file) for file in fields["files"])
@@ -182,9 +180,7 @@ def _write_rank(folder: Path, snapshot: EngineSnapshot, ranks: Ranks) -> list[Fi
         for address in snapshot.addresses
         for moment in MOMENTS
     ]
-    entries += [
-        TensorEntry(name, state.dtype, tuple(state.shape)) for name, state in random_state.items()
-    ]
+    entries += [TensorEntry(name, state.dtype, tuple(state.shape)) for name, state in random_state.items()]
 
     def tensors() -> Iterator[torch.Tensor]:
         for piece in snapshot.read_slices():
@@ -202,9 +198,7 @@ def _write_rank(folder: Path, snapshot: EngineSnapshot, ranks: Ranks) -> list[Fi
 
 
 def _write_buffers(path: Path, buffers: Mapping[str, torch.Tensor]) -> FileRecord:
-    entries = aligned(
-        TensorEntry(name, buffer.dtype, tuple(buffer.shape)) for name, buffer in buffers.items()
-    )
+    entries = aligned(TensorEntry(name, buffer.dtype, tuple(buffer.shape)) for name, buffer in buffers.items())
     tensors = (buffers[entry.name] for entry in entries)
     return write_tensors(path, entries, tensors, {"format": "pt"})
 
@@ -219,9 +213,7 @@ def _commit(partial: Path, target: Path, commit: Commit) -> None:
             raise CheckpointError(f"{manifest}: differs from what rank {rank} reported")
     problems = _wrong_sizes(partial, commit)
     if problems:
-        raise CheckpointError(
-            f"{problems[0]}; the run folder must be on a file system that all nodes share"
-        )
+        raise CheckpointError(f"{problems[0]}; the run folder must be on a file system that all nodes share")
     write_json(partial / "commit.json", commit.to_json())
     fsync_folder(partial)
     _put_in_place(partial, target)
@@ -229,9 +221,7 @@ def _commit(partial: Path, target: Path, commit: Commit) -> None:
 
 def _put_in_place(partial: Path, target: Path) -> None:
     """Name a folder that has its commit record, and move `latest`."""
-    if (
-        target.exists()
-    ):  # an older attempt at this step; its successor has its commit record already
+    if target.exists():  # an older attempt at this step; its successor has its commit record already
         _remove(target)
     os.replace(partial, target)
     fsync_folder(target.parent)
@@ -267,9 +257,7 @@ def find_checkpoint(
         chosen = on_main(ranks, lambda: open_checkpoint(Path(resume)), CheckpointError)
         problems = _verify_together(chosen, ranks)
         if problems:
-            raise CheckpointError(
-                f"{resume}: damaged: {'; '.join(problems)}. Choose another, or run.resume=auto."
-            )
+            raise CheckpointError(f"{resume}: damaged: {'; '.join(problems)}. Choose another, or run.resume=auto.")
         return chosen, []
     checkpoints, broken = on_main(ranks, lambda: _committed(folder), CheckpointError)
     passed_over = list(broken)
@@ -319,9 +307,7 @@ def verify(checkpoint: Checkpoint, share: int = 0, shares: int = 1) -> list[str]
 
 
 def _verify_together(checkpoint: Checkpoint, ranks: Ranks) -> list[str]:
-    found = together(
-        ranks, lambda: verify(checkpoint, ranks.rank, ranks.world_size), CheckpointError
-    )
+    found = together(ranks, lambda: verify(checkpoint, ranks.rank, ranks.world_size), CheckpointError)
     return [problem for problems in found for problem in problems]
 
 

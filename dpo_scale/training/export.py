@@ -94,9 +94,7 @@ def export_checkpoint(
     """
     found = open_checkpoint(checkpoint)
     commit = found.commit
-    folder = ModelFolder(
-        source_model, commit.trajectory_digest, tokenizer, chat_template, provenance or {}
-    )
+    folder = ModelFolder(source_model, commit.trajectory_digest, tokenizer, chat_template, provenance or {})
     with StoredState(found) as stored:
         weights = Weights(
             architecture=commit.architecture,
@@ -134,9 +132,7 @@ def export_engine(
     _export(weights, folder, out, max_shard_bytes, ranks)
 
 
-def _export(
-    weights: Weights, folder: ModelFolder, out: Path, max_shard_bytes: int, ranks: Ranks
-) -> None:
+def _export(weights: Weights, folder: ModelFolder, out: Path, max_shard_bytes: int, ranks: Ranks) -> None:
     """Both ways of exporting, from the point on where they are one."""
     hidden = out.with_name(f".{out.name}.partial")
     names = hub_names(weights.architecture, folder.source_model, weights.parameters)
@@ -173,9 +169,7 @@ def _entries(weights: Weights, names: HubNames) -> list[TensorEntry]:
         for name in weights.parameters
         for piece, shape in names.pieces[name].items()
     ]
-    buffers = [
-        TensorEntry(name, held.dtype, tuple(held.shape)) for name, held in weights.buffers.items()
-    ]
+    buffers = [TensorEntry(name, held.dtype, tuple(held.shape)) for name, held in weights.buffers.items()]
     return aligned(parameters + buffers)
 
 
@@ -284,13 +278,9 @@ def _finish(
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _write_index(
-    folder: Path, shards: Sequence[Sequence[TensorEntry]], files: Sequence[FileRecord]
-) -> None:
+def _write_index(folder: Path, shards: Sequence[Sequence[TensorEntry]], files: Sequence[FileRecord]) -> None:
     total = sum(entry.bytes for shard in shards for entry in shard)
-    weight_map = {
-        entry.name: file.name for shard, file in zip(shards, files, strict=True) for entry in shard
-    }
+    weight_map = {entry.name: file.name for shard, file in zip(shards, files, strict=True) for entry in shard}
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     write_json(folder / "model.safetensors.index.json", index)
 

@@ -25,9 +25,7 @@ class HubNames:
     """A parameter's tensors, in the order of `pieces`."""
 
 
-def hub_names(
-    architecture: str, source_model: Path, parameters: Mapping[str, tuple[int, ...]]
-) -> HubNames:
+def hub_names(architecture: str, source_model: Path, parameters: Mapping[str, tuple[int, ...]]) -> HubNames:
     """The published form of a model's parameters; the form in memory if one cannot be derived.
 
     That is so for classes outside of transformers, and where a published tensor joins several

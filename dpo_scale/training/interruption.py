@@ -32,9 +32,7 @@ class Interruption:
 
     def __init__(self, folder: Path, stop_after_minutes: float | None) -> None:
         self._file = folder / "STOP"
-        self._deadline = (
-            None if stop_after_minutes is None else time.monotonic() + 60 * stop_after_minutes
-        )
+        self._deadline = None if stop_after_minutes is None else time.monotonic() + 60 * stop_after_minutes
         self._reason = ""
         for number in SIGNALS:
             signal.signal(number, self._note)

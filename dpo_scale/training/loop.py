@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ from dpo_scale.distributed.runtime import Ranks, Runtime
 from dpo_scale.errors import UserError
 from dpo_scale.files import write_json
 from dpo_scale.inputs import Data, prepare_data
-from dpo_scale.model.layout_check import TOLERANCE, check_layout
+from dpo_scale.model.layout_check import check_layout
 from dpo_scale.model.loading import (
     DTYPES,
     checkpoint_activations,
@@ -35,20 +34,16 @@ from dpo_scale.reference.session import Reference
 from dpo_scale.training.checkpoints import RunState, find_checkpoint, save
 from dpo_scale.training.evaluation import describe, evaluate
 from dpo_scale.training.export import export_engine
+from dpo_scale.training.guards import NumericalError, check_first_step, explain_non_finite, first_step_gap
 from dpo_scale.training.interruption import STOPPED, Interruption, agree
-from dpo_scale.training.metrics import (
-    MetricsFile,
-    MetricSums,
-    model_flops_utilization,
-    peak_memory_gib,
-)
+from dpo_scale.training.metrics import MetricsFile, MetricSums
 from dpo_scale.training.optimizer import build_optimizer, learning_rate, set_learning_rate
 from dpo_scale.training.provenance import model_folder
+from dpo_scale.training.records import Records
 from dpo_scale.training.run_folder import RunFolder, trajectory_digest
 from dpo_scale.training.step import (
     PairBatch,
     StepOutput,
-    non_finite_rows,
     pair_batches,
     run_step,
 )
@@ -57,14 +52,6 @@ from dpo_scale.training.stored_state import StoredState, check_fits
 STEPS_PREPARED_AHEAD = 2
 MOST_OVERFLOWS_A_STEP = 40
 """fp16 halves its loss scale at each overflow; 2**40 below the first scale nothing is left to try."""
-
-
-class NumericalError(UserError):
-    """A loss or gradient that is not finite."""
-
-
-class WrongReferenceError(UserError):
-    """Policy and reference start equal and yet disagree."""
 
 
 def train(recipe: Recipe, runtime: Runtime, console: Console, folder: RunFolder | None) -> int:
@@ -96,9 +83,7 @@ def train(recipe: Recipe, runtime: Runtime, console: Console, folder: RunFolder 
     return STOPPED
 
 
-def evaluate_only(
-    recipe: Recipe, runtime: Runtime, console: Console, folder: RunFolder | None
-) -> None:
+def evaluate_only(recipe: Recipe, runtime: Runtime, console: Console, folder: RunFolder | None) -> None:
     """Evaluate the newest checkpoint, or the starting weights where there is none. Collective."""
     data = prepare_data(recipe, runtime.ranks, console)
     reference = Reference(recipe, runtime, data, console)
@@ -174,9 +159,7 @@ def _start(
     )
 
 
-def _resume(
-    recipe: Recipe, ranks: Ranks, console: Console, policy: PolicyEngine, digest: str
-) -> RunState:
+def _resume(recipe: Recipe, ranks: Ranks, console: Console, policy: PolicyEngine, digest: str) -> RunState:
     """The state of the newest valid checkpoint, put into the engine; a fresh state where there is none."""
     folder = Path(recipe.run.output_dir) / "checkpoints"
     found, passed_over = find_checkpoint(folder, recipe.run.resume, ranks)
@@ -218,10 +201,12 @@ class Run:
 
     def __post_init__(self) -> None:
         self.ranks = self.runtime.ranks
-        self.interval = MetricSums(self.ranks.device)
-        self.log = self.folder and MetricsFile(self.folder.path / "metrics.jsonl", self.state.step)
-        self.interval_started = self.committed_at = time.monotonic()
-        self.interval_state = self.state
+        file = None
+        if self.folder is not None:
+            file = MetricsFile(self.folder.path / "metrics.jsonl", self.state.step)
+        track = self.runtime.accelerator.log
+        self.records = Records(self.ranks, self.console, file, lambda values, step: track(values, step=step))
+        self.committed_at = time.monotonic()
 
     def train(self, interruption: Interruption) -> bool:
         """The loop. True at the end of the plan, False after a request to stop; both leave a checkpoint."""
@@ -229,7 +214,7 @@ class Run:
         committed = self.state.step if self.state.step else None
         if self.state.step == 0 and recipe.evaluate.at_start:
             self.evaluate()
-        self._restart_interval()
+        self.records.restart(self.state)
         stop = False
         with self.console.progress("Training", num_steps, "steps") as bar:
             bar.advance(self.state.step)
@@ -241,12 +226,10 @@ class Run:
                 bar.advance(1)
                 last = self.state.step == num_steps
                 if last or self.state.step % recipe.track.every_steps == 0:
-                    self._log(rate, output.grad_norm)
+                    self._record(rate, output.grad_norm)
                 if last or _is_due(self.state.step, recipe.evaluate.every_steps):
                     self.evaluate()
-                stop, commit = agree(
-                    self.ranks, stop=bool(interruption.reason()), commit=self._commit_is_due()
-                )
+                stop, commit = agree(self.ranks, stop=bool(interruption.reason()), commit=self._commit_is_due())
                 due = _is_due(self.state.step, recipe.checkpoint.every_steps)
                 if commit or stop or last or due:
                     self.commit()
@@ -269,16 +252,11 @@ class Run:
                 step=step,
                 epoch=self.schedule.epoch_of(step),
             )
-            batches = pair_batches(
-                plan, self.ranks.rank, self.data.train, self.layout, self.data.pad_id
-            )
+            batches = pair_batches(plan, self.ranks.rank, self.data.train, self.layout, self.data.pad_id)
             return plan, list(batches)
 
         with ThreadPoolExecutor(1) as worker:
-            ahead = [
-                worker.submit(prepare, step)
-                for step in range(start, min(start + STEPS_PREPARED_AHEAD, stop))
-            ]
+            ahead = [worker.submit(prepare, step) for step in range(start, min(start + STEPS_PREPARED_AHEAD, stop))]
             for step in range(start, stop):
                 current = ahead.pop(0).result()
                 if step + STEPS_PREPARED_AHEAD < stop:
@@ -302,57 +280,26 @@ class Run:
             )
             if output.applied and math.isfinite(output.grad_norm):
                 break
-            self._explain_non_finite(plan, batches, output)
+            half = self.recipe.model.dtype == "float16"
+            explain_non_finite(plan.step + 1, batches, output, self.data.train, self.ranks, may_rescale=half)
             self.state = replace(self.state, skipped_steps=self.state.skipped_steps + 1)
         else:
-            raise NumericalError(
-                f"step {plan.step + 1}: the gradient overflows float16 at every loss scale"
-            )
-        if plan.step == 0:
-            self._check_first_step(batches[0], output)
-        self.interval += sums
+            raise NumericalError(f"step {plan.step + 1}: the gradient overflows float16 at every loss scale")
+        if plan.step == 0 and self.reference.is_the_policys_start:
+            self._compare_with_reference(batches[0], output)
+        self.records.add(sums, float(self.costs.work[plan.pairs()].sum()))
         return output
 
-    def _explain_non_finite(
-        self, plan: StepPlan, batches: Sequence[PairBatch], output: StepOutput
-    ) -> None:
-        """Raise NumericalError on every rank, naming step, rank and rows, unless fp16 may try again."""
-        rows = non_finite_rows(output, batches, self.data.train)
-        found = self.ranks.gather_objects(rows)
-        if self.recipe.model.dtype == "float16" and not any(found):
-            return
-        lines = [f"  rank {rank}: {', '.join(rows)}" for rank, rows in enumerate(found) if rows]
-        where = "\n".join(lines) or "  every loss is finite; the gradient of the step is not"
-        raise NumericalError(
-            f"step {plan.step + 1}: not a finite number (gradient norm {output.grad_norm})\n{where}\n"
-            "The last checkpoint is untouched. Look at these rows, or lower optim.learning_rate."
-        )
-
-    def _check_first_step(self, first: PairBatch, output: StepOutput) -> None:
-        """Where the policy starts as the reference, their log-probs on the first step must agree.
-
-        A cache of other weights, another template or another precision shows here and nowhere else.
-        """
-        if not self.reference.is_the_policys_start:
-            return
+    def _compare_with_reference(self, first: PairBatch, output: StepOutput) -> None:
+        """The first step, where the policy starts as the reference: their log-probs must agree."""
         expected = torch.from_numpy(self.reference.token_logps(self.train_rows, first.pairs))
-        gaps = (output.first_token_logps.cpu() - expected).abs()
-        gap = self.ranks.max(torch.tensor([gaps.max().item()], device=self.ranks.device)).item()
-        tolerance = TOLERANCE[DTYPES[self.recipe.model.dtype]]
-        self.console.say(
-            f"First step: largest gap of policy and reference {gap:.1e} nats a token (tolerance {tolerance})"
-        )
-        if not gap <= tolerance:
-            raise WrongReferenceError(
-                f"step 1: policy and reference start from {self.data.model_folder} and differ by {gap:.3g} nats on "
-                f"one token, more than {tolerance} in {self.recipe.model.dtype}; the reference log-probs in "
-                f"{self.reference.store.folder} are not this model's; run `dpo-scale cache verify` or remove it"
-            )
+        gap = first_step_gap(output, expected, self.ranks)
+        self.console.say(f"First step: largest gap of policy and reference {gap:.1e} nats a token")
+        dtype = DTYPES[self.recipe.model.dtype]
+        check_first_step(gap, dtype, self.data.model_folder, self.reference.store.folder)
 
     def _count(self, plan: StepPlan) -> None:
-        lengths = self.data.train.lengths[
-            np.concatenate([i for r in plan.micro_batches for i in r])
-        ]
+        lengths = self.data.train.lengths[np.concatenate([i for r in plan.micro_batches for i in r])]
         self.state = replace(
             self.state,
             step=plan.step + 1,
@@ -364,55 +311,11 @@ class Run:
             reference_rows_computed=self.reference.rows_computed,
         )
 
-    def _restart_interval(self) -> None:
-        self.interval_started, self.interval_state = time.monotonic(), self.state
-
-    def _log(self, rate: float, grad_norm: float) -> None:
-        """Reduce the interval's metrics, write them and say them."""
-        means = self.interval.reduce(self.ranks)
-        seconds = time.monotonic() - self.interval_started
-        steps = self.state.step - self.interval_state.step
-        before = self.interval_state
-        indices = np.concatenate(
-            [self.schedule.pairs_of(step) for step in range(before.step, self.state.step)]
-        )
-        mfu = model_flops_utilization(
-            float(self.costs.work[indices].sum()), seconds, self.ranks.world_size, self.ranks.device
-        )
-        values: dict[str, Any] = {
-            "step": self.state.step,
-            "epoch": self.state.step / self.schedule.steps_per_epoch,
-            **means,
-            "learning_rate": rate,
-            "grad_norm": grad_norm,
-            "pairs": self.state.pairs,
-            "tokens": self.state.tokens,
-            "completion_tokens": self.state.completion_tokens,
-            "pairs_per_second": (self.state.pairs - before.pairs) / seconds,
-            "tokens_per_second": (self.state.tokens - before.tokens) / seconds,
-            "step_seconds": seconds / max(1, steps),
-            "reference_rows_cached": self.state.reference_rows_cached,
-            "reference_rows_computed": self.state.reference_rows_computed,
-            "skipped_steps": self.state.skipped_steps,
-            "peak_memory_gib": peak_memory_gib(self.ranks.device),
-            **({} if mfu is None else {"mfu": mfu}),
-        }
-        self._write(values)
-        self.console.say(
-            f"step {self.state.step:>5}/{self.schedule.num_steps}  loss {means['loss']:.4f}  "
-            f"margin {means['rewards/margin']:+.4f}  accuracy {means['rewards/accuracy']:.3f}  "
-            f"grad {grad_norm:.3g}  lr {rate:.2e}  {values['pairs_per_second']:.1f} pairs/s"
-        )
+    def _record(self, rate: float, grad_norm: float) -> None:
+        """Close the log interval and count its time."""
+        schedule = self.schedule
+        seconds = self.records.close_interval(self.state, schedule.num_steps, schedule.steps_per_epoch, rate, grad_norm)
         self.state = replace(self.state, seconds_trained=self.state.seconds_trained + seconds)
-        self._restart_interval()
-
-    def _write(self, values: dict[str, Any]) -> None:
-        if self.log:
-            self.log.write(values)
-        self.runtime.accelerator.log(
-            {name: value for name, value in values.items() if name != "step"},
-            step=values["step"],
-        )
 
     def evaluate(self) -> None:
         """The held-out pass, logged under `eval/...`; nothing where there are no held-out pairs."""
@@ -433,9 +336,9 @@ class Run:
             cost=self.data.cost,
             pad_id=self.data.pad_id,
         )
-        self._write({"step": self.state.step, **metrics})
+        self.records.write(self.state.step, metrics)
         self.console.say(f"step {self.state.step:>5}  {describe(metrics)}")
-        self.interval_started += time.monotonic() - started  # evaluation is no training time
+        self.records.pause(time.monotonic() - started)
 
     def _commit_is_due(self) -> bool:
         minutes = self.recipe.checkpoint.every_minutes
@@ -457,14 +360,12 @@ class Run:
             keep_every=settings.keep_every,
         )
         self.committed_at = time.monotonic()
-        self.interval_started += self.committed_at - started
+        self.records.pause(self.committed_at - started)
         self.console.say(f"Committed {path} in {self.committed_at - started:.1f} s")
 
     def export(self) -> None:
         """Write RUN/model, a Hugging Face folder. Collective."""
-        with model_folder(
-            self.recipe, self.data.model_folder, self.digest, self.state.step
-        ) as folder:
+        with model_folder(self.recipe, self.data.model_folder, self.digest, self.state.step) as folder:
             out = Path(self.recipe.run.output_dir) / "model"
             export_engine(self.policy.engine, out, folder, self.ranks, step=self.state.step)
 

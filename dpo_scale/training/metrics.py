@@ -93,9 +93,7 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def model_flops_utilization(
-    macs: float, seconds: float, world_size: int, device: torch.device
-) -> float | None:
+def model_flops_utilization(macs: float, seconds: float, world_size: int, device: torch.device) -> float | None:
     """Share of the GPUs' dense bf16 peak that went into the model.
 
     Counted are 2 flops a multiply-accumulate and three times the forward (one forward, twice that backward), for the

@@ -36,9 +36,7 @@ def is_decayed(parameter: nn.Parameter) -> bool:
     return len(getattr(parameter, "ds_shape", parameter.shape)) > 1
 
 
-def build_optimizer(
-    model: nn.Module, optim: OptimSection, device: torch.device
-) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, optim: OptimSection, device: torch.device) -> torch.optim.Optimizer:
     """AdamW with decoupled weight decay (Loshchilov & Hutter 2019, arXiv 1711.05101) in two groups."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups: list[dict[str, Any]] = [

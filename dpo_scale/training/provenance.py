@@ -14,9 +14,7 @@ from dpo_scale.training.export import ModelFolder
 
 
 @contextmanager
-def model_folder(
-    recipe: Recipe, source_model: Path, trajectory_digest: str, step: int
-) -> Iterator[ModelFolder]:
+def model_folder(recipe: Recipe, source_model: Path, trajectory_digest: str, step: int) -> Iterator[ModelFolder]:
     """What an export of this run holds beside weights; valid inside the `with`.
 
     The tokenizer is written anew where plain transformers would misread the source's files.

@@ -45,9 +45,7 @@ HARMLESS = (
 
 def trajectory_digest(recipe: Recipe, train_digest: str) -> str:
     """Digest of all that determines the trajectory: the settings that matter, and the training tokens."""
-    values = {
-        name: value for name, value in flatten(recipe).items() if not name.startswith(HARMLESS)
-    }
+    values = {name: value for name, value in flatten(recipe).items() if not name.startswith(HARMLESS)}
     text = json.dumps([values, train_digest], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -108,11 +106,7 @@ class RunFolder:
         self._lock.flush()
 
     def _compare(self, stored: dict[str, Any], recipe: Recipe) -> None:
-        before = {
-            f"{section}.{field}": value
-            for section, fields in stored.items()
-            for field, value in fields.items()
-        }
+        before = {f"{section}.{field}": value for section, fields in stored.items() for field, value in fields.items()}
         matters, self.harmless_changes = changed_settings(before, flatten(recipe))
         if matters and (self.path / "checkpoints").exists():
             raise RecipeError(
@@ -152,7 +146,5 @@ def _commit() -> str | None:
     root = Path(__file__).parent.parent.parent
     if not (root / ".git").exists():
         return None
-    found = subprocess.run(
-        ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
+    found = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return found.stdout.strip() or None

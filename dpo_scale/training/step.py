@@ -44,17 +44,13 @@ class PairLogProbs:
     reference_rejected_logps: Tensor
 
 
-def pair_batches(
-    plan: StepPlan, rank: int, pairs: TokenPairs, layout: Layout, pad_id: int
-) -> Iterator[PairBatch]:
+def pair_batches(plan: StepPlan, rank: int, pairs: TokenPairs, layout: Layout, pad_id: int) -> Iterator[PairBatch]:
     """The micro-batches of one rank, equally many on every rank, on the CPU."""
     totals = pairs.lengths.sum(axis=1)
     for round_ in plan.micro_batches:
         indices = round_[rank]
         filler = len(indices) == 0
-        if (
-            filler
-        ):  # the shortest pair of this round: cheap, and not longer than what runs beside it
+        if filler:  # the shortest pair of this round: cheap, and not longer than what runs beside it
             others = np.concatenate(round_)
             indices = others[[int(np.argmin(totals[others]))]]
         groups = [PromptCompletions.of_pair(pairs[int(index)]) for index in indices]
@@ -65,9 +61,7 @@ def pair_log_probs(
     token_logps_C: Tensor, batch: MicroBatch, reference: npt.NDArray[np.float64], loss: LossSection
 ) -> PairLogProbs:
     """Reduce the policy's token log-probs and set the reference's beside them."""
-    policy_S = reduce_log_probs(
-        token_logps_C, batch.sequence_of_target, batch.lengths, loss.reduction
-    )
+    policy_S = reduce_log_probs(token_logps_C, batch.sequence_of_target, batch.lengths, loss.reduction)
     reference_P2 = torch.from_numpy(reference).to(policy_S)
     return PairLogProbs(policy_S[0::2], policy_S[1::2], reference_P2[:, 0], reference_P2[:, 1])
 
@@ -84,9 +78,7 @@ def pair_losses(logps: PairLogProbs, loss: LossSection) -> Tensor:
     )
 
 
-def add_metrics(
-    sums: MetricSums, logps: PairLogProbs, losses_P: Tensor, weight: float, loss: LossSection
-) -> None:
+def add_metrics(sums: MetricSums, logps: PairLogProbs, losses_P: Tensor, weight: float, loss: LossSection) -> None:
     """Count a micro-batch's pairs in the metrics."""
     sums.add(
         losses_P=losses_P.detach(),
@@ -152,9 +144,7 @@ def run_step(
     return StepOutput(applied, policy.grad_norm(), tuple(micro_losses), first)
 
 
-def non_finite_rows(
-    output: StepOutput, batches: Sequence[PairBatch], pairs: TokenPairs
-) -> list[str]:
+def non_finite_rows(output: StepOutput, batches: Sequence[PairBatch], pairs: TokenPairs) -> list[str]:
     """Rows of the pairs in this rank's micro-batches whose loss is not finite."""
     return [
         pairs[int(index)].row

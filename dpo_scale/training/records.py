@@ -1,0 +1,96 @@
+"""What a run writes down while it goes: one line an interval in metrics.jsonl, on the console and in the trackers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dpo_scale.console import Console
+from dpo_scale.training.checkpoints import RunState
+from dpo_scale.training.metrics import MetricsFile, MetricSums, model_flops_utilization, peak_memory_gib
+
+Values = dict[str, Any]
+
+
+class Ranks(Protocol):
+    """What records need of the ranks."""
+
+    @property
+    def world_size(self) -> int: ...
+    @property
+    def device(self) -> torch.device: ...
+    def sum(self, values: Tensor) -> Tensor: ...
+
+
+class Records:
+    """Sums of the current interval, its clock, and where its line goes."""
+
+    def __init__(
+        self, ranks: Ranks, console: Console, file: MetricsFile | None, track: Callable[[Values, int], None]
+    ) -> None:
+        """`file` is the main rank's alone; `track` takes values and step to the trackers."""
+        self._ranks, self._console, self._file, self._track = ranks, console, file, track
+        self._sums = MetricSums(ranks.device)
+        self._work = 0.0
+        self._before = RunState()
+        self._started = time.monotonic()
+
+    def restart(self, state: RunState) -> None:
+        """Begin an interval at a state."""
+        self._before, self._started, self._work = state, time.monotonic(), 0.0
+
+    def pause(self, seconds: float) -> None:
+        """Leave out time that was not spent on training."""
+        self._started += seconds
+
+    def add(self, sums: MetricSums, work: float) -> None:
+        """Count a step: its metrics, and the multiply-accumulates of its forward over all ranks."""
+        self._sums += sums
+        self._work += work
+
+    def close_interval(
+        self, state: RunState, num_steps: int, steps_per_epoch: int, learning_rate: float, grad_norm: float
+    ) -> float:
+        """Write the interval that ends at a state; returns its seconds. Collective."""
+        means = self._sums.reduce(self._ranks)
+        seconds = time.monotonic() - self._started
+        before = self._before
+        mfu = model_flops_utilization(self._work, seconds, self._ranks.world_size, self._ranks.device)
+        pairs_per_second = (state.pairs - before.pairs) / seconds
+        self.write(
+            state.step,
+            {
+                "epoch": state.step / steps_per_epoch,
+                **means,
+                "learning_rate": learning_rate,
+                "grad_norm": grad_norm,
+                "pairs": state.pairs,
+                "tokens": state.tokens,
+                "completion_tokens": state.completion_tokens,
+                "pairs_per_second": pairs_per_second,
+                "tokens_per_second": (state.tokens - before.tokens) / seconds,
+                "step_seconds": seconds / max(1, state.step - before.step),
+                "reference_rows_cached": state.reference_rows_cached,
+                "reference_rows_computed": state.reference_rows_computed,
+                "skipped_steps": state.skipped_steps,
+                "peak_memory_gib": peak_memory_gib(self._ranks.device),
+                **({} if mfu is None else {"mfu": mfu}),
+            },
+        )
+        self._console.say(
+            f"step {state.step:>5}/{num_steps}  loss {means['loss']:.4f}  margin {means['rewards/margin']:+.4f}  "
+            f"accuracy {means['rewards/accuracy']:.3f}  grad {grad_norm:.3g}  lr {learning_rate:.2e}  "
+            f"{pairs_per_second:.1f} pairs/s"
+        )
+        self.restart(state)
+        return seconds
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """One object in metrics.jsonl and in the trackers."""
+        if self._file is not None:
+            self._file.write({"step": step, **values})
+        self._track(dict(values), step)
