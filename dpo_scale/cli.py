@@ -59,8 +59,15 @@ def _add_cache_commands(cache: argparse.ArgumentParser) -> None:
     inspect = actions.add_parser("inspect", help="one store in full")
     inspect.add_argument("store")
     inspect.set_defaults(run=_cache_inspect)
-    verify = actions.add_parser("verify", help="read every part and check its checksum")
+    verify = actions.add_parser("verify", help="check every part's checksum, and with --recipe some rows' values")
     verify.add_argument("store")
+    verify.add_argument(
+        "--recipe",
+        nargs="+",
+        metavar=("RECIPE", "section.field=value"),
+        help="score rows of its data anew, on one process, and compare",
+    )
+    verify.add_argument("--rows", type=int, default=100, help="rows to score anew (default: 100)")
     verify.set_defaults(run=_cache_verify)
     prune = actions.add_parser("prune", help="delete stores, or what is useless in them")
     prune.add_argument("stores", nargs="*", metavar="STORE")
@@ -128,11 +135,23 @@ def _cache_inspect(options: argparse.Namespace) -> int:
 def _cache_verify(options: argparse.Namespace) -> int:
     from dpo_scale.reference.commands import find_store, verify
 
-    wrong = verify(find_store(_cache_dir(options), options.store))
+    recipe = load_recipe(options.recipe[0], options.recipe[1:]) if options.recipe else None
+    recipes_dir = Path(recipe.reference.cache_dir) if recipe and recipe.reference.cache_dir else None
+    store = find_store(options.dir or recipes_dir or _cache_dir(options), options.store)
+    wrong = verify(store)
     for line in wrong:
         print(line)
     print(f"{len(wrong)} damaged" if wrong else "every part is whole")
-    return 1 if wrong else 0
+    if recipe is None:
+        return 1 if wrong else 0
+    from dpo_scale.reference.rescoring import rescore, tolerance
+
+    found, largest = rescore(recipe, store, options.rows), tolerance(recipe)
+    print(
+        f"{found.rows:,} rows ({found.tokens:,} tokens) scored anew: largest gap {found.largest_gap:.2g} nats a token, "
+        f"tolerance {largest}"
+    )
+    return 1 if wrong or not found.largest_gap <= largest else 0
 
 
 def _cache_prune(options: argparse.Namespace) -> int:

@@ -33,6 +33,7 @@ def make_base_model(corpus: Sequence[str], folder: Path, seed: int, on_step: Cal
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(corpus, folder / "tokenizer.model")
     rows = [torch.tensor([tokenizer.bos_id(), *ids, tokenizer.eos_id()]) for ids in tokenizer.encode(list(corpus))]
+    torch.set_num_threads(1)  # the same model on every machine; so small a one gains little from more
     model = _new_model(tokenizer, seed)
     _train(model, rows, on_step)
     model.config.save_pretrained(folder)

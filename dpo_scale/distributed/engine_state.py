@@ -27,6 +27,8 @@ from dpo_scale.errors import UserError
 PREFIX = "model."
 """The engine's module is a wrapper whose attribute `model` is the Hugging Face model."""
 
+_DEEPSPEED_ADAMS = ("DeepSpeedCPUAdam", "FusedAdam")
+
 _PRIVATE_NAMES = (
     "fp16_groups",
     "fp32_partitioned_groups_flat",
@@ -63,9 +65,7 @@ def snapshot(engine: Any, prefix: str = PREFIX) -> EngineSnapshot:
         parameters={name: tuple(parameter.ds_shape) for name, parameter in parameters.items()},
         tied=_tied_names(module),
         buffers=_persistent_buffers(module),
-        addresses=tuple(
-            address for _, group in _addresses(engine, zero, prefix) for _, address in group
-        ),
+        addresses=tuple(address for _, group in _addresses(engine, zero, prefix) for _, address in group),
         read_slices=lambda: _read_slices(engine, zero, prefix),
         counters=_read_counters(engine, zero),
     )
@@ -90,7 +90,8 @@ def restore(
         if swapped:
             zero._optimizer_states_and_gradient_swap_in(sub_group)
         flat = zero.fp32_partitioned_groups_flat[sub_group]
-        state = _fresh_adam_state(zero, sub_group, counters.optimizer_steps)
+        state = _adam_state(zero, sub_group)
+        state["step"] = _step_count(zero, sub_group, counters.optimizer_steps)
         zero.optimizer.state[flat] = state
         for offset, address in addresses:
             stored, stop = read(address), offset + address.stop - address.start
@@ -131,9 +132,7 @@ def _zero3(engine: Any) -> Any:
             f"(lacks {missing}); use zero_optimization.stage 3 and deepspeed 0.19.x"
         )
     if not installed.startswith("0.19."):
-        raise UserError(
-            f"deepspeed {installed}: checkpoints are verified with 0.19.x; install that"
-        )
+        raise UserError(f"deepspeed {installed}: checkpoints are verified with 0.19.x; install that")
     if zero.master_weights_and_grads_dtype != torch.float32:
         raise UserError(
             f"master weights are {zero.master_weights_and_grads_dtype}, and checkpoints need fp32: "
@@ -145,6 +144,9 @@ def _zero3(engine: Any) -> Any:
             "zenflow and offload_optimizer.ratio below 1 keep a second optimizer, which is not in "
             "checkpoints; remove them from the DeepSpeed JSON"
         )
+    kind = type(zero.optimizer)
+    if kind not in (torch.optim.Adam, torch.optim.AdamW) and kind.__name__ not in _DEEPSPEED_ADAMS:
+        raise UserError(f"{kind.__name__}: checkpoints know the state of Adam and AdamW only")
     return zero
 
 
@@ -168,9 +170,7 @@ def _persistent_buffers(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: buffer for name, buffer in module.named_buffers() if name in persistent}
 
 
-def _addresses(
-    engine: Any, zero: Any, prefix: str
-) -> Iterator[tuple[int, list[tuple[int, SliceAddress]]]]:
+def _addresses(engine: Any, zero: Any, prefix: str) -> Iterator[tuple[int, list[tuple[int, SliceAddress]]]]:
     """For each sub-group, the offsets in its flat tensors and what of which parameter is there."""
     names = {id(parameter): name for name, parameter in _parameters(engine, prefix)}
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -190,36 +190,35 @@ def _read_slices(engine: Any, zero: Any, prefix: str) -> Iterator[ParameterSlice
         swapped = zero._swappable_optimizer_subgroup(sub_group)
         if swapped:
             zero._optimizer_states_and_gradient_swap_in(sub_group)
-        flat = zero.fp32_partitioned_groups_flat[sub_group]
-        state = zero.optimizer.state.get(flat) or _fresh_adam_state(zero, sub_group, steps=0)
-        for offset, address in addresses:
-            piece = slice(offset, offset + address.stop - address.start)
-            yield ParameterSlice(
-                address, flat.data[piece], state["exp_avg"][piece], state["exp_avg_sq"][piece]
-            )
-        if swapped:
-            zero._release_swap_buffers(sub_group)
+        try:
+            flat, state = zero.fp32_partitioned_groups_flat[sub_group], _adam_state(zero, sub_group)
+            for offset, address in addresses:
+                piece = slice(offset, offset + address.stop - address.start)
+                yield ParameterSlice(address, flat.data[piece], state["exp_avg"][piece], state["exp_avg_sq"][piece])
+        finally:  # also when a writer fails half-way: the buffers are few
+            if swapped:
+                zero._release_swap_buffers(sub_group)
 
 
-def _fresh_adam_state(zero: Any, sub_group: int, steps: int) -> dict[str, Any]:
-    """What an Adam of this kind keeps after `steps` updates, with moments of zero."""
+def _adam_state(zero: Any, sub_group: int) -> dict[str, Any]:
+    """A sub-group's Adam state; what it would be after no update, where there was none yet."""
     flat = zero.fp32_partitioned_groups_flat[sub_group]
-    optimizer = zero.optimizer
-    kind = type(optimizer)
-    step: int | torch.Tensor
-    if kind in (torch.optim.Adam, torch.optim.AdamW):
-        group = optimizer.param_groups[zero.sub_group_to_group_id[sub_group]]
-        on_device = group["fused"] or group["capturable"]
-        step = torch.tensor(float(steps), device=flat.device if on_device else "cpu")
-    elif kind.__name__ in ("DeepSpeedCPUAdam", "FusedAdam"):
-        step = steps
-    else:
-        raise UserError(f"{kind.__name__}: checkpoints know the state of Adam and AdamW only")
-    return {
-        "step": step,
+    state: dict[str, Any] = zero.optimizer.state.get(flat) or {
+        "step": _step_count(zero, sub_group, 0),
         "exp_avg": torch.zeros_like(flat.data),
         "exp_avg_sq": torch.zeros_like(flat.data),
     }
+    return state
+
+
+def _step_count(zero: Any, sub_group: int, steps: int) -> int | torch.Tensor:
+    """A number of updates in the form that the optimizer keeps."""
+    if type(zero.optimizer).__name__ in _DEEPSPEED_ADAMS:
+        return steps
+    group = zero.optimizer.param_groups[zero.sub_group_to_group_id[sub_group]]
+    on_device = group["fused"] or group["capturable"]
+    device = zero.fp32_partitioned_groups_flat[sub_group].device if on_device else "cpu"
+    return torch.tensor(float(steps), device=device)
 
 
 def _read_counters(engine: Any, zero: Any) -> EngineCounters:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,11 +32,7 @@ def mark_experts_as_leaves(model: nn.Module) -> None:
     """Let ZeRO-3 gather each mixture of experts as one: ranks route tokens differently, and a rank that skips an
     expert would wait for ever for those that do not.
     """
-    blocks = [
-        module
-        for module in model.modules()
-        if isinstance(getattr(module, "experts", None), nn.Module)
-    ]
+    blocks = [module for module in model.modules() if isinstance(getattr(module, "experts", None), nn.Module)]
     for block in blocks:
         deepspeed.utils.set_z3_leaf_module(block, True)
 
@@ -161,9 +158,13 @@ class ReferenceEngine:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-            torch.accelerator.memory.empty_host_cache() if hasattr(
-                torch.accelerator.memory, "empty_host_cache"
-            ) else torch._C._host_emptyCache()
+            if hasattr(torch.accelerator.memory, "empty_host_cache"):  # torch 2.13
+                torch.accelerator.memory.empty_host_cache()
+            else:
+                torch._C._host_emptyCache()
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "malloc_trim"):  # glibc keeps what is freed, as much as half a model, until it is told
+            libc.malloc_trim(0)
 
 
 def release_zero3(engine: Any) -> None:
@@ -188,9 +189,7 @@ def release_zero3(engine: Any) -> None:
     parameter_offload.FWD_MODULE_STACK[:] = [
         entry for entry in parameter_offload.FWD_MODULE_STACK if entry is not module
     ]
-    _clear_cache(
-        PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
-    )
+    _clear_cache(PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release)
 
 
 def _clear_cache(function: Callable[..., Any]) -> None:

@@ -51,9 +51,7 @@ def together(ranks: Ranks, action: Callable[[], T], error: type[UserError]) -> l
     except (OSError, RuntimeError, ValueError) as caught:
         failure = str(caught) or type(caught).__name__
     outcomes = ranks.gather_objects((result, failure))
-    failures = [
-        f"  rank {rank}: {why}" for rank, (_, why) in enumerate(outcomes) if why is not None
-    ]
+    failures = [f"  rank {rank}: {why}" for rank, (_, why) in enumerate(outcomes) if why is not None]
     if failures:
         raise error("\n".join(failures))
     return [result for result, _ in outcomes]  # type: ignore[misc]

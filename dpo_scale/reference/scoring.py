@@ -252,7 +252,8 @@ def score(
     for log-probs that are no numbers; what was scored before is committed then.
     """
     costs = layout_costs(plan.lengths(), layout, cost)
-    check_budget(costs, rank_tokens, [plan.names(group)[0] for group in range(len(plan))], "reference.rank_tokens")
+    if (costs.tokens * max(1, costs.padded_rows) > rank_tokens).any():  # a million names take fifteen seconds
+        check_budget(costs, rank_tokens, [plan.names(group)[0] for group in range(len(plan))], "reference.rank_tokens")
     rounds = plan_pass(costs, world_size=ranks.world_size, rank_tokens=rank_tokens).micro_batches
     shortest = int(np.argmin(costs.tokens))
     started, tokens = time.monotonic(), 0
@@ -272,10 +273,11 @@ def score(
 
 
 def _take(plan: ScoringPlan, groups: list[int], rows: Sequence[LogProbs], fresh: FreshRows) -> None:
-    """Keep the rows of a micro-batch, unless one is not finite: then name it."""
-    broken = [not np.isfinite(row).all() for row in rows]
-    if any(broken):
+    """Keep the rows of a micro-batch; those that are not finite end the pass, with their names."""
+    finite = np.array([np.isfinite(row).all() for row in rows])
+    keys = np.concatenate([plan.keys(group) for group in groups])
+    fresh.add(keys[finite], [row for row, is_finite in zip(rows, finite, strict=True) if is_finite])
+    if not finite.all():
         fresh.write()
-        names = [name for group in groups for name in plan.names(group)]
-        raise NonFiniteLogProbsError([name for name, bad in zip(names, broken, strict=True) if bad])
-    fresh.add(np.concatenate([plan.keys(group) for group in groups]), rows)
+        names = np.array([name for group in groups for name in plan.names(group)])
+        raise NonFiniteLogProbsError(names[~finite].tolist())

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
+from dpo_scale.distributed import lockstep
 from dpo_scale.distributed.lockstep import once_a_machine, together
 from dpo_scale.errors import RecipeError
 from dpo_scale.files import remembered_sha256
@@ -15,23 +16,9 @@ from dpo_scale.model.tokenizer import load_tokenizer
 from dpo_scale.recipe import Recipe, cache_root
 from dpo_scale.reference.fingerprint import ReferenceFingerprint, fingerprint_model, weight_files
 
-T = TypeVar("T")
 
-
-class Ranks(Protocol):
-    """What finding a model needs of the ranks."""
-
-    @property
-    def rank(self) -> int: ...
-    @property
-    def world_size(self) -> int: ...
-    @property
-    def is_main(self) -> bool: ...
-    @property
-    def is_local_main(self) -> bool: ...
-    @property
-    def device(self) -> Any: ...
-    def gather_objects(self, value: T) -> list[T]: ...
+class Ranks(lockstep.Ranks, lockstep.MachineRanks, Protocol):
+    """Who hashes which file, and who comes first on a machine."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,8 @@ from dpo_scale.files import fsync_folder, sha256_of_file, write_atomically, writ
 from dpo_scale.training.tensor_files import FileRecord, TensorEntry, aligned, write_tensors
 
 FORMAT = 1
+UNFINISHED = "writing it was not finished"
+"""The reason for passing over a checkpoint that a kill cut short: harmless."""
 MOMENTS = ("master", "exp_avg", "exp_avg_sq")
 BUFFERS_FILE = "buffers.safetensors"
 
@@ -282,7 +284,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
             )
         checkpoint = Checkpoint(path, Commit.from_json(record))
     except FileNotFoundError:
-        reason = "writing it was not finished" if path.is_dir() else "no such checkpoint"
+        reason = UNFINISHED if path.is_dir() else "no such checkpoint"
         raise CheckpointError(f"{path}: no commit record: {reason}") from None
     except OSError as error:
         raise CheckpointError(f"{record_path}: {error.strerror}") from error

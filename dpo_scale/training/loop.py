@@ -31,7 +31,7 @@ from dpo_scale.model.loading import (
 from dpo_scale.recipe import Recipe
 from dpo_scale.reference.scoring import ReferenceRows
 from dpo_scale.reference.session import Reference
-from dpo_scale.training.checkpoints import RunState, find_checkpoint, save
+from dpo_scale.training.checkpoints import UNFINISHED, RunState, find_checkpoint, save
 from dpo_scale.training.evaluation import describe, evaluate
 from dpo_scale.training.export import export_engine
 from dpo_scale.training.guards import NumericalError, check_first_step, explain_non_finite, first_step_gap
@@ -166,6 +166,12 @@ def _resume(recipe: Recipe, ranks: Ranks, console: Console, policy: PolicyEngine
     for line in passed_over:
         console.say(f"Passed over {line}")
     if found is None:
+        damaged = [line for line in passed_over if UNFINISHED not in line]
+        if damaged:
+            raise UserError(
+                f"{folder}: no checkpoint is whole, and starting anew would overwrite what is left of this run; restore "
+                "one, or move the folder away"
+            )
         return RunState()
     if found.commit.trajectory_digest != digest:
         raise UserError(

@@ -12,14 +12,14 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from measuring import Job, Measured
+from measuring import TURNS, Job, Measured
 from rich.console import Console
 from rich.table import Table
 
@@ -78,9 +78,9 @@ class Block:
     ranks: tuple[Measured, ...]
 
     def step_seconds(self, warm_up: int) -> list[float]:
-        """Seconds of each step after the warm-up, of the slowest rank."""
-        ends = [max(rank.ends[step] for rank in self.ranks) for step in range(len(self.ranks[0].ends))]
-        return [after - before for before, after in zip(ends[warm_up - 1 :], ends[warm_up:], strict=False)]
+        """Seconds of each step after the warm-up, by the clock of the rank that takes turns."""
+        first = self.ranks[0]
+        return [end - start for start, end in zip(first.starts, first.ends[1:], strict=False)][warm_up - 1 :]
 
     def cpu_seconds(self, warm_up: int) -> list[float]:
         """CPU seconds of each step after the warm-up, of all ranks together."""
@@ -108,52 +108,88 @@ class Block:
         return self.ranks[0].losses
 
 
-def run_block(side: Side, stage: str, machine: Machine) -> Block:
-    """One run of a side in fresh processes. Raises with the end of the output of a rank that fails."""
-    folder = Path(side.job.recipe).parent
-    results = Path(tempfile.mkdtemp(dir=folder))
-    shutil.rmtree(folder / "run", ignore_errors=True)
-    side.job.save(folder / "job.json")
-    command = [sys.executable, str(HERE / side.script), stage, str(folder / "job.json"), str(results)]
-    port = _free_port()
-    ours = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": side.job.deepspeed}
-    processes = []
-    for rank in range(machine.processes):
-        environment = machine.environment(rank, port, folder) | (ours if side.script == "side_dpo_scale.py" else {})
-        with open(results / f"rank-{rank}.log", "w") as log:
-            processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
-    try:
-        codes = [process.wait() for process in processes]
-    finally:
-        for process in processes:
+class Running:
+    """The processes of one side at work."""
+
+    def __init__(self, side: Side, stage: str, machine: Machine, *, in_turns: bool = False) -> None:
+        self.side = side
+        folder = Path(side.job.recipe).parent
+        self._results = Path(tempfile.mkdtemp(dir=folder))
+        shutil.rmtree(folder / "run", ignore_errors=True)
+        side.job.save(folder / "job.json")
+        command = [sys.executable, str(HERE / side.script), stage, str(folder / "job.json"), str(self._results)]
+        port = _free_port()
+        self._done, say_done = os.pipe()
+        wait_turn, self._turn = os.pipe()
+        self._processes = []
+        for rank in range(machine.processes):
+            environment = machine.environment(rank, port, folder)
+            if side.script == "side_dpo_scale.py":
+                environment |= {
+                    "ACCELERATE_USE_DEEPSPEED": "true",
+                    "ACCELERATE_DEEPSPEED_CONFIG_FILE": side.job.deepspeed,
+                }
+            if in_turns and rank == 0:
+                environment[TURNS] = f"{say_done} {wait_turn}"
+            with open(self._results / f"rank-{rank}.log", "w") as log:
+                self._processes.append(
+                    subprocess.Popen(command, env=environment, stdout=log, stderr=log, pass_fds=(say_done, wait_turn))
+                )
+        os.close(say_done)
+        os.close(wait_turn)
+
+    def wait_for_step(self) -> None:
+        """Until the side has done a step. Raises if it ends instead."""
+        if not os.read(self._done, 1):
+            self.finish()
+            raise RuntimeError(f"{self.side.name} ended before its last step")
+
+    def give_turn(self) -> None:
+        os.write(self._turn, b".")
+
+    def finish(self) -> Block:
+        """What the ranks measured. Raises with the end of their output if one fails."""
+        codes = [process.wait() for process in self._processes]
+        if any(codes):
+            logs = "\n".join(path.read_text()[-3000:] for path in sorted(self._results.glob("*.log")))
+            raise RuntimeError(f"{self.side.name} ended with {codes}\n{logs}")
+        os.close(self._done)
+        os.close(self._turn)
+        return Block(tuple(Measured.load(self._results / f"rank-{rank}.json") for rank in range(len(codes))))
+
+    def kill(self) -> None:
+        for process in self._processes:
             process.kill()
-    if any(codes):
-        logs = "\n".join((results / f"rank-{rank}.log").read_text()[-3000:] for rank in range(machine.processes))
-        raise RuntimeError(f"{side.name} ended with {codes}\n{logs}")
-    return Block(tuple(Measured.load(results / f"rank-{rank}.json") for rank in range(machine.processes)))
 
 
-def remove_caches(side: Side) -> None:
-    """Forget what a side has scored."""
-    for name in ("reference", "datasets"):
-        shutil.rmtree(Path(side.job.recipe).parent / name, ignore_errors=True)
+def score(side: Side, machine: Machine) -> Block:
+    """One reference pass of a side, in fresh processes."""
+    running = Running(side, "score", machine)
+    try:
+        return running.finish()
+    finally:
+        running.kill()
 
 
-def interleave(
-    sides: Sequence[Side],
-    stage: str,
-    machine: Machine,
-    repeats: int,
-    before: Callable[[Side], None] = lambda side: None,
-) -> dict[str, list[Block]]:
-    """Blocks of each side, taken in turns so that a slow spell of the machine meets all of them."""
-    blocks: dict[str, list[Block]] = {side.name: [] for side in sides}
-    for repeat in range(repeats):
-        for side in sides:
-            with console.status(f"{stage}: {side.name}, repeat {repeat + 1} of {repeats}"):
-                before(side)
-                blocks[side.name].append(run_block(side, stage, machine))
-    return blocks
+def train_in_turns(sides: Sequence[Side], machine: Machine) -> dict[str, Block]:
+    """All sides are loaded and take their first step at once, and from then on step by step in turns: A B A B.
+
+    A slow spell of the machine then meets all sides alike.
+    """
+    running = [Running(side, "train", machine, in_turns=True) for side in sides]
+    try:
+        for one in running:
+            one.wait_for_step()
+        for _ in range(1, sides[0].job.steps):
+            for one in running:
+                one.give_turn()
+                one.wait_for_step()
+        for one in running:
+            one.give_turn()
+        return {one.side.name: one.finish() for one in running}
+    finally:
+        for one in running:
+            one.kill()
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,7 +294,9 @@ def describe_machine() -> dict[str, Any]:
     """Processor, cores, memory, GPU and how busy the machine is now."""
     import torch
 
-    models = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    models = [
+        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
     return {
         "processor": models[0] if models else platform.processor(),
         "cores": len(os.sched_getaffinity(0)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -46,6 +47,8 @@ class Job:
 class Measured:
     """What one rank saw."""
 
+    starts: list[float] = field(default_factory=list)
+    """Clock at the start of each optimizer step but the first, seconds."""
     ends: list[float] = field(default_factory=list)
     """Clock at the end of each optimizer step, seconds."""
     cpu_ends: list[float] = field(default_factory=list)
@@ -63,11 +66,13 @@ class Measured:
     scoring_cpu_seconds: float = 0.0
 
     def end_step(self) -> None:
-        """Note the end of a step and the memory so far."""
+        """Note the end of a step and the memory so far, and wait for the turn of the next step."""
         _wait_for_device()
         self.ends.append(time.perf_counter())
         self.cpu_ends.append(time.process_time())
         self.peak_mib = peak_memory_mib()
+        _wait_for_turn()
+        self.starts.append(time.perf_counter())
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self)))
@@ -76,6 +81,18 @@ class Measured:
     def load(cls, path: Path) -> Measured:
         values: dict[str, Any] = json.loads(path.read_text())
         return cls(**values)
+
+
+TURNS = "BENCHMARK_TURNS"
+"""Environment variable with two file descriptors: where to say that a step is done, where to wait for the next."""
+
+
+def _wait_for_turn() -> None:
+    """Let the other sides take their step; other ranks of this side wait for this one in their collectives."""
+    if TURNS in os.environ:
+        done, turn = (int(number) for number in os.environ[TURNS].split())
+        os.write(done, b".")
+        os.read(turn, 1)
 
 
 def memory_mib() -> float:

@@ -13,11 +13,13 @@ from statistics import median
 from typing import Any
 
 from comparison import (
+    Block,
     Machine,
     Side,
     add_common_arguments,
-    interleave,
+    console,
     remove_caches,
+    score,
     show,
     work_folder,
     write_json,
@@ -63,14 +65,19 @@ def main() -> None:
                     Side(side, script, make_job(folder / f"score-{name}-{processes}-{side}", model, rows, settings))
                     for side, script in (("ours", "side_dpo_scale.py"), ("trl", "side_trl.py"))
                 ]
-                blocks = interleave(sides, "score", machine, options.repeats, before=remove_caches)
+                blocks: dict[str, list[Block]] = {side.name: [] for side in sides}
+                for repeat in range(options.repeats):
+                    for side in sides:
+                        remove_caches(side.job)
+                        with console.status(f"{side.name}, repeat {repeat + 1} of {options.repeats}"):
+                            blocks[side.name].append(score(side, machine))
                 results += _entries(blocks, len(rows), vocabulary, machine)
                 title = f"vocabulary {vocabulary:,}, {len(rows):,} pairs, {machine}, {options.dtype}"
                 show(title, COLUMNS, [[entry[key] for key in KEYS] for entry in results[-2:]])
                 write_json(options.json, results, options)
 
 
-def _entries(blocks: dict[str, list[Any]], pairs: int, vocabulary: int, machine: Machine) -> list[dict[str, Any]]:
+def _entries(blocks: dict[str, list[Block]], pairs: int, vocabulary: int, machine: Machine) -> list[dict[str, Any]]:
     """One entry a side."""
     seconds = {side: median(block.scoring_seconds for block in blocks[side]) for side in blocks}
     cpu_seconds = {side: median(block.scoring_cpu_seconds for block in blocks[side]) for side in blocks}

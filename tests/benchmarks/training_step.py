@@ -3,7 +3,7 @@
     python tests/benchmarks/training_step.py --pairs FILE.jsonl.gz [--vocabulary 8000 32000 128256] [--processes 1 2]
 
 Reference log-probs are computed before, on both sides, and read from each side's cache. Every step takes the same pairs
-on all sides, so that times are compared step by step; the losses are compared too.
+on all sides, and the sides take their steps in turns, so that a busy machine slows all alike; losses are compared too.
 
 On a GPU, MFU is 6 x multiply-accumulates of the forward / (seconds x dense bf16 peak), where the multiply-accumulates
 are those of the plain form: two whole sequences a pair, no padding, the head on completion tokens, attention causal.
@@ -19,15 +19,16 @@ from typing import Any
 
 import numpy as np
 from comparison import (
+    Block,
     Machine,
     Side,
     StepTimes,
     add_common_arguments,
     console,
-    interleave,
     largest_loss_gap,
-    run_block,
+    score,
     show,
+    train_in_turns,
     work_folder,
     write_json,
 )
@@ -67,6 +68,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--warm-up", type=int, default=3, help="steps before those")
     parser.add_argument("--step-pairs", type=int, default=4)
     parser.add_argument("--sides", nargs="+", choices=[*OURS, "trl"], default=[*OURS, "trl"])
+    parser.add_argument("--apart", action="store_true", help="one side after the other, where memory holds only one")
     parser.add_argument("--rank-tokens", type=int, default=16384)
     parser.add_argument("--trl-micro-batch", type=int, help="pairs; without it, all that a rank has of a step")
     parser.add_argument("--activation-checkpointing", action="store_true")
@@ -111,9 +113,15 @@ def compare(
         job = make_job(folder / f"{name}-{processes}-{side}", model, rows, settings, layout)
         sides.append(Side(side, "side_trl.py" if side == "trl" else "side_dpo_scale.py", job))
     for side in sides:
-        with console.status(f"score: {side.name}"):
-            run_block(side, "score", machine)
-    blocks = interleave(sides, "train", machine, options.repeats)
+        with console.status(f"reference log-probs: {side.name}"):
+            score(side, machine)
+    groups = [[side] for side in sides] if options.apart else [sides]
+    blocks: dict[str, list[Block]] = {side.name: [] for side in sides}
+    for repeat in range(options.repeats):
+        with console.status(f"repeat {repeat + 1} of {options.repeats}"):
+            for group in groups:
+                for name_of_side, block in train_in_turns(group, machine).items():
+                    blocks[name_of_side].append(block)
 
     times = {side: StepTimes.of(blocks[side], options.warm_up, options.step_pairs) for side in options.sides}
     work = _plain_work(model, tokenizer, rows[options.step_pairs * options.warm_up :])

@@ -155,7 +155,7 @@ def long_tailed_lengths(count: int) -> np.ndarray:
 
 
 def pairs_to_measure(path: Path | None, count: int | None) -> tuple[PreTrainedTokenizerFast, list[Row]]:
-    """A tokenizer trained on the file's pairs, and some of them; without a file, the long-tailed mix of random words."""
+    """A tokenizer trained on the file's pairs, and some of them; without a file, a long-tailed mix of random words."""
     if path is not None:
         rows = read_pairs(path)
         return train_tokenizer(rows), sample(rows, count)

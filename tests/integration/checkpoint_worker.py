@@ -75,7 +75,7 @@ class NextToken(nn.Module):
 def make_source(folder: Path, settings: dict[str, Any]) -> None:
     """A random model folder with odd sizes, so that shards are padded."""
     torch.manual_seed(0)
-    hidden = 512 if settings.get("nvme") else 21
+    hidden = 3072 if settings.get("nvme") else 21
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=hidden,
@@ -242,7 +242,9 @@ def restored(folder: Path, settings: dict[str, Any], ranks: GlooRanks) -> Any:
     found, passed_over = checkpoints.find_checkpoint(folder / "checkpoints", "auto", ranks)
     assert found is not None, passed_over
     assert found.step == CHECKPOINT_STEP
-    train(engine, 0, 1)  # nothing of this step may survive what follows
+    train(engine, 0, 1)  # nothing of this step may survive what follows: gathered parameters,
+    if settings.get("hpz"):  # optimizer state, and the secondary shards that a forward leaves
+        logits(engine)
     check_fits(found, engine_state.snapshot(engine).parameters)
     with StoredState(found) as stored:
         stored.restore_random_state(ranks)

@@ -24,11 +24,11 @@ from dpo_scale.data.token_pairs import TokenPairs
 from dpo_scale.distributed.engines import ReferenceEngine, loading_for
 from dpo_scale.distributed.runtime import Runtime, start, stop
 from dpo_scale.errors import UserError
+from dpo_scale.inputs import Data, prepare_data
 from dpo_scale.model.loading import load_model, register_attention
 from dpo_scale.recipe import Recipe, load_recipe
 from dpo_scale.reference.cache import ReferenceStore, part_paths
 from dpo_scale.reference.session import Reference
-from dpo_scale.training.setup import Data, prepare_data
 
 NUM_ADDED = 7
 

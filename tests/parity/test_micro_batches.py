@@ -9,7 +9,7 @@ import pytest
 import torch
 from one_process_policy import OneProcessPolicy, OneRank, reference_of
 from plain_dpo import assert_same_gradients, gradients, plain_losses
-from tiny_models import LENGTHS, our_llama, plain_llama, random_pairs
+from tiny_llamas import LENGTHS, our_llama, plain_llama, random_pairs
 from torch import Tensor
 
 from dpo_scale.data.layouts import Layout, PromptCompletions, collate

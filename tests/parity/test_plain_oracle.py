@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from plain_dpo import assert_same_gradients, gradients, plain_losses
-from tiny_models import VOCABULARY, our_llama, plain_llama, random_pairs
+from tiny_llamas import VOCABULARY, our_llama, plain_llama, random_pairs
 
 from dpo_scale.data.layouts import Layout, MicroBatch, PromptCompletions, collate
 from dpo_scale.model import log_probs

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from one_process_policy import OneProcessPolicy, OneRank, reference_of
-from tiny_models import our_llama, random_pairs
+from tiny_llamas import our_llama, random_pairs
 
 from dpo_scale.data.layouts import Layout, PromptCompletions, collate
 from dpo_scale.recipe import LossSection

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from one_process_policy import OneProcessPolicy, reference_of
-from tiny_models import our_llama, plain_llama
+from tiny_llamas import our_llama, plain_llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from plain_dpo import assert_same_gradients, gradients, pad_pairs
-from tiny_models import our_llama, plain_llama, random_pairs
+from tiny_llamas import our_llama, plain_llama, random_pairs
 from torch import Tensor, nn
 
 from dpo_scale.data.layouts import Layout, PromptCompletions, collate

@@ -15,7 +15,7 @@ import torch
 import yaml
 from plain_dpo import assert_same_gradients, gradients, plain_losses
 from safetensors.torch import load_file
-from tiny_models import plain_llama, random_pairs
+from tiny_llamas import plain_llama, random_pairs
 
 HEADS, TOKEN_BUDGETS, GLOBAL_PAIRS = ("untied", "tied"), (400, 31), [5, 3, 5, 3]
 POLICY, REFERENCE = 1, 2

@@ -16,7 +16,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
-from tiny_models import random_pairs
+from tiny_llamas import random_pairs
 from torch import Tensor
 
 from dpo_scale.data.layouts import MicroBatch, PromptCompletions, collate

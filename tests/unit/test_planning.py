@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dpo_scale.data.planning import (
@@ -63,6 +63,7 @@ def _smallest_budget(lengths: list[tuple[int, int, int]], layout: str) -> int:
 
 @quick
 @given(lengths_of_pairs, layouts, world_sizes, st.floats(1.0, 6.0), st.booleans())
+@example([(35, 16, 12), (44, 48, 57), (29, 31, 59)], "shared", 1, 176 / 149, False)  # the lightest has no room
 def test_a_plan_holds_every_pair_once_under_the_budget_with_ranks_in_lockstep(
     lengths: list[tuple[int, int, int]], layout: str, world_size: int, slack: float, whole_pass: bool
 ) -> None:
@@ -95,6 +96,7 @@ def _first_fit_decreasing(lengths: list[tuple[int, int, int]], layout: str, budg
 
 @quick
 @given(lengths_of_pairs, layouts, world_sizes, st.floats(1.0, 6.0))
+@example([(46, 3, 53), (59, 18, 22), (4, 30, 54), (30, 35, 54)], "shared", 1, 211.5 / 119)  # balance needs 3
 def test_micro_batches_are_never_more_than_first_fit_decreasing_needs(
     lengths: list[tuple[int, int, int]], layout: str, world_size: int, slack: float
 ) -> None:
@@ -186,6 +188,13 @@ def test_eight_ranks_get_similar_work(global_pairs: int, most_over_mean: float) 
     print(f"{global_pairs} pairs: heaviest rank {ratio:.3f} of the mean, with waiting {waited:.3f}")
     assert ratio < most_over_mean
     assert waited < most_over_mean
+
+
+def test_the_heavier_of_two_micro_batches_goes_to_the_rank_that_is_behind() -> None:
+    costs = Costs(tokens=np.array([9, 9, 9, 9]), work=np.array([10.0, 6.0, 4.0, 1.0]))
+    plan = _plan(costs, world_size=2, rank_tokens=9)
+    totals = [sum(costs.work[part].sum() for part in ranks) for ranks in zip(*plan.micro_batches, strict=True)]
+    assert totals == [11.0, 10.0]
 
 
 def test_costs_are_those_of_the_layouts() -> None:

@@ -1,0 +1,77 @@
+"""The private names of DeepSpeed that this package uses, held against the installed version without an engine.
+
+A release of DeepSpeed that renames one fails here, not in the middle of a run.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+from deepspeed.runtime.zero import parameter_offload, partition_parameters, stage3
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+import dpo_scale
+from dpo_scale.distributed import engine_state
+from dpo_scale.distributed.engines import _clear_cache
+
+ZERO3 = stage3.DeepSpeedZeroOptimizer_Stage3
+SOURCES = Path(dpo_scale.__file__).parent / "distributed"
+
+
+def names_of(owner: type) -> set[str]:
+    """Methods and properties of a class, and the attributes that its code sets on itself."""
+    code = "".join(inspect.getsource(cls) for cls in owner.__mro__ if cls.__module__.startswith("deepspeed"))
+    assigned = re.findall(r"self\.(\w+)\s*(?:=|:)|self\.__dict__\['(\w+)'\] =", code)
+    return set(dir(owner)) | {name for pair in assigned for name in pair}
+
+
+def used_after(pattern: str, file: str) -> set[str]:
+    """Attributes that a file of ours reads from a variable."""
+    return set(re.findall(rf"\b{pattern}\.(\w+)", (SOURCES / file).read_text(encoding="utf-8")))
+
+
+def test_the_zero_3_optimizer_has_every_name_that_checkpoints_need() -> None:
+    assert set(engine_state._PRIVATE_NAMES) <= names_of(ZERO3)
+
+
+def test_the_zero_3_optimizer_has_every_name_that_the_code_reads() -> None:
+    used = used_after("zero", "engine_state.py")
+    assert {"fp32_partitioned_groups_flat", "loss_scaler", "zenflow"} <= used, "the pattern finds nothing"
+    # `deepspeed.zero.GatheredParameters` matches the pattern, and the optimizer is torch's.
+    assert used - {"GatheredParameters"} <= names_of(ZERO3)
+
+
+@pytest.mark.parametrize("file", ["engines.py", "engine_state.py"])
+def test_the_engine_has_every_name_that_the_code_reads(file: str) -> None:
+    used = used_after("engine", file)
+    assert "module" in used, "the pattern finds nothing"
+    assert used <= names_of(DeepSpeedEngine)
+
+
+def test_the_dynamic_loss_scaler_has_every_name_that_checkpoints_keep() -> None:
+    used = used_after("scaler", "engine_state.py")
+    assert "cur_scale" in used, "the pattern finds nothing"
+    assert used <= names_of(DynamicLossScaler)
+
+
+def test_a_sharded_parameter_has_the_names_that_release_and_checkpoints_use() -> None:
+    code = inspect.getsource(partition_parameters)
+    for name in ("ds_tensor", "ds_secondary_tensor", "ds_shape", "ds_numel", "partition_numel"):
+        assert re.search(rf"param\.{name}\b", code), name
+
+
+def test_the_global_references_to_a_module_are_where_release_looks() -> None:
+    assert isinstance(parameter_offload.FWD_MODULE_STACK, list)
+    assert "FWD_MODULE_STACK.append" in inspect.getsource(parameter_offload)
+
+
+def test_the_coordinators_cache_can_be_cleared() -> None:
+    cached = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
+    _clear_cache(cached)
+    with pytest.raises(AssertionError, match="not where it was"):
+        _clear_cache(lambda: None)
