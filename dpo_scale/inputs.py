@@ -39,9 +39,7 @@ def prepare_data(recipe: Recipe, ranks: MachineRanks, console: Console) -> Data:
     settings = recipe.model
     folder = once_a_machine(ranks, lambda: resolve_folder(settings.path, settings.revision))
     config = load_config(folder, trust_remote_code=settings.trust_remote_code)
-    tokenizer = load_tokenizer(
-        settings.tokenizer or str(folder), trust_remote_code=settings.trust_remote_code
-    )
+    tokenizer = load_tokenizer(settings.tokenizer or str(folder), trust_remote_code=settings.trust_remote_code)
 
     def prepare(sources: list[DataSource]) -> tuple[TokenPairs, DataReport | None]:
         if not sources:

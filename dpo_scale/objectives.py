@@ -20,9 +20,7 @@ def reduce_log_probs(
     """One log-prob a sequence, [S]: the sum of its completion tokens' (Rafailov et al. 2023, arXiv 2305.18290,
     eq. 7) or their mean. A sequence without completion tokens gives 0, never NaN.
     """
-    sums_S = token_logps_C.new_zeros(len(lengths_S)).index_add(
-        0, sequence_of_token_C, token_logps_C
-    )
+    sums_S = token_logps_C.new_zeros(len(lengths_S)).index_add(0, sequence_of_token_C, token_logps_C)
     return sums_S if reduction == "sum" else sums_S / lengths_S.clamp(min=1)
 
 
@@ -44,9 +42,7 @@ def preference_loss(
     policy_logratios_P = policy_chosen_logps_P - policy_rejected_logps_P
     reference_logratios_P = reference_chosen_logps_P - reference_rejected_logps_P
     logits_P = beta * (policy_logratios_P - reference_logratios_P)
-    return -(
-        (1 - label_smoothing) * F.logsigmoid(logits_P) + label_smoothing * F.logsigmoid(-logits_P)
-    )
+    return -((1 - label_smoothing) * F.logsigmoid(logits_P) + label_smoothing * F.logsigmoid(-logits_P))
 
 
 def implicit_reward(policy_logps_P: Tensor, reference_logps_P: Tensor, *, beta: float) -> Tensor:

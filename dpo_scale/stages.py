@@ -16,9 +16,7 @@ def train(recipe: Recipe, console: Console) -> int:
     """Reference scoring, training, evaluation, export."""
     started = runtime.start(recipe)
     folder = _take_folder(recipe, started.ranks, console)
-    started.accelerator.init_trackers(
-        "dpo_scale", {name: str(value) for name, value in flatten(recipe).items()}
-    )
+    started.accelerator.init_trackers("dpo_scale", {name: str(value) for name, value in flatten(recipe).items()})
     code = loop.train(recipe, started, console, folder)
     started.accelerator.end_training()
     return code

@@ -160,9 +160,7 @@ def _check_precision(recipe: Recipe) -> None:
     from deepspeed.accelerator import get_accelerator
 
     if recipe.model.dtype == "float16" and not get_accelerator().is_fp16_supported():
-        raise RecipeError(
-            "model.dtype: float16 is not supported by this device; use bfloat16 or float32"
-        )
+        raise RecipeError("model.dtype: float16 is not supported by this device; use bfloat16 or float32")
     if recipe.model.dtype == "bfloat16" and not get_accelerator().is_bf16_supported():
         raise RecipeError("model.dtype: bfloat16 is not supported by this device; use float16")
 

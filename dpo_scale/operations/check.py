@@ -22,9 +22,7 @@ def check(recipe: Recipe) -> None:
     data = prepare_data(recipe, OneProcess(), console)
     weight_files(data.model_folder)
     reference = resolve_folder(recipe.reference_path, recipe.reference_revision, "reference.path")
-    load_config(
-        reference, trust_remote_code=recipe.model.trust_remote_code, setting="reference.path"
-    )
+    load_config(reference, trust_remote_code=recipe.model.trust_remote_code, setting="reference.path")
     weight_files(reference)
     layout = "shared" if recipe.batch.layout == "auto" else recipe.batch.layout
     for pairs in (data.train, data.evaluate):

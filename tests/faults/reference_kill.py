@@ -9,7 +9,6 @@ launcher, this file is one rank of such a pass, which notes what it scores.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import random
@@ -21,10 +20,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import yaml
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import launching
 
 SECONDS_BETWEEN_COMMITS = 0.5
 TOLERANCE = 1e-5
@@ -82,26 +83,13 @@ def run_rank(recipe: str) -> None:
     run_stage("score")
 
 
-def integration_models() -> ModuleType:
-    """The small models of the integration tests; by path, for other folders have a conftest too."""
-    path = Path(__file__).parents[1] / "integration" / "conftest.py"
-    spec = importlib.util.spec_from_file_location("integration_conftest", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclasses look themselves up
-    spec.loader.exec_module(module)
-    return module
-
-
 class Passes:
     """Launches of one recipe's scoring stage over one store."""
 
     def __init__(self, folder: Path, pairs: Path, rank_tokens: int) -> None:
-        small = integration_models()
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "zero3.json").write_text(json.dumps(small.ZERO3))
+        (folder / "zero3.json").write_text(json.dumps(launching.ZERO3))
         accelerate = {
             "compute_environment": "LOCAL_MACHINE",
             "distributed_type": "DEEPSPEED",
@@ -111,7 +99,7 @@ class Passes:
         }
         (folder / "accelerate.yaml").write_text(yaml.safe_dump(accelerate))
         self._recipe = {
-            "model": {"path": str(small.make_model(folder / "model")), "dtype": "float32"},
+            "model": {"path": str(launching.make_model(folder / "model")), "dtype": "float32"},
             "reference": {"rank_tokens": rank_tokens},
             "data": {"train": str(pairs), "max_length": rank_tokens, "cache_dir": str(folder / "tokens")},
             "batch": {"global_pairs": 8},

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Launched, Launcher, make_model
+from launching import Launched, Launcher, make_model
 from safetensors.torch import load_file, save_file
 
 from dpo_scale.cli import main

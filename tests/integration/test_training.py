@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Launched, Launcher
+from launching import Launched, Launcher
 from safetensors.torch import load_file
 
 from dpo_scale.cli import main
@@ -96,9 +96,7 @@ def test_the_exported_model_is_the_policy(undisturbed: Launched, launcher: Launc
     assert actual_mean == pytest.approx(sum(expected_means) / len(expected_means), rel=1e-5)
 
 
-def test_a_checkpoint_exports_the_same_bytes_offline(
-    undisturbed: Launched, tmp_path: Path
-) -> None:
+def test_a_checkpoint_exports_the_same_bytes_offline(undisturbed: Launched, tmp_path: Path) -> None:
     checkpoint = undisturbed.folder / "checkpoints" / f"step-{NUM_STEPS:08}"
     assert main(["export", str(checkpoint), str(tmp_path / "model")]) == 0
     for path in (undisturbed.folder / "model").iterdir():
