@@ -169,8 +169,8 @@ def _resume(recipe: Recipe, ranks: Ranks, console: Console, policy: PolicyEngine
         damaged = [line for line in passed_over if UNFINISHED not in line]
         if damaged:
             raise UserError(
-                f"{folder}: no checkpoint is whole, and starting anew would overwrite what is left of this run; restore "
-                "one, or move the folder away"
+                f"{folder}: no checkpoint is whole, and starting anew would overwrite what is left of this run; "
+                "restore one, or move the folder away"
             )
         return RunState()
     if found.commit.trajectory_digest != digest:
