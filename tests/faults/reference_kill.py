@@ -2,7 +2,7 @@
 
     python tests/faults/reference_kill.py --pairs FILE --kills 20 [--seed 0]
 
-Every process of a launch gets SIGKILL at a random moment after its first micro-batch. Started with --rank by the
+Every process of a launch gets SIGKILL at a random moment of the pass. Started with --rank by the
 launcher, this file is one rank of such a pass, which notes what it scores.
 """
 
@@ -162,14 +162,14 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
-def kill_at(process: subprocess.Popen[bytes], launch: str, cache: Path, delay: float) -> float | None:
-    """SIGKILL to a launch and all its ranks, `delay` seconds after its first micro-batch; None if it ended before."""
-    started = False
-    while process.poll() is None and not started:
-        started = any(note.launch == launch for note in scored(cache))
+def kill_after(process: subprocess.Popen[bytes], launch: str, cache: Path, rows: float, delay: float) -> float | None:
+    """SIGKILL to a launch and all its ranks, `delay` seconds after they have scored some rows; None if it ended before.
+
+    Counted in rows, so that a busy machine gets all its kills into one pass.
+    """
+    while process.poll() is None and sum(len(note.keys) for note in scored(cache) if note.launch == launch) <= rows:
         time.sleep(0.02)
-    if started:
-        time.sleep(delay)
+    time.sleep(delay)
     if process.poll() is not None:
         return None
     moment = time.time()
@@ -214,23 +214,22 @@ def kill_and_compare(folder: Path, pairs: Path, kills: int, seed: int, rank_toke
     undisturbed, killed = folder / "undisturbed", folder / "killed"
     passes.finish(undisturbed, processes=2)
     expected, _ = rows_of(undisturbed)
-    times = [note.time for note in scored(undisturbed)]
-    seconds = max(times) - min(times)
-    print(f"undisturbed: {len(expected)} rows in {seconds:.1f} s", flush=True)
-    made, lost, oldest = 0, 0, 0.0
+    print(f"undisturbed: {len(expected)} rows", flush=True)
+    made, lost, oldest, num_stored = 0, 0, 0.0, 0
     while made < kills:
         process, launch = passes.start(killed, processes=1 + made % 2)
-        moment = kill_at(process, launch, killed, delay=rng.uniform(0, 1.2 * seconds / kills))
+        rows = rng.uniform(0, (len(expected) - num_stored) / (kills - made))
+        moment = kill_after(process, launch, killed, rows, delay=rng.uniform(0, SECONDS_BETWEEN_COMMITS))
         if moment is None:
             print(f"the pass ended before kill {made + 1}", flush=True)
             break
         stored, _ = rows_of(killed)
         notes = [note for note in scored(killed) if note.launch == launch]
         gone = [(note, key) for note in notes for key in note.keys if key not in stored]
-        made, lost = made + 1, lost + len(gone)
+        made, lost, num_stored = made + 1, lost + len(gone), len(stored)
         oldest = max([oldest, *(moment - note.time for note, _ in gone)])
-        rows = sum(len(note.keys) for note in notes)
-        print(f"kill {made}: {rows} rows scored, {len(gone)} lost, {len(stored)} stored", flush=True)
+        total = sum(len(note.keys) for note in notes)
+        print(f"kill {made}: {total} rows scored, {len(gone)} lost, {num_stored} stored", flush=True)
     passes.finish(killed, processes=2)
     actual, rows_stored = rows_of(killed)
     notes = scored(killed)
@@ -271,6 +270,7 @@ def main() -> None:
         outcome = kill_and_compare(Path(folder), pairs, options.kills, options.seed, options.rank_tokens)
     print(outcome)
     check(outcome)
+    assert outcome.kills == options.kills, "the pass ended too early: give it more pairs"
 
 
 if __name__ == "__main__":
