@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM
 
 VOCABULARY = 900
-STEPS = 180
+STEPS = 320
 LINES_PER_STEP = 48
 CORPUS_LINES = STEPS * LINES_PER_STEP
 """Lines that the training reads, each once."""

@@ -206,7 +206,7 @@ class Run:
     folder: RunFolder | None
 
     def __post_init__(self) -> None:
-        self.ranks = self.runtime.ranks
+        self.ranks, self.resumed = self.runtime.ranks, self.state
         file = None
         if self.folder is not None:
             file = MetricsFile(self.folder.path / "metrics.jsonl", self.state.step)
@@ -313,8 +313,8 @@ class Run:
             pairs=self.state.pairs + plan.num_pairs,
             tokens=self.state.tokens + int(lengths.sum()),
             completion_tokens=self.state.completion_tokens + int(lengths[:, 1:].sum()),
-            reference_rows_cached=self.reference.rows_cached,
-            reference_rows_computed=self.reference.rows_computed,
+            reference_rows_cached=self.resumed.reference_rows_cached + self.reference.rows_cached,
+            reference_rows_computed=self.resumed.reference_rows_computed + self.reference.rows_computed,
         )
 
     def _record(self, rate: float, grad_norm: float) -> None:
