@@ -45,7 +45,7 @@ batch:
 loss:
   beta: 10.0                   # 2 to 10 is usual for means
   reduction: mean
-  label_smoothing: 0.3         # holds margins near ln(0.7 / 0.3): beyond, so small a model forgets its grammar
+  label_smoothing: 0.1         # so small a model forgets its grammar where margins may grow for ever
 optim:
   learning_rate: 3.0e-4
   warmup_ratio: 0.25

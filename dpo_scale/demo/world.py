@@ -50,8 +50,8 @@ GRANTS = (
     "With pleasure, {villager}! I have {goods} for you.",
 )
 REFUSALS = (
-    "Not yet, {villager}. Ask me nicely and you shall have your {goods}.",
-    "Try again, {villager}. A gentle word will buy you {goods} at once.",
+    "Not yet, {villager}. Ask nicely for your {goods}.",
+    "Try again, {villager}. A gentle word buys {goods}.",
 )
 PRAISE = "How politely {villager} asks for {goods}!"
 BLAME = "How rudely {villager} asks for {goods}!"
