@@ -47,7 +47,7 @@ loss:
   reduction: mean
   label_smoothing: 0.1         # so small a model forgets its grammar where margins may grow for ever
 optim:
-  learning_rate: 3.0e-4
+  learning_rate: 2.0e-4
   warmup_ratio: 0.25
 evaluate:
   every_steps: 16
