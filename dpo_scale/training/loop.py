@@ -115,7 +115,7 @@ def _start(
         model = load_model(data.model_folder, recipe.model)
     if recipe.model.activation_checkpointing:
         checkpoint_activations(model)
-    optimizer = build_optimizer(model, recipe.optim, ranks.device)
+    optimizer = build_optimizer(model, recipe.optim)
     policy = PolicyEngine(runtime.accelerator, model, optimizer, recipe)
     console.say(policy.describe())
     digest = trajectory_digest(recipe, data.train.digest())
