@@ -162,6 +162,13 @@ class Running:
             process.kill()
 
 
+def remove_caches(job: Job) -> None:
+    """Forget the reference log-probs of a job, ours and those that TRL keeps with its data set."""
+    folder = Path(job.recipe).parent
+    for cache in ("reference", "datasets"):
+        shutil.rmtree(folder / cache, ignore_errors=True)
+
+
 def score(side: Side, machine: Machine) -> Block:
     """One reference pass of a side, in fresh processes."""
     running = Running(side, "score", machine)
