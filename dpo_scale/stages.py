@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dpo_scale.console import Console
 from dpo_scale.distributed import runtime
+from dpo_scale.distributed.lockstep import by_main
 from dpo_scale.errors import UserError
 from dpo_scale.inputs import prepare_data
 from dpo_scale.recipe import Recipe
@@ -43,15 +44,7 @@ def evaluate(recipe: Recipe, console: Console) -> int:
 
 def _take_folder(recipe: Recipe, ranks: runtime.Ranks, console: Console) -> RunFolder | None:
     """The run's folder, held by the main rank; what is wrong with it is raised on every rank."""
-    folder, mistake = None, None
-    if ranks.is_main:
-        try:
-            folder = RunFolder(recipe)
-            for change in folder.harmless_changes:
-                console.say(f"Changed since the last start: {change}")
-        except UserError as error:
-            mistake = error
-    mistake = ranks.broadcast_object(mistake)
-    if mistake is not None:
-        raise mistake
+    folder = by_main(ranks, lambda: RunFolder(recipe))
+    for change in folder.harmless_changes if folder is not None else ():
+        console.say(f"Changed since the last start: {change}")
     return folder

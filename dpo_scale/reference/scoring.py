@@ -66,8 +66,7 @@ class ReferenceRows:
 
     @classmethod
     def of_pairs(cls, pairs: TokenPairs) -> ReferenceRows:
-        chosen, rejected = pair_row_keys(pairs)
-        return cls(pairs, np.stack([chosen, rejected], axis=1))
+        return cls(pairs, pair_row_keys(pairs))
 
     def of(self, indices: Indices) -> Keys:
         """Keys of some pairs, uint8 [2 * indices, 16], chosen and rejected in turn."""

@@ -17,6 +17,7 @@ from dpo_scale.model.layout_check import check_layout
 from dpo_scale.model.loading import DTYPES, cost_model, load_model, register_attention
 from dpo_scale.recipe import Recipe
 from dpo_scale.reference.cache import ReferenceStore, near_misses
+from dpo_scale.reference.fingerprint import ReferenceFingerprint
 from dpo_scale.reference.key_index import first_positions
 from dpo_scale.reference.scoring import (
     FreshRows,
@@ -52,6 +53,11 @@ class Reference:
         self._announced: list[TokenPairs] = []
         self._engine: ReferenceEngine | None = None
         self._layout: Layout | None = None
+
+    @property
+    def fingerprint(self) -> ReferenceFingerprint:
+        """Which model the log-probs are of."""
+        return self._source.fingerprint
 
     @property
     def is_the_policys_start(self) -> bool:

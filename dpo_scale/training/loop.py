@@ -17,6 +17,7 @@ from dpo_scale.data.layouts import Layout
 from dpo_scale.data.planning import Costs, Schedule, StepPlan, check_budget, layout_costs, plan_step
 from dpo_scale.distributed import engine_state
 from dpo_scale.distributed.engines import PolicyEngine, loading_for
+from dpo_scale.distributed.lockstep import by_main
 from dpo_scale.distributed.runtime import Ranks, Runtime
 from dpo_scale.errors import UserError
 from dpo_scale.files import write_json
@@ -66,6 +67,7 @@ def train(recipe: Recipe, runtime: Runtime, console: Console, folder: RunFolder 
         write_json(folder.path / "data_report.json", data.report)
         folder.write_environment(ranks.world_size, str(ranks.device))
     reference = Reference(recipe, runtime, data, console)
+    by_main(ranks, lambda: folder.keep_reference(reference.fingerprint) if folder is not None else None)
     needed = reference.rows(data.train), reference.rows(data.evaluate)
     if recipe.reference.schedule == "upfront":
         reference.score_all(*needed)
@@ -118,7 +120,7 @@ def _start(
     optimizer = build_optimizer(model, recipe.optim, ranks.device)
     policy = PolicyEngine(runtime.accelerator, model, optimizer, recipe)
     console.say(policy.describe())
-    digest = trajectory_digest(recipe, data.train.digest())
+    digest = trajectory_digest(recipe, data.train.digest(), reference.fingerprint)
     state = _resume(recipe, ranks, console, policy, digest)
     policy.train(False)  # with dropout, two layouts would differ
     layout = check_layout(
@@ -175,7 +177,7 @@ def _resume(recipe: Recipe, ranks: Ranks, console: Console, policy: PolicyEngine
         return RunState()
     if found.commit.trajectory_digest != digest:
         raise UserError(
-            f"{found.path}: the checkpoint of another run (settings or training data differ); "
+            f"{found.path}: the checkpoint of another run (settings, training data or reference differ); "
             "choose another run.output_dir, or restore what changed"
         )
     check_fits(found, engine_state.snapshot(policy.engine).parameters)

@@ -19,6 +19,7 @@ import yaml
 from dpo_scale.errors import RecipeError
 from dpo_scale.files import write_atomically, write_json
 from dpo_scale.recipe import Recipe, dump_recipe
+from dpo_scale.reference.fingerprint import ReferenceFingerprint, explain_difference, read_fingerprint
 
 HARMLESS = (
     "model.attention",
@@ -43,10 +44,10 @@ HARMLESS = (
 """Settings that do not change what is trained beyond rounding; names that end in a dot are whole sections."""
 
 
-def trajectory_digest(recipe: Recipe, train_digest: str) -> str:
-    """Digest of all that determines the trajectory: the settings that matter, and the training tokens."""
+def trajectory_digest(recipe: Recipe, train_digest: str, reference: ReferenceFingerprint) -> str:
+    """Digest of all that determines the trajectory: the settings that matter, the training tokens, the reference."""
     values = {name: value for name, value in flatten(recipe).items() if not name.startswith(HARMLESS)}
-    text = json.dumps([values, train_digest], sort_keys=True)
+    text = json.dumps([values, train_digest, reference.key], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -114,6 +115,21 @@ class RunFolder:
                 + "\n".join(f"  {line}" for line in matters)
                 + "\nchoose another folder, or restore these settings"
             )
+
+    def keep_reference(self, reference: ReferenceFingerprint) -> None:
+        """Note in `reference.json` what this run is trained against.
+
+        Raises RecipeError where the folder holds checkpoints of a run against another one: files that were replaced
+        under the same path, or another precision, would change the objective in the middle of a run.
+        """
+        before = read_fingerprint(self.path)
+        if before is not None and before.key != reference.key and self.checkpoints.exists():
+            raise RecipeError(
+                f"run.output_dir: {self.path} was trained against another reference\n"
+                + "\n".join(f"  {line.replace('store', 'this run')}" for line in explain_difference(reference, before))
+                + f"\nchoose another folder, or restore the files of {before.source}"
+            )
+        write_json(self.path / "reference.json", reference.to_json())
 
     @property
     def checkpoints(self) -> Path:

@@ -191,6 +191,14 @@ def per_batch(recipe: Recipe, runtime: Runtime, data: Data, folder: Path) -> dic
     }
 
 
+def one_step(recipe: Recipe, runtime: Runtime, data: Data, folder: Path) -> dict[str, Any]:
+    """A step that holds every pair: scored for that step alone, in the micro-batches of an upfront pass."""
+    session = Session(with_cache(recipe, folder / "one_step", schedule="per_batch"), runtime, data)
+    session.reference.ensure(session.rows, np.arange(len(data.train)))
+    session.reference.release()
+    return {"computed": session.reference.rows_computed}
+
+
 def other_world(recipe: Recipe, runtime: Runtime, data: Data, folder: Path) -> dict[str, Any]:
     """What another number of ranks has to score of what two ranks scored."""
     return Session(with_cache(recipe, folder / "whole"), runtime, data).score_all()
@@ -234,7 +242,7 @@ def resident_bytes() -> int:
 
 
 SCENARIOS: dict[str, Sequence[Any]] = {
-    "two_ranks": (settings_and_data, overwritten, engine, architectures, disks, per_batch),
+    "two_ranks": (settings_and_data, overwritten, engine, architectures, disks, per_batch, one_step),
     "one_rank": (other_world, memory, not_finite),
 }
 
