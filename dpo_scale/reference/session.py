@@ -8,7 +8,7 @@ import numpy.typing as npt
 from dpo_scale.console import Console
 from dpo_scale.data.layouts import Layout
 from dpo_scale.data.token_pairs import TokenPairs
-from dpo_scale.distributed.engines import ReferenceEngine, loading_for
+from dpo_scale.distributed.engines import ReferenceEngine, loading_for, pin_where_it_fits
 from dpo_scale.distributed.lockstep import together
 from dpo_scale.distributed.runtime import Runtime
 from dpo_scale.errors import RecipeError
@@ -132,6 +132,8 @@ class Reference:
         if self._engine is None or self._layout is None:
             register_attention(recipe.model, ranks.device)
             self._console.say(f"Loading the reference from {self._source.folder}")
+            if pin_where_it_fits(self._runtime.accelerator, "reference", self._source.loaded_bytes(recipe.model.dtype)):
+                self._console.say("  its shards are not pinned: they would take more than half of the free memory")
             with loading_for(self._runtime.accelerator, "reference"):
                 model = load_model(self._source.folder, recipe.model)
                 self._engine = ReferenceEngine(self._runtime.accelerator, model)

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
 from dpo_scale.distributed import lockstep
 from dpo_scale.distributed.lockstep import once_a_machine, together
 from dpo_scale.errors import RecipeError
 from dpo_scale.files import remembered_sha256
 from dpo_scale.inputs import Data
-from dpo_scale.model.loading import check_vocabulary, load_config, resolve_folder
+from dpo_scale.model.loading import DTYPES, check_vocabulary, load_config, resolve_folder
 from dpo_scale.model.tokenizer import load_tokenizer
 from dpo_scale.recipe import Recipe, cache_root
 from dpo_scale.reference.fingerprint import ReferenceFingerprint, fingerprint_model, weight_files
@@ -28,6 +30,12 @@ class ReferenceSource:
     folder: Path
     config: Any
     fingerprint: ReferenceFingerprint
+
+    def loaded_bytes(self, dtype: str) -> int:
+        """Bytes of all weights in a compute precision, from the sizes of the files."""
+        stored = sum(path.stat().st_size for path in weight_files(self.folder))
+        stored_dtype = self.config.dtype or torch.float32  # what torch saves unless it is told
+        return stored // stored_dtype.itemsize * DTYPES[dtype].itemsize
 
 
 def reference_cache_dir(recipe: Recipe) -> Path:

@@ -21,7 +21,7 @@ import torch
 from dpo_scale.console import Console
 from dpo_scale.data.layouts import PromptCompletions, collate
 from dpo_scale.data.token_pairs import TokenPairs
-from dpo_scale.distributed.engines import ReferenceEngine, loading_for
+from dpo_scale.distributed.engines import ReferenceEngine, loading_for, pin_where_it_fits
 from dpo_scale.distributed.runtime import Runtime, start, stop
 from dpo_scale.errors import UserError
 from dpo_scale.inputs import Data, prepare_data
@@ -29,6 +29,7 @@ from dpo_scale.model.loading import load_model, register_attention
 from dpo_scale.recipe import Recipe, load_recipe
 from dpo_scale.reference.cache import ReferenceStore, part_paths
 from dpo_scale.reference.session import Reference
+from dpo_scale.reference.source import find_reference
 
 NUM_ADDED = 7
 
@@ -121,12 +122,20 @@ def engine(recipe: Recipe, runtime: Runtime, data: Data, folder: Path) -> dict[s
         "parameter": weakref.ref(next(held.model.parameters())),
         "shard": weakref.ref(next(held.model.parameters()).ds_tensor),
     }
+    size = sum(parameter.ds_numel * 4 for parameter in held.model.parameters())
     devices = sorted({str(parameter.ds_tensor.device) for parameter in held.model.parameters()})
     held.release()
     del held
     gc.collect()
     return {
         "resident": resident,
+        "bytes": [find_reference(recipe, data, runtime.ranks).loaded_bytes("float32"), size],
+        "pinned": [
+            [pin_where_it_fits(runtime.accelerator, "reference", model_bytes) for model_bytes in (size, 1 << 50)],
+            runtime.accelerator.state.get_deepspeed_plugin("reference").deepspeed_config["zero_optimization"][
+                "offload_param"
+            ]["pin_memory"],
+        ],
         "shards_on": devices,
         "alive": [name for name, reference in watched.items() if reference() is not None],
     }
