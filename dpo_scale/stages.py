@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
 from dpo_scale.console import Console
 from dpo_scale.distributed import runtime
 from dpo_scale.errors import UserError
 from dpo_scale.inputs import prepare_data
 from dpo_scale.recipe import Recipe
 from dpo_scale.reference.session import Reference
-from dpo_scale.training import loop
+from dpo_scale.training import locks, loop
 from dpo_scale.training.run_folder import RunFolder, flatten
+from dpo_scale.training.status import StatusFile
+
+T = TypeVar("T")
 
 
 def train(recipe: Recipe, console: Console) -> int:
@@ -17,7 +24,8 @@ def train(recipe: Recipe, console: Console) -> int:
     started = runtime.start(recipe)
     folder = _take_folder(recipe, started.ranks, console)
     started.accelerator.init_trackers("dpo_scale", {name: str(value) for name, value in flatten(recipe).items()})
-    code = loop.train(recipe, started, console, folder)
+    status = StatusFile(folder.path if folder else None, "train")
+    code = loop.train(recipe, started, console, folder, status)
     started.accelerator.end_training()
     return code
 
@@ -25,10 +33,18 @@ def train(recipe: Recipe, console: Console) -> int:
 def score(recipe: Recipe, console: Console) -> int:
     """Reference log-probs of training and held-out pairs, into the store; resumable."""
     started = runtime.start(recipe)
+    run = Path(recipe.run.output_dir)
+    lock = _held_by_main(started.ranks, lambda: locks.take(run / ".score.lock"))
+    status = StatusFile(run if started.ranks.is_main else None, "score")
+    status.enter("preparing data")
     data = prepare_data(recipe, started.ranks, console)
+    status.enter("scoring")
     reference = Reference(recipe, started, data, console)
     reference.score_all(reference.rows(data.train), reference.rows(data.evaluate))
+    status.finish()
     console.say(f"Done: {reference.rows_computed:,} rows scored, in {reference.store.folder}")
+    if lock is not None:
+        lock.close()
     return 0
 
 
@@ -43,15 +59,21 @@ def evaluate(recipe: Recipe, console: Console) -> int:
 
 def _take_folder(recipe: Recipe, ranks: runtime.Ranks, console: Console) -> RunFolder | None:
     """The run's folder, held by the main rank; what is wrong with it is raised on every rank."""
-    folder, mistake = None, None
+    folder = _held_by_main(ranks, lambda: RunFolder(recipe))
+    for change in folder.harmless_changes if folder else ():
+        console.say(f"Changed since the last start: {change}")
+    return folder
+
+
+def _held_by_main(ranks: runtime.Ranks, take: Callable[[], T]) -> T | None:
+    """What the main rank takes, there; a user's mistake in it is raised on every rank. Collective."""
+    held, mistake = None, None
     if ranks.is_main:
         try:
-            folder = RunFolder(recipe)
-            for change in folder.harmless_changes:
-                console.say(f"Changed since the last start: {change}")
+            held = take()
         except UserError as error:
             mistake = error
     mistake = ranks.broadcast_object(mistake)
     if mistake is not None:
         raise mistake
-    return folder
+    return held
