@@ -12,6 +12,7 @@ from typing import NoReturn
 from dpo_scale.console import Console, route_output
 from dpo_scale.errors import UserError
 from dpo_scale.recipe import Recipe, load_recipe
+from dpo_scale.training import status
 
 USER_ERROR = 2
 CRASH = 1
@@ -24,19 +25,20 @@ def run_stage(name: str) -> NoReturn:
     """
     is_main = os.environ.get("RANK", "0") == "0"
     console = Console(is_main=is_main)
+    recipe = None
     try:
         recipe = _recipe_of_arguments(name)
         console = _console_of_run(recipe, name, is_main=is_main)
         code = _stage(name)(recipe, console)
     except UserError as error:
-        _report(console, error, f"error: {error}")
+        _report(console, error, f"error: {error}", name, recipe)
         code = USER_ERROR
     except BaseException as error:  # the last words of a rank, whatever ended it
         if isinstance(error, SystemExit):
             raise
         traceback.print_exc()
         rank = os.environ.get("RANK", "0")
-        _report(console, error, f"rank {rank} failed:\n{traceback.format_exc()}")
+        _report(console, error, f"rank {rank} failed:\n{traceback.format_exc()}", name, recipe)
         code = CRASH
     sys.stdout.flush()
     sys.stderr.flush()
@@ -66,7 +68,7 @@ def _console_of_run(recipe: Recipe, name: str, *, is_main: bool) -> Console:
         raise UserError(f"run.output_dir: {error.filename}: {error.strerror}") from error
 
 
-def _report(console: Console, error: BaseException, message: str) -> None:
+def _report(console: Console, error: BaseException, message: str, name: str, recipe: Recipe | None) -> None:
     """Say why the stage ends, once a machine: the first rank that fails speaks, the others follow it down."""
     print(message, file=sys.stderr)
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
@@ -82,3 +84,5 @@ def _report(console: Console, error: BaseException, message: str) -> None:
         get_error_handler().record_exception(error)
     console.is_main = True
     console.say(message)
+    if recipe is not None and name in status.FILES:
+        status.record_failure(Path(recipe.run.output_dir), name, error)

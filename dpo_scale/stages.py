@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from dpo_scale.console import Console
 from dpo_scale.distributed import runtime
 from dpo_scale.distributed.lockstep import by_main
@@ -9,8 +11,9 @@ from dpo_scale.errors import UserError
 from dpo_scale.inputs import prepare_data
 from dpo_scale.recipe import Recipe
 from dpo_scale.reference.session import Reference
-from dpo_scale.training import loop
+from dpo_scale.training import locks, loop
 from dpo_scale.training.run_folder import RunFolder, flatten
+from dpo_scale.training.status import StatusFile
 
 
 def train(recipe: Recipe, console: Console) -> int:
@@ -18,7 +21,8 @@ def train(recipe: Recipe, console: Console) -> int:
     started = runtime.start(recipe)
     folder = _take_folder(recipe, started.ranks, console)
     started.accelerator.init_trackers("dpo_scale", {name: str(value) for name, value in flatten(recipe).items()})
-    code = loop.train(recipe, started, console, folder)
+    status = StatusFile(folder.path if folder else None, "train")
+    code = loop.train(recipe, started, console, folder, status)
     started.accelerator.end_training()
     return code
 
@@ -26,10 +30,18 @@ def train(recipe: Recipe, console: Console) -> int:
 def score(recipe: Recipe, console: Console) -> int:
     """Reference log-probs of training and held-out pairs, into the store; resumable."""
     started = runtime.start(recipe)
+    run = Path(recipe.run.output_dir)
+    lock = by_main(started.ranks, lambda: locks.take(run / ".score.lock"))
+    status = StatusFile(run if started.ranks.is_main else None, "score")
+    status.enter("preparing data")
     data = prepare_data(recipe, started.ranks, console)
+    status.enter("scoring")
     reference = Reference(recipe, started, data, console)
     reference.score_all(reference.rows(data.train), reference.rows(data.evaluate))
+    status.finish()
     console.say(f"Done: {reference.rows_computed:,} rows scored, in {reference.store.folder}")
+    if lock is not None:
+        lock.close()
     return 0
 
 

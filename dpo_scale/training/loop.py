@@ -42,6 +42,7 @@ from dpo_scale.training.optimizer import build_optimizer, learning_rate, set_lea
 from dpo_scale.training.provenance import model_folder
 from dpo_scale.training.records import Records
 from dpo_scale.training.run_folder import RunFolder, trajectory_digest
+from dpo_scale.training.status import StatusFile
 from dpo_scale.training.step import (
     PairBatch,
     StepOutput,
@@ -55,13 +56,14 @@ MOST_OVERFLOWS_A_STEP = 40
 """fp16 halves its loss scale at each overflow; 2**40 below the first scale nothing is left to try."""
 
 
-def train(recipe: Recipe, runtime: Runtime, console: Console, folder: RunFolder | None) -> int:
+def train(recipe: Recipe, runtime: Runtime, console: Console, folder: RunFolder | None, status: StatusFile) -> int:
     """Train to the end of the plan, or to a request to stop; returns the process's exit code. Collective.
 
-    `folder` is held by the main rank alone.
+    `folder` is held by the main rank alone, and `status` is silent on the others.
     """
     ranks = runtime.ranks
     interruption = Interruption(Path(recipe.run.output_dir), recipe.run.stop_after)
+    status.enter("preparing data")
     data = prepare_data(recipe, ranks, console)
     if folder is not None:
         write_json(folder.path / "data_report.json", data.report)
@@ -70,16 +72,22 @@ def train(recipe: Recipe, runtime: Runtime, console: Console, folder: RunFolder 
     by_main(ranks, lambda: folder.keep_reference(reference.fingerprint) if folder is not None else None)
     needed = reference.rows(data.train), reference.rows(data.evaluate)
     if recipe.reference.schedule == "upfront":
+        status.enter("scoring")
         reference.score_all(*needed)
+    status.enter("loading")
     run = _start(recipe, runtime, console, data, reference, needed, folder)
-    finished = run.train(interruption)
+    status.enter("training", run.state.step)
+    finished = run.train(interruption, status)
     if finished:
+        status.enter("exporting", run.state.step)
         run.export()
+        status.finish()
         console.say(f"Done: the trained model is in {Path(recipe.run.output_dir) / 'model'}")
         return 0
+    reason = interruption.reason() or "another rank"
+    status.stop(reason, run.state.step)
     console.say(
-        f"Stopped by {interruption.reason() or 'another rank'} after step {run.state.step}, which is committed; "
-        "the same command goes on from there"
+        f"Stopped by {reason} after step {run.state.step}, which is committed; the same command goes on from there"
     )
     interruption.consume_file()
     return STOPPED
@@ -216,7 +224,7 @@ class Run:
         self.records = Records(self.ranks, self.console, file, lambda values, step: track(values, step=step))
         self.committed_at = time.monotonic()
 
-    def train(self, interruption: Interruption) -> bool:
+    def train(self, interruption: Interruption, status: StatusFile) -> bool:
         """The loop. True at the end of the plan, False after a request to stop; both leave a checkpoint."""
         recipe, num_steps = self.recipe, self.schedule.num_steps
         committed = self.state.step if self.state.step else None
@@ -231,6 +239,7 @@ class Run:
                 set_learning_rate(self.policy.param_groups, rate)
                 output = self._step(plan, batches)
                 self._count(plan)
+                status.advance(self.state.step)
                 bar.advance(1)
                 last = self.state.step == num_steps
                 if last or self.state.step % recipe.track.every_steps == 0:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -20,6 +19,7 @@ from dpo_scale.errors import RecipeError
 from dpo_scale.files import write_atomically, write_json
 from dpo_scale.recipe import Recipe, dump_recipe
 from dpo_scale.reference.fingerprint import ReferenceFingerprint, explain_difference, read_fingerprint
+from dpo_scale.training import locks
 
 HARMLESS = (
     "model.attention",
@@ -80,31 +80,12 @@ class RunFolder:
         Raises RecipeError if another process works in it, or another recipe did.
         """
         self.path = Path(recipe.run.output_dir)
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / ".lock", "a", encoding="utf-8")  # noqa: SIM115 (held)
-        except OSError as error:
-            raise RecipeError(f"run.output_dir: {self.path}: {error.strerror}") from error
-        self._take_lock()
+        self._lock = locks.take(self.path / ".lock")
         self.harmless_changes: list[str] = []
         recipe_path = self.path / "recipe.yaml"
         if recipe_path.exists():
             self._compare(yaml.safe_load(recipe_path.read_text(encoding="utf-8")), recipe)
         write_atomically(recipe_path, lambda path: _write_text(path, dump_recipe(recipe)))
-
-    def _take_lock(self) -> None:
-        try:
-            # The kernel drops this lock with its holder, however that dies.
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            holder = (self.path / ".lock").read_text(encoding="utf-8").strip()
-            raise RecipeError(
-                f"run.output_dir: {self.path} is in use by {holder or 'another process'}; "
-                "stop that run, or choose another folder"
-            ) from error
-        self._lock.truncate(0)
-        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        self._lock.flush()
 
     def _compare(self, stored: dict[str, Any], recipe: Recipe) -> None:
         before = {f"{section}.{field}": value for section, fields in stored.items() for field, value in fields.items()}
