@@ -110,7 +110,7 @@ class StatusFile:
             _write(self._folder, self._command, status)
 
 
-def record_failure(folder: Path, command: str, error: BaseException) -> None:
+def record_failure(folder: Path, command: str, reason: str, *, users_mistake: bool) -> None:
     """Note why a launch failed; any of its ranks may call it, and the first one is believed.
 
     Does nothing where another launch works in the folder: the failure is then that this one may not.
@@ -123,9 +123,6 @@ def record_failure(folder: Path, command: str, error: BaseException) -> None:
         return
     if before is None or not own:
         before = replace(before or Status(state="failed"), stage="starting", step=0)
-    users_mistake = isinstance(error, UserError)
-    first_line = next(iter(str(error).strip().splitlines()), "")
-    reason = first_line if users_mistake and first_line else f"{type(error).__name__}: {first_line}"
     failed = replace(before, state="failed", reason=reason, users_mistake=users_mistake, launch=_this_launch())
     try:
         _write(folder, command, failed)
