@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,6 @@ from transformers import AutoTokenizer
 from dpo_scale.errors import UserError
 from dpo_scale.model.tokenizer import load_tokenizer, save_tokenizer, tokenizer_files
 
-HH = Path(os.environ.get("DPO_SCALE_DATA", "../shared/data")) / "hh_harmless_1500.jsonl.gz"
 TEXTS = [
     "",
     " ",
@@ -84,10 +82,8 @@ def test_any_text_gives_the_ids_of_sentencepiece(tmp_path_factory):
     check()
 
 
-def test_real_dialogues_give_the_ids_of_sentencepiece(tmp_path):
-    if not HH.is_file():
-        pytest.skip(f"{HH} is not there; DPO_SCALE_DATA names its folder")
-    with gzip.open(HH, "rt", encoding="utf-8") as lines:
+def test_real_dialogues_give_the_ids_of_sentencepiece(tmp_path, hh_pairs_path):
+    with gzip.open(hh_pairs_path, "rt", encoding="utf-8") as lines:
         texts = [json.loads(line)["chosen"] for line in lines]
     folder = train_sentencepiece(tmp_path, "bpe")
     tokenizer, oracle = load_tokenizer(str(folder)), processor(folder)
