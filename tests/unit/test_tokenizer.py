@@ -128,6 +128,21 @@ def test_tokenizer_config_next_to_a_bare_model_is_heeded(tmp_path):
     assert tokenizer.chat_template == "{{ messages }}"
 
 
+def test_several_chat_templates_next_to_a_bare_model_keep_their_names(tmp_path):
+    folder = train_sentencepiece(tmp_path / "source", "bpe")
+    (folder / "chat_template.jinja").write_text("plain")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
+    expected = {"default": "plain", "tool_use": "tools"}
+    tokenizer = load_tokenizer(str(folder))
+    assert tokenizer.chat_template == expected
+    target = tmp_path / "target"
+    target.mkdir()
+    save_tokenizer(tokenizer, str(folder), target)
+    (target / "config.json").write_bytes((folder / "config.json").read_bytes())
+    assert AutoTokenizer.from_pretrained(target).chat_template == expected
+
+
 @pytest.mark.parametrize("model_type", ["bpe", "unigram"])
 def test_an_exported_bare_model_loads_with_plain_transformers(tmp_path, model_type):
     folder = train_sentencepiece(tmp_path / "source", model_type)
