@@ -64,47 +64,7 @@ def pieces(tokenizer, outcome: Kept) -> tuple[list[str], ...]:
     return tuple(tokenizer.convert_ids_to_tokens(part.tolist()) for part in (pair.prompt, pair.chosen, pair.rejected))
 
 
-# --- golden tables: three ways to write text and chats, four tokenizers --------------------------
-
-TURN_BYTES = ["<|im_start|>", *"user", "Ċ", "say", "<|im_end|>", "Ċ"]
-TURN_PIECES = ["<|im_start|>", "▁", *"user", "<0x0A>", "say", "<|im_end|>", "▁", "<0x0A>"]
-OPEN_BYTES = ["<|im_start|>", "a", "s", "s", "i", "s", "t", "a", "n", "t", "Ċ"]
-OPEN_PIECES = ["<|im_start|>", "▁", "a", "s", "s", "i", "s", "t", "a", "n", "t", "<0x0A>"]
-TABLES = {
-    ("strings", "byte_level"): (
-        ["say", ":"],
-        ["Ġyes", "<|end|>"],
-        ["Ġno", "Ġ", "Ã", "©", "<|end|>"],
-    ),
-    ("strings", "bpe"): (
-        ["<s>", "▁say", ":"],
-        ["▁yes", "</s>"],
-        ["▁no", "▁", "<0xC3>", "<0xA9>", "</s>"],
-    ),
-    ("strings", "unigram"): (
-        ["<s>", "▁say", ":"],
-        ["▁yes", "</s>"],
-        ["▁no", "▁", "<0xC3>", "<0xA9>", "</s>"],
-    ),
-    ("chat", "byte_level"): (
-        TURN_BYTES + OPEN_BYTES,
-        ["yes", "<|im_end|>", "Ċ"],
-        ["no", "Ġ", "Ã", "©", "<|im_end|>", "Ċ"],
-    ),
-    ("chat", "bpe"): (
-        TURN_PIECES + OPEN_PIECES,
-        ["yes", "<|im_end|>", "▁", "<0x0A>"],
-        ["no", "▁", "<0xC3>", "<0xA9>", "<|im_end|>", "▁", "<0x0A>"],
-    ),
-    ("chat", "unigram"): (
-        TURN_PIECES + OPEN_PIECES,
-        ["yes", "<|im_end|>", "▁", "<0x0A>"],
-        ["no", "▁", "<0xC3>", "<0xA9>", "<|im_end|>", "▁", "<0x0A>"],
-    ),
-}
-TOOLS_TEMPLATE = (
-    "{% if tools %}<|im_start|>{% for tool in tools %}{{ tool.function.name }}:{% endfor %}<|im_end|>{% endif %}"
-)
+# --- every format, three tokenizers --------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -113,30 +73,6 @@ def hand(tmp_path_factory):
     names = {name: hand_sentencepiece(folder / name, name) for name in ("bpe", "unigram")}
     loaded = {name: load_tokenizer(str(path)) for name, path in names.items()}
     return {"byte_level": hand_byte_level(), **loaded}
-
-
-@pytest.mark.parametrize("name", ["byte_level", "bpe", "unigram"])
-@pytest.mark.parametrize("form", ["strings", "chat"])
-def test_tokens_are_those_of_the_table(hand, form, name):
-    pair = strings() if form == "strings" else chat("yes", "no é")
-    outcome = kept(hand[name], pair)
-    assert pieces(hand[name], outcome) == TABLES[form, name]
-    assert not outcome.boundary_moved
-    assert outcome.cuts == ()
-
-
-@pytest.mark.parametrize("name", ["byte_level", "bpe", "unigram"])
-def test_tools_stand_where_the_template_writes_them(hand, name):
-    tokenizer = hand[name]
-    own_template = tokenizer.chat_template
-    tokenizer.chat_template = TOOLS_TEMPLATE + own_template
-    try:
-        outcome = kept(tokenizer, chat("yes", "no é", tools=(TOOL,)))
-    finally:
-        tokenizer.chat_template = own_template
-    prompt, chosen, rejected = TABLES["chat", name]
-    announced = ["<|im_start|>", "say" if name == "byte_level" else "▁say", ":", "<|im_end|>"]
-    assert pieces(tokenizer, outcome) == (announced + prompt, chosen, rejected)
 
 
 @pytest.mark.parametrize("name", ["byte_level", "bpe", "unigram"])
