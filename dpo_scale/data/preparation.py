@@ -18,8 +18,9 @@ from multiprocessing import get_context
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from dpo_scale.data.preferences import PreferencePair, RowError, check_columns, to_preferences
+from dpo_scale.data.preferences import PreferencePair, check_columns, to_preferences
 from dpo_scale.data.report import DataReport, SourceReport
+from dpo_scale.data.row_values import RowError
 from dpo_scale.data.sources import BadRow, Row, read_rows
 from dpo_scale.data.token_pairs import Lengths, TokenIds, TokenPairs
 from dpo_scale.data.token_store import PairWriter, TokenStore
@@ -173,7 +174,7 @@ def _tokenize_chunk(tokenizer: PairTokenizer, columns: dict[str, str] | None, ro
         try:
             if isinstance(row, BadRow):
                 raise RowError(row.reason)
-            pairs += to_preferences(row, columns)
+            pairs += to_preferences(row, columns, data.completion_pairs, data.completion_margin)
         except RowError as error:
             _set_aside(chunk, row.place, str(error), data.on_bad_row == "error")
         except RecursionError:

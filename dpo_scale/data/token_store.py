@@ -27,6 +27,8 @@ from dpo_scale.recipe import DataSection, DataSource, cache_root
 
 _CODE = (
     "sources.py",
+    "row_values.py",
+    "completions.py",
     "preferences.py",
     "tokenization.py",
     "preparation.py",
@@ -39,6 +41,8 @@ _SETTINGS = frozenset(
         "max_prompt_length",
         "max_completion_length",
         "truncation",
+        "completion_pairs",
+        "completion_margin",
         "on_bad_row",
         "on_no_preference",
     }
