@@ -10,7 +10,7 @@ import itertools
 import os
 import re
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
@@ -43,9 +43,11 @@ def prepare_pairs(
     tokenizer: PreTrainedTokenizerBase,
     *,
     seed: int,
+    progress: Callable[[int], None] | None = None,
 ) -> tuple[TokenPairs, DataReport]:
     """The pairs of all sources in order, from the store if they are there.
 
+    `progress` is told of further rows that were tokenized.
     Call it in one process a machine first: that one fills the store, the others find it filled.
 
     Raises:
@@ -58,7 +60,7 @@ def prepare_pairs(
     stored = store.load()
     if stored is None:
         with store.writer() as writer:
-            _tokenize_sources(sources, data, pair_tokenizer, seed, writer)
+            _tokenize_sources(sources, data, pair_tokenizer, seed, writer, progress)
         stored = store.load()
         assert stored is not None
     return stored
@@ -87,6 +89,7 @@ def _tokenize_sources(
     tokenizer: PairTokenizer,
     seed: int,
     writer: PairWriter,
+    progress: Callable[[int], None] | None,
 ) -> None:
     reports: list[SourceReport] = []
     bad_rows: list[BadRow] = []
@@ -96,6 +99,8 @@ def _tokenize_sources(
         pairs_kept = 0
         budget = LOOK_AHEAD_CHUNKS
         for chunk in _tokenized(_chunks(read_rows(source, seed)), columns, tokenizer, data):
+            if progress is not None:
+                progress(chunk.rows_read)
             bad_rows += chunk.bad_rows
             if bad_rows:
                 budget -= 1

@@ -14,6 +14,8 @@ from rich.table import Table
 from dpo_scale.data.token_pairs import Lengths, TokenIds, TokenPairs
 
 Hashes = npt.NDArray[np.uint64]
+HISTOGRAM_BINS = 50
+"""Bins up to the longest sequence of a report."""
 _BLOCK_PAIRS = 8192
 """Pairs hashed at once: bounds the memory of a pass over any amount of data."""
 
@@ -28,6 +30,10 @@ class LengthSummary:
     p95: int
     p99: int
     max: int
+    bin_width: int = 1
+    """Tokens spanned by a bin of the histogram; prompt, chosen and rejected of a report share it."""
+    bin_counts: tuple[int, ...] = ()
+    """Sequences of [0, bin_width), [bin_width, 2 * bin_width), ... tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +113,8 @@ class DataReport:
         fields = {name: value for name, value in values.items() if name in names}
         fields["sources"] = tuple(SourceReport(**source) for source in values["sources"])
         for name in ("prompt_tokens", "chosen_tokens", "rejected_tokens"):
-            fields[name] = LengthSummary(**values[name])
+            summary = values[name]
+            fields[name] = LengthSummary(**{**summary, "bin_counts": tuple(summary.get("bin_counts", ()))})
         return cls(**fields)
 
     def table(self, title: str = "data") -> Table:
@@ -155,11 +162,12 @@ def describe(pairs: TokenPairs, sources: tuple[SourceReport, ...]) -> DataReport
     hashes = pair_hashes(pairs)
     duplicates, contradictions = _repeats(hashes)
     count = max(len(pairs), 1)
+    bin_width = int(pairs.lengths.max(initial=0)) // HISTOGRAM_BINS + 1
     return DataReport(
         sources=sources,
-        prompt_tokens=_summary(prompt),
-        chosen_tokens=_summary(chosen),
-        rejected_tokens=_summary(rejected),
+        prompt_tokens=_summary(prompt, bin_width),
+        chosen_tokens=_summary(chosen, bin_width),
+        rejected_tokens=_summary(rejected, bin_width),
         chosen_longer=float((chosen > rejected).sum()) / count,
         rejected_longer=float((chosen < rejected).sum()) / count,
         duplicates=duplicates,
@@ -221,9 +229,10 @@ def _repeats(hashes: Hashes) -> tuple[int, int]:
     return duplicates, int(np.isin(_whole(hashes, (0, 2, 1)), whole).sum())
 
 
-def _summary(lengths: npt.NDArray[np.int64]) -> LengthSummary:
+def _summary(lengths: npt.NDArray[np.int64], bin_width: int) -> LengthSummary:
     if not len(lengths):
         return LengthSummary(0.0, 0, 0, 0, 0, 0)
     spread = np.percentile(lengths, (5, 50, 95, 99), method="nearest")
     p5, p50, p95, p99 = (int(value) for value in spread)
-    return LengthSummary(float(lengths.mean()), p5, p50, p95, p99, int(lengths.max()))
+    counts = tuple(np.bincount(lengths // bin_width).tolist())
+    return LengthSummary(float(lengths.mean()), p5, p50, p95, p99, int(lengths.max()), bin_width, counts)

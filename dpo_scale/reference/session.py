@@ -14,7 +14,7 @@ from dpo_scale.distributed.runtime import Runtime
 from dpo_scale.errors import RecipeError
 from dpo_scale.inputs import Data
 from dpo_scale.model.layout_check import check_layout
-from dpo_scale.model.loading import DTYPES, cost_model, load_model, register_attention
+from dpo_scale.model.loading import DTYPES, cost_model, load_model, register_attention, stored_elements
 from dpo_scale.recipe import Recipe
 from dpo_scale.reference.cache import ReferenceStore, near_misses
 from dpo_scale.reference.key_index import first_positions
@@ -43,7 +43,7 @@ class Reference:
     def __init__(self, recipe: Recipe, runtime: Runtime, data: Data, console: Console) -> None:
         self._recipe, self._runtime, self._data, self._console = recipe, runtime, data, console
         self._ranks = runtime.ranks
-        self._source = find_reference(recipe, data, self._ranks)
+        self._source = find_reference(recipe, data, self._ranks, console)
         self.store = ReferenceStore.open(reference_cache_dir(recipe), self._source.fingerprint)
         self.rows_cached = 0
         self.rows_computed = 0
@@ -125,18 +125,23 @@ class Reference:
         recipe, ranks = self._recipe, self._ranks
         if self._engine is None or self._layout is None:
             register_attention(recipe.model, ranks.device)
-            self._console.say(f"Loading the reference from {self._source.folder}")
-            with loading_for(self._runtime.accelerator, "reference"):
-                model = load_model(self._source.folder, recipe.model)
-                self._engine = ReferenceEngine(self._runtime.accelerator, model)
-            choice = check_layout(
-                self._engine,
-                pairs,
-                wanted=recipe.batch.layout,
-                dtype=DTYPES[recipe.model.dtype],
-                device=ranks.device,
-                pad_id=self._data.pad_id,
-            )
+            folder, accelerator = self._source.folder, self._runtime.accelerator
+            self._console.say(f"Loading the reference from {folder}")
+            with (
+                self._console.progress("Loading the reference", stored_elements(folder), "parameters") as bar,
+                loading_for(accelerator, "reference", bar.advance),
+            ):
+                model = load_model(folder, recipe.model)
+                self._engine = ReferenceEngine(accelerator, model)
+            with self._console.progress("Checking the layout", None):
+                choice = check_layout(
+                    self._engine,
+                    pairs,
+                    wanted=recipe.batch.layout,
+                    dtype=DTYPES[recipe.model.dtype],
+                    device=ranks.device,
+                    pad_id=self._data.pad_id,
+                )
             for line in choice.describe("reference"):
                 self._console.say(line)
             self._layout = choice.layout

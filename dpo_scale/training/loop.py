@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dpo_scale.console import Console
+from dpo_scale.console import BYTES, Console
 from dpo_scale.data.layouts import Layout
 from dpo_scale.data.planning import Costs, Schedule, StepPlan, check_budget, layout_costs, plan_step
 from dpo_scale.distributed import engine_state
@@ -22,12 +22,7 @@ from dpo_scale.errors import UserError
 from dpo_scale.files import write_json
 from dpo_scale.inputs import Data, prepare_data
 from dpo_scale.model.layout_check import check_layout
-from dpo_scale.model.loading import (
-    DTYPES,
-    checkpoint_activations,
-    load_model,
-    register_attention,
-)
+from dpo_scale.model.loading import DTYPES, checkpoint_activations, load_model, register_attention, stored_elements
 from dpo_scale.recipe import Recipe
 from dpo_scale.reference.scoring import ReferenceRows
 from dpo_scale.reference.session import Reference
@@ -41,12 +36,7 @@ from dpo_scale.training.optimizer import build_optimizer, learning_rate, set_lea
 from dpo_scale.training.provenance import model_folder
 from dpo_scale.training.records import Records
 from dpo_scale.training.run_folder import RunFolder, trajectory_digest
-from dpo_scale.training.step import (
-    PairBatch,
-    StepOutput,
-    pair_batches,
-    run_step,
-)
+from dpo_scale.training.step import PairBatch, StepOutput, pair_batches, run_step
 from dpo_scale.training.stored_state import StoredState, check_fits
 
 STEPS_PREPARED_AHEAD = 2
@@ -73,6 +63,8 @@ def train(recipe: Recipe, runtime: Runtime, console: Console, folder: RunFolder 
     finished = run.train(interruption)
     if finished:
         run.export()
+    run.records.end(run.state, "finished" if finished else "stopped", console.clock.seconds)
+    if finished:
         console.say(f"Done: the trained model is in {Path(recipe.run.output_dir) / 'model'}")
         return 0
     console.say(
@@ -111,24 +103,29 @@ def _start(
     register_attention(recipe.model, ranks.device)
     torch.manual_seed(recipe.run.seed)
     console.say(f"Loading the policy from {data.model_folder}")
-    with loading_for(runtime.accelerator, "policy"):
+    with (
+        console.progress("Loading the policy", stored_elements(data.model_folder), "parameters") as bar,
+        loading_for(runtime.accelerator, "policy", bar.advance),
+    ):
         model = load_model(data.model_folder, recipe.model)
     if recipe.model.activation_checkpointing:
         checkpoint_activations(model)
-    optimizer = build_optimizer(model, recipe.optim, ranks.device)
-    policy = PolicyEngine(runtime.accelerator, model, optimizer, recipe)
+    with console.progress("Building the engine", None):
+        optimizer = build_optimizer(model, recipe.optim, ranks.device)
+        policy = PolicyEngine(runtime.accelerator, model, optimizer, recipe)
     console.say(policy.describe())
     digest = trajectory_digest(recipe, data.train.digest())
     state = _resume(recipe, ranks, console, policy, digest)
     policy.train(False)  # with dropout, two layouts would differ
-    layout = check_layout(
-        policy,
-        data.train,
-        wanted=recipe.batch.layout,
-        dtype=DTYPES[recipe.model.dtype],
-        device=ranks.device,
-        pad_id=data.pad_id,
-    )
+    with console.progress("Checking the layout", None):
+        layout = check_layout(
+            policy,
+            data.train,
+            wanted=recipe.batch.layout,
+            dtype=DTYPES[recipe.model.dtype],
+            device=ranks.device,
+            pad_id=data.pad_id,
+        )
     for line in layout.describe("policy"):
         console.say(line)
     policy.train()
@@ -162,7 +159,8 @@ def _start(
 def _resume(recipe: Recipe, ranks: Ranks, console: Console, policy: PolicyEngine, digest: str) -> RunState:
     """The state of the newest valid checkpoint, put into the engine; a fresh state where there is none."""
     folder = Path(recipe.run.output_dir) / "checkpoints"
-    found, passed_over = find_checkpoint(folder, recipe.run.resume, ranks)
+    with console.progress("Verifying checkpoints", None):
+        found, passed_over = find_checkpoint(folder, recipe.run.resume, ranks)
     for line in passed_over:
         console.say(f"Passed over {line}")
     if found is None:
@@ -178,9 +176,13 @@ def _resume(recipe: Recipe, ranks: Ranks, console: Console, policy: PolicyEngine
             f"{found.path}: the checkpoint of another run (settings or training data differ); "
             "choose another run.output_dir, or restore what changed"
         )
-    check_fits(found, engine_state.snapshot(policy.engine).parameters)
-    with StoredState(found) as stored:
-        engine_state.restore(policy.engine, stored.read, stored.buffers(), found.commit.counters)
+    snapshot = engine_state.snapshot(policy.engine)
+    check_fits(found, snapshot.parameters)
+    with (
+        StoredState(found) as stored,
+        console.progress("Restoring the checkpoint", snapshot.stored_bytes, BYTES) as bar,
+    ):
+        engine_state.restore(policy.engine, stored.watched(bar.advance), stored.buffers(), found.commit.counters)
         stored.restore_random_state(ranks)
     console.say(f"Resuming from {found.path}")
     return replace(found.commit.run, resumes=found.commit.run.resumes + 1)
@@ -220,10 +222,9 @@ class Run:
         committed = self.state.step if self.state.step else None
         if self.state.step == 0 and recipe.evaluate.at_start:
             self.evaluate()
-        self.records.restart(self.state)
+        self.records.begin(self.state)
         stop = False
-        with self.console.progress("Training", num_steps, "steps") as bar:
-            bar.advance(self.state.step)
+        with self.console.progress("Training", num_steps, "steps", done=self.state.step) as bar:
             for plan, batches in self._prepared(self.state.step, num_steps):
                 rate = learning_rate(plan.step, num_steps, recipe.optim)
                 set_learning_rate(self.policy.param_groups, rate)
@@ -355,25 +356,31 @@ class Run:
         started = time.monotonic()
         self.reference.commit()
         settings = self.recipe.checkpoint
-        path = save(
-            Path(self.recipe.run.output_dir) / "checkpoints",
-            engine_state.snapshot(self.policy.engine),
-            self.state,
-            self.ranks,
-            trajectory_digest=self.digest,
-            source_model=str(self.data.model_folder),
-            keep_last=settings.keep_last,
-            keep_every=settings.keep_every,
-        )
+        snapshot = engine_state.snapshot(self.policy.engine)
+        with self.console.progress("Saving the checkpoint", snapshot.stored_bytes, BYTES) as bar:
+            path = save(
+                Path(self.recipe.run.output_dir) / "checkpoints",
+                snapshot.watched(bar.advance),
+                self.state,
+                self.ranks,
+                trajectory_digest=self.digest,
+                source_model=str(self.data.model_folder),
+                keep_last=settings.keep_last,
+                keep_every=settings.keep_every,
+            )
         self.committed_at = time.monotonic()
         self.records.pause(self.committed_at - started)
         self.console.say(f"Committed {path} in {self.committed_at - started:.1f} s")
 
     def export(self) -> None:
         """Write RUN/model, a Hugging Face folder. Collective."""
-        with model_folder(self.recipe, self.data.model_folder, self.digest, self.state.step) as folder:
-            out = Path(self.recipe.run.output_dir) / "model"
-            export_engine(self.policy.engine, out, folder, self.ranks, step=self.state.step)
+        out, elements = Path(self.recipe.run.output_dir) / "model", self.policy.num_parameters
+        with (
+            model_folder(self.recipe, self.data.model_folder, self.digest, self.state.step) as folder,
+            self.console.progress("Exporting the model", elements, "parameters") as bar,
+        ):
+            engine = self.policy.engine
+            export_engine(engine, out, folder, self.ranks, step=self.state.step, progress=bar.advance)
 
 
 def _is_due(step: int, every: int | None) -> bool:
