@@ -48,6 +48,11 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: as trained")
     export.set_defaults(run=_export)
 
+    report = commands.add_parser("report", help="plots and tables of a run, or of several, as one HTML file")
+    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder; several are overlaid")
+    report.add_argument("--out", type=Path, help="default: RUN/report.html, for several runs report.html here")
+    report.set_defaults(run=_report)
+
     _add_cache_commands(commands.add_parser("cache", help="the stores of reference log-probs"))
     return parser
 
@@ -111,6 +116,13 @@ def _export(options: argparse.Namespace) -> int:
             provenance=folder.provenance,
         )
     print(f"exported to {options.out}")
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from dpo_scale.operations.report import write_report
+
+    print(f"wrote {write_report(options.runs, options.out)}")
     return 0
 
 
