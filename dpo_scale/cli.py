@@ -42,6 +42,17 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("overrides", nargs="*", metavar="section.field=value")
     check.set_defaults(run=_check)
 
+    doctor = commands.add_parser(
+        "doctor",
+        help="what this machine has, and what is missing; under srun, all nodes of a job",
+        epilog="srun --ntasks-per-node=1 dpo-scale doctor RECIPE looks at every node, their clocks and shared folders. "
+        "exit codes: 0 training would start, 1 it would not",
+    )
+    doctor.add_argument("recipe", type=Path, nargs="?", help="also look at the folders and the precision it names")
+    doctor.add_argument("overrides", nargs="*", metavar="section.field=value")
+    doctor.add_argument("--config_file", help="as given to accelerate launch; default: what it would take by itself")
+    doctor.set_defaults(run=_doctor)
+
     export = commands.add_parser("export", help="checkpoint -> Hugging Face folder")
     export.add_argument("checkpoint", type=Path, help="RUN/checkpoints/step-...")
     export.add_argument("out", type=Path)
@@ -92,6 +103,12 @@ def _check(options: argparse.Namespace) -> int:
 
     check(load_recipe(options.recipe, options.overrides))
     return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from dpo_scale.operations.doctor import doctor
+
+    return doctor(load_recipe(options.recipe, options.overrides) if options.recipe else None, options.config_file)
 
 
 def _export(options: argparse.Namespace) -> int:
