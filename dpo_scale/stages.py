@@ -6,6 +6,7 @@ from dpo_scale.console import Console
 from dpo_scale.distributed import runtime
 from dpo_scale.errors import UserError
 from dpo_scale.inputs import prepare_data
+from dpo_scale.operations.conclusion import conclude
 from dpo_scale.recipe import Recipe
 from dpo_scale.reference.session import Reference
 from dpo_scale.training import loop
@@ -19,6 +20,8 @@ def train(recipe: Recipe, console: Console) -> int:
     started.accelerator.init_trackers("dpo_scale", {name: str(value) for name, value in flatten(recipe).items()})
     code = loop.train(recipe, started, console, folder)
     started.accelerator.end_training()
+    if folder is not None:
+        conclude(folder.path, console)
     return code
 
 

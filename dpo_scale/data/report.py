@@ -30,10 +30,10 @@ class LengthSummary:
     p95: int
     p99: int
     max: int
-    bin_width: int = 1
+    bin_tokens: int = 1
     """Tokens spanned by a bin of the histogram; prompt, chosen and rejected of a report share it."""
-    bin_counts: tuple[int, ...] = ()
-    """Sequences of [0, bin_width), [bin_width, 2 * bin_width), ... tokens."""
+    bins: tuple[int, ...] = ()
+    """Sequences of [0, bin_tokens), [bin_tokens, 2 * bin_tokens), ... tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +114,7 @@ class DataReport:
         fields["sources"] = tuple(SourceReport(**source) for source in values["sources"])
         for name in ("prompt_tokens", "chosen_tokens", "rejected_tokens"):
             summary = values[name]
-            fields[name] = LengthSummary(**{**summary, "bin_counts": tuple(summary.get("bin_counts", ()))})
+            fields[name] = LengthSummary(**{**summary, "bins": tuple(summary.get("bins", ()))})
         return cls(**fields)
 
     def table(self, title: str = "data") -> Table:

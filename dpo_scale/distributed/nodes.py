@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from dpo_scale.errors import UserError
 
-TIMEOUT = timedelta(seconds=60)
+TIMEOUT = timedelta(seconds=120)
 PINGS = 5
 
 
@@ -42,9 +42,14 @@ class Nodes:
                 host, port, count, is_master=rank == 0, timeout=TIMEOUT, wait_for_workers=False
             )
         except RuntimeError as error:
+            why = str(error).splitlines()[0]
+            if rank == 0:
+                raise UserError(
+                    f"port {port} of {host} cannot be opened ({why}); set MASTER_PORT to a free one"
+                ) from error
             raise UserError(
-                f"the first node, {host}, does not answer on port {port} ({str(error).splitlines()[0]}); "
-                "open ports between the nodes of a job, or set MASTER_ADDR to an address that all of them reach"
+                f"the first node, {host}, does not answer on port {port} ({why}); open the ports between the nodes of "
+                "a job, or set MASTER_ADDR to an address that all of them reach"
             ) from error
         return cls(rank, count, store)
 
@@ -56,10 +61,7 @@ class Nodes:
         if self.store is None:
             return [json.loads(json.dumps(value))]
         self.store.set(f"{name}/{self.rank}", json.dumps(value))
-        try:
-            return [json.loads(self.store.get(f"{name}/{rank}")) for rank in range(self.count)]
-        except RuntimeError as error:
-            raise UserError(f"a node stayed away for {TIMEOUT.seconds} s: {str(error).splitlines()[0]}") from error
+        return [json.loads(self._get(f"{name}/{rank}")) for rank in range(self.count)]
 
     def clock_offset(self) -> tuple[float, float]:
         """(seconds that this node's clock is ahead of the first one's, how far off that may be).
@@ -73,7 +75,7 @@ class Nodes:
         for number in range(PINGS):
             sent = time.time()
             self.store.set(f"ping/{self.rank}/{number}", "")
-            theirs = float(self.store.get(f"pong/{self.rank}/{number}"))
+            theirs = float(self._get(f"pong/{self.rank}/{number}"))
             received = time.time()
             found.append(((received - sent) / 2, (sent + received) / 2 - theirs))
         uncertainty, offset = min(found)
@@ -82,9 +84,16 @@ class Nodes:
     def _answer_pings(self) -> None:
         for rank in range(1, self.count):
             for number in range(PINGS):
-                assert self.store is not None
-                self.store.get(f"ping/{rank}/{number}")
+                self._get(f"ping/{rank}/{number}")
                 self.store.set(f"pong/{rank}/{number}", repr(time.time()))
+
+    def _get(self, key: str) -> bytes:
+        try:
+            value: bytes = self.store.get(key)
+        except RuntimeError as error:
+            why = str(error).splitlines()[0]
+            raise UserError(f"a node stayed away ({why}); is it up, and does srun start one task on each?") from error
+        return value
 
 
 def _meeting_point() -> tuple[str, int]:
@@ -94,4 +103,4 @@ def _meeting_point() -> tuple[str, int]:
         listed = ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]]
         host = subprocess.run(listed, capture_output=True, text=True, check=True).stdout.split()[0]
     job = int(os.environ.get("SLURM_JOB_ID", "0"))
-    return host, int(os.environ.get("MASTER_PORT") or 40000 + job % 20000)
+    return host, int(os.environ.get("MASTER_PORT") or 10000 + job % 10000)

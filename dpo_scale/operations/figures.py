@@ -54,6 +54,8 @@ class Figure:
     unit: str = ""
     log: bool = False
     from_zero: bool = False
+    noisy: bool = True
+    """Whether a smoothed curve over it helps."""
     level: float | None = None
     """A dotted line to compare with."""
 
@@ -109,7 +111,13 @@ FIGURES = (
         unit="nats",
     ),
     Figure("grad_norm", "Gradient norm", "Before clipping.", (Curve("grad_norm", "norm", TRAINING),), log=True),
-    Figure("learning_rate", "Learning rate", "As the optimizer used it.", (Curve("learning_rate", "rate", TRAINING),)),
+    Figure(
+        "learning_rate",
+        "Learning rate",
+        "As the optimizer used it.",
+        (Curve("learning_rate", "rate", TRAINING),),
+        noisy=False,
+    ),
     Figure(
         "throughput",
         "Throughput",
@@ -124,6 +132,7 @@ FIGURES = (
         "Of the main rank: its GPU's where there is one, else resident.",
         (Curve("peak_memory_gib", "GiB", TRAINING),),
         unit="GiB",
+        noisy=False,
         from_zero=True,
     ),
     Figure("mfu", "Model flops utilization", "Share of the GPUs' bf16 peak.", (Curve("mfu", "MFU", TRAINING),)),
@@ -168,38 +177,52 @@ def figure_json(figure: Figure, runs: Sequence[RunRecords]) -> dict[str, Any] | 
     traces: list[Trace] = []
     for number, run in enumerate(runs):
         for curve in _shown_curves(figure, run, several=several):
-            traces += _curve_traces(curve, run, number, several=several)
+            traces += _curve_traces(curve, run, number, several=several, noisy=figure.noisy)
     if not traces:
         return None
     named = len({trace["name"] for trace in traces}) > 1
     for number, run in enumerate(runs):
-        traces += _mark_traces(run, number)
+        traces += _mark_traces(run, number, several=several)
     axis = {"title": {"text": figure.unit}, "rangemode": "tozero" if figure.from_zero else "normal"}
     layout: dict[str, Any] = {"yaxis": {**axis, "type": "log" if figure.log else "linear"}}
     if figure.level is not None:
         dotted = {"dash": "dot", "width": 1, "color": "#8a8f98"}
         ends = {"xref": "paper", "x0": 0, "x1": 1, "y0": figure.level, "y1": figure.level}
         layout["shapes"] = [{"type": "line", "layer": "below", "line": dotted, **ends}]
-    return {"name": figure.name, "named": named, "traces": traces, "layout": layout}
+    title = figure.title
+    if several and figure.curves[0].name == "chosen":
+        title += " of the chosen answers"
+    return {
+        "name": figure.name,
+        "title": title,
+        "reading": figure.reading,
+        "named": named,
+        "traces": traces,
+        "layout": layout,
+    }
 
 
 def lengths_json(data: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Histograms of prompt, chosen and rejected lengths of the training pairs; None without them."""
+    """Histograms of prompt, chosen and rejected lengths of the training pairs; None without them.
+
+    Bins may differ in width, so heights are sequences per token of length.
+    """
     traces = []
     for part, color in (("prompt", THIRD), ("chosen", CHOSEN), ("rejected", REJECTED)):
         summary = data.get("train", {}).get(f"{part}_tokens", {})
-        counts, width = summary.get("bin_counts"), summary.get("bin_width")
+        counts, width = summary.get("bins"), summary.get("bin_tokens")
         if not counts or not width:
             continue
-        x = [width * number for number in range(len(counts) + 1)]
         line = {"shape": "hv", "color": color, "width": 1.5}
-        hover = f"%{{y:,}} of %{{x:,}} to +{width - 1} tokens"
-        trace = {"x": x, "y": [*counts, 0], "name": part, "line": line, "hovertemplate": hover}
-        traces.append({**trace, "mode": "lines", "fill": "tozeroy", "fillcolor": f"{color}22", "meta": {}})
+        trace = {"x": [width * number for number in range(len(counts) + 1)], "y": [n / width for n in [*counts, 0]]}
+        hover = {"customdata": [*counts, 0], "hovertemplate": f"%{{customdata:,}} of %{{x:,}} to +{width - 1} tokens"}
+        shape = {"mode": "lines", "fill": "tozeroy", "fillcolor": f"{color}22", "line": line}
+        traces.append({"name": part, "meta": {}, **trace, **hover, **shape})
     if not traces:
         return None
-    axes = {"xaxis": {"title": {"text": "tokens"}, "rangemode": "tozero"}, "yaxis": {"title": {"text": "sequences"}}}
-    return {"name": "lengths", "named": True, "traces": traces, "layout": axes}
+    y = {"title": {"text": "sequences per token"}}
+    layout = {"xaxis": {"title": {"text": "tokens"}, "rangemode": "tozero"}, "yaxis": y}
+    return {"name": "lengths", "named": True, "traces": traces, "layout": layout}
 
 
 def _shown_curves(figure: Figure, run: RunRecords, *, several: bool) -> list[Curve]:
@@ -213,7 +236,7 @@ def _shown_curves(figure: Figure, run: RunRecords, *, several: bool) -> list[Cur
     return found
 
 
-def _curve_traces(curve: Curve, run: RunRecords, number: int, *, several: bool) -> list[Trace]:
+def _curve_traces(curve: Curve, run: RunRecords, number: int, *, several: bool, noisy: bool) -> list[Trace]:
     values = column(_lines(curve, run), curve.key)
     color, dash = curve.color, "solid"
     if several:
@@ -231,16 +254,15 @@ def _curve_traces(curve: Curve, run: RunRecords, number: int, *, several: bool) 
         line = {"color": color, "width": 1, "dash": "dot"}
         return [{**trace, "y": _json(values), "mode": "lines+markers", "marker": marker, "line": line}]
     raw, line = _thinned(values), {"color": color, "dash": dash}
-    few = len(raw) < SMOOTHED_FROM
     first = {**trace, "y": _json(raw), "mode": "lines+markers" if len(raw) < 3 else "lines"}
-    if few:
+    if not noisy or len(raw) < SMOOTHED_FROM:
         return [{**first, "line": {**line, "width": 2}}]
     first |= {"line": {**line, "width": 1}, "opacity": 0.3, "showlegend": False}
     smoothed = {"y": _json(_smoothed(raw)), "mode": "lines", "line": {**line, "width": 2}, "hoverinfo": "skip"}
     return [first, {"name": name, "meta": trace["meta"], "legendgroup": curve.key, **smoothed}]
 
 
-def _mark_traces(run: RunRecords, number: int) -> list[Trace]:
+def _mark_traces(run: RunRecords, number: int, *, several: bool) -> list[Trace]:
     """Vertical lines over the height of a figure, at resumes and at skipped steps."""
     resumes = [f"resumed at step {attempt.step}" for attempt in run.attempts[1:]]
     skips = [f"{count} skipped before step {step}" for step, count in run.skips]
@@ -248,7 +270,8 @@ def _mark_traces(run: RunRecords, number: int) -> list[Trace]:
     for name, texts in (("resumes", resumes), ("skips", skips)):
         if texts:
             y, text = [0, 1, None] * len(texts), [part for said in texts for part in (said, said, None)]
-            line = {"color": MARKS[name], "width": 1, "dash": "dash"}
+            color = RUNS[number % len(RUNS)] if several and name == "resumes" else MARKS[name]
+            line = {"color": color, "width": 1, "dash": "dash"}
             trace = {"name": name, "y": y, "text": text, "line": line, "mode": "lines", "yaxis": "y2"}
             traces.append({**trace, "hovertemplate": "%{text}<extra></extra>", "meta": {"run": number, "lines": name}})
     return traces

@@ -12,7 +12,6 @@ from packaging.specifiers import SpecifierSet
 from dpo_scale.distributed.ops import ASYNC_IO, CompiledOp
 
 Severity = Literal["ok", "warning", "error"]
-Need = Literal["any", "local", "shared"]
 
 PYTHONS = ((3, 10), (3, 13))
 GIB = 2**30
@@ -48,7 +47,7 @@ class Folder:
 
     purpose: str
     path: str
-    need: Need
+    should_be_local: bool
     filesystem: str
     network: bool
     free_bytes: int
@@ -259,11 +258,9 @@ def _folder(folder: Folder) -> Finding:
         return Finding("error", topic, f"{folder.path}: {folder.problem}", f"another folder for {topic}")
     if folder.free_bytes < LEAST_FREE_BYTES:
         return Finding("error", topic, f"{text}: full", f"free space, or another folder for {topic}")
-    if folder.need == "local" and folder.network:
+    if folder.should_be_local and folder.network:
         mend = f"a folder on a local disk for {topic}"
         return Finding("warning", topic, f"{text}: nodes wait for each other's locks there", mend)
-    if folder.need == "shared" and not folder.network:
-        return Finding("warning", topic, f"{text}: looks local, and all nodes must see it", "a folder that nodes share")
     if folder.free_bytes < FEW_FREE_BYTES:
         return Finding("warning", topic, f"{text}: little", f"free space, or another folder for {topic}")
     return Finding("ok", topic, text)

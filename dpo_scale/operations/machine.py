@@ -23,7 +23,7 @@ from dpo_scale.distributed.ops import extensions_folder, needed_ops, probe_ops
 from dpo_scale.distributed.runtime import default_launch_file, missing_trackers
 from dpo_scale.distributed.zero_config import read_policy_config
 from dpo_scale.errors import UserError
-from dpo_scale.operations.findings import Facts, Folder, Gpu, LaunchFile, Need
+from dpo_scale.operations.findings import Facts, Folder, Gpu, LaunchFile
 from dpo_scale.recipe import Recipe, cache_root
 from dpo_scale.shipped_files import shipped_file
 
@@ -65,7 +65,7 @@ def gather_facts(recipe: Recipe | None, config_file: str | None, nodes: int) -> 
         infiniband=any(Path("/sys/class/infiniband").glob("*")),
         shared_memory_bytes=shutil.disk_usage("/dev/shm").free if Path("/dev/shm").exists() else 0,
         links=_links(_lines("nvidia-smi", "topo", "-m")),
-        folders=tuple(_folders(recipe, nodes)),
+        folders=tuple(_folders(recipe)),
         accelerate_variables={name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")},
         dtype=recipe.model.dtype if recipe else "",
         missing_trackers=tuple(missing_trackers(recipe.track.to)) if recipe else (),
@@ -166,20 +166,19 @@ def _links(topology: list[str]) -> tuple[str, ...]:
     return tuple(sorted(cells))
 
 
-def _folders(recipe: Recipe | None, nodes: int) -> Iterator[Folder]:
-    everywhere: Need = "shared" if nodes > 1 else "any"
+def _folders(recipe: Recipe | None) -> Iterator[Folder]:
     if recipe is not None:
-        yield _folder("run.output_dir", Path(recipe.run.output_dir), everywhere)
+        yield _folder("run.output_dir", Path(recipe.run.output_dir))
         if recipe.reference.nvme_path:
-            yield _folder("reference.nvme_path", Path(recipe.reference.nvme_path), "local")
+            yield _folder("reference.nvme_path", Path(recipe.reference.nvme_path), should_be_local=True)
     reference = recipe and recipe.reference.cache_dir
     tokens = recipe and recipe.data.cache_dir
-    yield _folder("reference.cache_dir", Path(reference or cache_root() / "reference"), "any")
-    yield _folder("data.cache_dir", Path(tokens or cache_root() / "tokens"), "any")
-    yield _folder("TORCH_EXTENSIONS_DIR", extensions_folder(), "local")
+    yield _folder("reference.cache_dir", Path(reference or cache_root() / "reference"))
+    yield _folder("data.cache_dir", Path(tokens or cache_root() / "tokens"))
+    yield _folder("TORCH_EXTENSIONS_DIR", extensions_folder(), should_be_local=True)
 
 
-def _folder(purpose: str, path: Path, need: Need) -> Folder:
+def _folder(purpose: str, path: Path, *, should_be_local: bool = False) -> Folder:
     """Facts of a folder that may not be there yet: those of its nearest parent that is."""
     path = path.expanduser().absolute()
     existing = next(parent for parent in (path, *path.parents) if parent.exists())
@@ -190,7 +189,7 @@ def _folder(purpose: str, path: Path, need: Need) -> Folder:
         problem = f"{existing} may not be written to"
     filesystem = _filesystem(existing, Path("/proc/self/mounts").read_text(encoding="utf-8"))
     network = filesystem in NETWORK_FILESYSTEMS
-    return Folder(purpose, str(path), need, filesystem, network, shutil.disk_usage(existing).free, problem)
+    return Folder(purpose, str(path), should_be_local, filesystem, network, shutil.disk_usage(existing).free, problem)
 
 
 def _filesystem(path: Path, mounts: str) -> str:

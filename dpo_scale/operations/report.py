@@ -52,8 +52,7 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
 def render(runs: Sequence[RunRecords]) -> str:
     """The page of one run, or of several."""
     positions = [x_values(run) for run in runs]
-    drawn = [(figure, figure_json(figure, runs)) for figure in FIGURES]
-    figures = [(figure, json) for figure, json in drawn if json is not None]
+    figures = [drawn for figure in FIGURES if (drawn := figure_json(figure, runs)) is not None]
     axes = [axis for axis in AXES if all(axis in place["training"] for place in positions if place)]
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     template = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True).get_template(
@@ -62,8 +61,8 @@ def render(runs: Sequence[RunRecords]) -> str:
     lengths = lengths_json(runs[0].data) if len(runs) == 1 else None
     page = _page_of_one(runs[0]) if len(runs) == 1 else _page_of_several(runs)
     return template.render(
-        figures=[figure for figure, _ in figures],
-        drawn=[json for _, json in figures] + ([lengths] if lengths else []),
+        figures=figures,
+        drawn=[*figures, lengths] if lengths else figures,
         positions=positions,
         axes=[(axis, AXES[axis]) for axis in axes],
         axis_titles=AXIS_TITLES,
@@ -229,9 +228,10 @@ def _run_blocks(run: RunRecords) -> Iterator[dict[str, Any]]:
     stages = _stage_seconds(run)
     if stages:
         total = sum(stages.values())
-        shares = [
-            (name, duration(seconds), f"{100 * seconds / total:.1f}") for name, seconds in stages.items() if seconds > 0
-        ]
+        shown = {name: seconds for name, seconds in stages.items() if seconds > 0.002 * total}
+        if len(shown) < len(stages):
+            shown["shorter ones"] = total - sum(shown.values())
+        shares = [(name, duration(seconds), f"{100 * seconds / total:.1f}") for name, seconds in shown.items()]
         known = sum(bool(attempt.stage_seconds) for attempt in run.attempts)
         note = f"Of the {known} attempts whose end was noted." if known < len(run.attempts) else ""
         yield {"title": f"Time by stage, {duration(total)} in all", "note": note, "shares": shares}

@@ -65,7 +65,6 @@ def train(recipe: Recipe, runtime: Runtime, console: Console, folder: RunFolder 
         run.export()
     run.records.end(run.state, "finished" if finished else "stopped", console.clock.seconds)
     if finished:
-        console.say(f"Done: the trained model is in {Path(recipe.run.output_dir) / 'model'}")
         return 0
     console.say(
         f"Stopped by {interruption.reason() or 'another rank'} after step {run.state.step}, which is committed; "

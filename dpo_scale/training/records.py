@@ -94,10 +94,11 @@ class Records:
                 **({} if mfu is None else {"mfu": mfu}),
             },
         )
+        left = duration(step_seconds * (num_steps - state.step))
         self._console.say(
             f"step {state.step:>5}/{num_steps}  loss {means['loss']:.4f}  margin {means['rewards/margin']:+.4f}  "
             f"accuracy {means['rewards/accuracy']:.3f}  grad {grad_norm:.3g}  lr {learning_rate:.2e}  "
-            f"{pairs_per_second:.1f} pairs/s  {duration(step_seconds * (num_steps - state.step))} left"
+            f"{pairs_per_second:.1f} pairs/s{f'  {left} left' if state.step < num_steps else ''}"
         )
         self.restart(state)
         return seconds
