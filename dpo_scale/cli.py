@@ -44,12 +44,27 @@ def _parser() -> argparse.ArgumentParser:
     check.set_defaults(run=_check)
 
     _add_status_command(commands)
+    doctor = commands.add_parser(
+        "doctor",
+        help="what this machine has, and what is missing; under srun, all nodes of a job",
+        epilog="srun --ntasks-per-node=1 dpo-scale doctor RECIPE looks at every node, their clocks and shared folders. "
+        "exit codes: 0 training would start, 1 it would not",
+    )
+    doctor.add_argument("recipe", type=Path, nargs="?", help="also look at the folders and the precision it names")
+    doctor.add_argument("overrides", nargs="*", metavar="section.field=value")
+    doctor.add_argument("--config_file", help="as given to accelerate launch; default: what it would take by itself")
+    doctor.set_defaults(run=_doctor)
 
     export = commands.add_parser("export", help="checkpoint -> Hugging Face folder")
     export.add_argument("checkpoint", type=Path, help="RUN/checkpoints/step-...")
     export.add_argument("out", type=Path)
     export.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: as trained")
     export.set_defaults(run=_export)
+
+    report = commands.add_parser("report", help="plots and tables of a run, or of several, as one HTML file")
+    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder; several are overlaid")
+    report.add_argument("--out", type=Path, help="default: RUN/report.html, for several runs report.html here")
+    report.set_defaults(run=_report)
 
     _add_cache_commands(commands.add_parser("cache", help="the stores of reference log-probs"))
     return parser
@@ -131,6 +146,12 @@ def _status(options: argparse.Namespace) -> int:
     return verdict.code
 
 
+def _doctor(options: argparse.Namespace) -> int:
+    from dpo_scale.operations.doctor import doctor
+
+    return doctor(load_recipe(options.recipe, options.overrides) if options.recipe else None, options.config_file)
+
+
 def _export(options: argparse.Namespace) -> int:
     import torch
 
@@ -153,6 +174,13 @@ def _export(options: argparse.Namespace) -> int:
             provenance=folder.provenance,
         )
     print(f"exported to {options.out}")
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from dpo_scale.operations.report import write_report
+
+    print(f"wrote {write_report(options.runs, options.out)}")
     return 0
 
 

@@ -87,22 +87,24 @@ def leftovers(folder: Path, older_than_s: float) -> list[Path]:
     return found
 
 
-def sha256_of_file(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex."""
+def sha256_of_file(path: Path, progress: Callable[[int], None] | None = None) -> str:
+    """SHA-256 of a file's bytes, in hex; `progress` is told of further bytes that were read."""
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(_READ_BYTES))
     with open(path, "rb", buffering=0) as file:
         while count := file.readinto(buffer):
             digest.update(buffer[:count])
+            if progress is not None:
+                progress(count)
     return digest.hexdigest()
 
 
-def remembered_sha256(path: Path, memory_dir: Path) -> str:
+def remembered_sha256(path: Path, memory_dir: Path, progress: Callable[[int], None] | None = None) -> str:
     """SHA-256 of a file, read only if the file is new or changed since it was last asked for.
 
     A weight file that the Hugging Face hub client stored under its SHA-256 is not read at all.
     """
-    return _digest_in_name(path) or DigestMemory(memory_dir / "sha256.jsonl").sha256(path)
+    return _digest_in_name(path) or DigestMemory(memory_dir / "sha256.jsonl").sha256(path, progress)
 
 
 class DigestMemory:
@@ -118,13 +120,13 @@ class DigestMemory:
         self._read_up_to = 0
         self._digests: dict[str, str] = {}
 
-    def sha256(self, path: Path) -> str:
+    def sha256(self, path: Path, progress: Callable[[int], None] | None = None) -> str:
         """The file's SHA-256 in hex. Raises UserError if the file changes while it is read."""
         state = _file_state(path)
         if state not in self._digests:
             self._read_new_lines()
         if state not in self._digests:
-            digest = sha256_of_file(path)
+            digest = sha256_of_file(path, progress)
             if _file_state(path) != state:
                 raise UserError(f"{path}: changed while it was read; wait until it is complete")
             if not _is_settled(path.stat().st_ctime_ns):

@@ -9,6 +9,7 @@ from dpo_scale.distributed import runtime
 from dpo_scale.distributed.lockstep import by_main
 from dpo_scale.errors import UserError
 from dpo_scale.inputs import prepare_data
+from dpo_scale.operations.conclusion import conclude
 from dpo_scale.recipe import Recipe
 from dpo_scale.reference.session import Reference
 from dpo_scale.training import locks, loop
@@ -27,6 +28,8 @@ def train(recipe: Recipe, console: Console, watch: Watch) -> int:
     code = loop.train(recipe, started, console, folder, status, watch)
     watch.close()
     started.accelerator.end_training()
+    if folder is not None:
+        conclude(folder.path, console)
     return code
 
 

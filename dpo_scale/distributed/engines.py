@@ -22,12 +22,30 @@ from dpo_scale.recipe import Recipe
 
 
 @contextmanager
-def loading_for(accelerator: Accelerator, role: str) -> Iterator[None]:
-    """Inside, models are built under zero.Init with the configuration of a role: policy or reference."""
+def loading_for(accelerator: Accelerator, role: str, progress: Callable[[int], None] | None = None) -> Iterator[None]:
+    """Inside, models are built under zero.Init with the configuration of a role: policy or reference.
+
+    `progress` is told of further elements that were filled. Transformers gathers the parameters of a module, fills them
+    and moves on, and shows no progress of its own under ZeRO-3.
+    """
+    plain = deepspeed.zero.GatheredParameters
+
+    class Counted(plain):  # type: ignore[misc, valid-type]
+        def __init__(self, params: Any, *arguments: Any, **settings: Any) -> None:
+            super().__init__(params, *arguments, **settings)
+            self._elements = sum(parameter.ds_numel for parameter in params) if isinstance(params, list) else 0
+
+        def __exit__(self, *error: Any) -> None:
+            super().__exit__(*error)
+            if progress is not None:
+                progress(self._elements)
+
     accelerator.state.select_deepspeed_plugin(role)
+    deepspeed.zero.GatheredParameters = Counted
     try:
         yield
     finally:
+        deepspeed.zero.GatheredParameters = plain
         accelerator.state.select_deepspeed_plugin("policy")
 
 
@@ -84,13 +102,16 @@ class PolicyEngine:
 
     def describe(self) -> str:
         """One line on how the model is sharded."""
-        parameters = list(self.engine.module.parameters())
-        total = sum(parameter.ds_numel for parameter in parameters)
-        own = sum(parameter.ds_tensor.numel() for parameter in parameters)
+        own = sum(parameter.ds_tensor.numel() for parameter in self.engine.module.parameters())
         return (
             f"ZeRO stage {self.engine.zero_optimization_stage()} on {self._world_size} ranks: "
-            f"each holds {own:,} of {total:,} parameters"
+            f"each holds {own:,} of {self.num_parameters:,} parameters"
         )
+
+    @property
+    def num_parameters(self) -> int:
+        """Elements of all parameters, over all ranks."""
+        return sum(parameter.ds_numel for parameter in self.engine.module.parameters())
 
     @property
     def model(self) -> CompletionLogProbs:

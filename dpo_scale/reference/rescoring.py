@@ -32,7 +32,7 @@ def rescore(recipe: Recipe, folder: Path, rows: int, seed: int = 0) -> RowCompar
     """
     ranks, console = OneProcess(), Console()
     data = prepare_data(recipe, ranks, console)
-    source = find_reference(recipe, data, ranks)
+    source = find_reference(recipe, data, ranks, console)
     stored = read_fingerprint(folder)
     if stored is None or stored.key != source.fingerprint.key:
         reasons = explain_difference(source.fingerprint, stored) if stored else ["reference.json is missing or damaged"]

@@ -16,7 +16,7 @@ from dpo_scale.distributed.runtime import Runtime
 from dpo_scale.errors import RecipeError
 from dpo_scale.inputs import Data
 from dpo_scale.model.layout_check import check_layout
-from dpo_scale.model.loading import DTYPES, cost_model, load_model, register_attention
+from dpo_scale.model.loading import DTYPES, cost_model, load_model, register_attention, stored_elements
 from dpo_scale.recipe import Recipe
 from dpo_scale.reference.cache import ReferenceStore, near_misses
 from dpo_scale.reference.fingerprint import ReferenceFingerprint
@@ -55,7 +55,7 @@ class Reference:
         self._recipe, self._runtime, self._data, self._console = recipe, runtime, data, console
         self._between_batches = between_batches
         self._ranks = runtime.ranks
-        self._source = find_reference(recipe, data, self._ranks)
+        self._source = find_reference(recipe, data, self._ranks, console)
         self.store = ReferenceStore.open(reference_cache_dir(recipe), self._source.fingerprint)
         self.rows_cached = 0
         self.rows_computed = 0
@@ -144,20 +144,26 @@ class Reference:
         recipe, ranks = self._recipe, self._ranks
         if self._engine is None or self._layout is None:
             register_attention(recipe.model, ranks.device)
-            self._console.say(f"Loading the reference from {self._source.folder}")
-            if pin_where_it_fits(self._runtime.accelerator, "reference", self._source.loaded_bytes(recipe.model.dtype)):
+            folder, accelerator = self._source.folder, self._runtime.accelerator
+            dtype, elements = DTYPES[recipe.model.dtype], stored_elements(folder)
+            self._console.say(f"Loading the reference from {folder}")
+            if pin_where_it_fits(accelerator, "reference", (elements or 0) * dtype.itemsize):
                 self._console.say("  its shards are not pinned: they would take more than half of the free memory")
-            with loading_for(self._runtime.accelerator, "reference"):
-                model = load_model(self._source.folder, recipe.model)
-                self._engine = ReferenceEngine(self._runtime.accelerator, model)
-            choice = check_layout(
-                self._engine,
-                pairs,
-                wanted=recipe.batch.layout,
-                dtype=DTYPES[recipe.model.dtype],
-                device=ranks.device,
-                pad_id=self._data.pad_id,
-            )
+            with (
+                self._console.progress("Loading the reference", elements, "parameters") as bar,
+                loading_for(accelerator, "reference", bar.advance),
+            ):
+                model = load_model(folder, recipe.model)
+                self._engine = ReferenceEngine(accelerator, model)
+            with self._console.progress("Checking the layout", None):
+                choice = check_layout(
+                    self._engine,
+                    pairs,
+                    wanted=recipe.batch.layout,
+                    dtype=dtype,
+                    device=ranks.device,
+                    pad_id=self._data.pad_id,
+                )
             for line in choice.describe("reference"):
                 self._console.say(line)
             self._layout = choice.layout

@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-
+from dpo_scale.console import BYTES, Console
 from dpo_scale.distributed import lockstep
 from dpo_scale.distributed.lockstep import once_a_machine, together
 from dpo_scale.errors import RecipeError
 from dpo_scale.files import remembered_sha256
 from dpo_scale.inputs import Data
-from dpo_scale.model.loading import DTYPES, check_vocabulary, load_config, resolve_folder
+from dpo_scale.model.loading import check_vocabulary, load_config, resolve_folder
 from dpo_scale.model.tokenizer import load_tokenizer
 from dpo_scale.recipe import Recipe, cache_root
 from dpo_scale.reference.fingerprint import ReferenceFingerprint, fingerprint_model, weight_files
@@ -31,19 +30,13 @@ class ReferenceSource:
     config: Any
     fingerprint: ReferenceFingerprint
 
-    def loaded_bytes(self, dtype: str) -> int:
-        """Bytes of all weights in a compute precision, from the sizes of the files."""
-        stored = sum(path.stat().st_size for path in weight_files(self.folder))
-        stored_dtype = self.config.dtype or torch.float32  # what torch saves unless it is told
-        return stored // stored_dtype.itemsize * DTYPES[dtype].itemsize
-
 
 def reference_cache_dir(recipe: Recipe) -> Path:
     """Where the stores of reference log-probs are."""
     return Path(recipe.reference.cache_dir or cache_root() / "reference")
 
 
-def find_reference(recipe: Recipe, data: Data, ranks: Ranks) -> ReferenceSource:
+def find_reference(recipe: Recipe, data: Data, ranks: Ranks, console: Console) -> ReferenceSource:
     """Find the reference and hash its files, without loading a weight. Collective.
 
     Raises RecipeError for a reference that does not score the policy's tokens.
@@ -54,7 +47,7 @@ def find_reference(recipe: Recipe, data: Data, ranks: Ranks) -> ReferenceSource:
     config = load_config(folder, trust_remote_code=recipe.model.trust_remote_code, setting="reference.path")
     if folder != data.model_folder:
         _check_same_tokens(folder, config, recipe, data)
-    return ReferenceSource(folder, config, _fingerprint(folder, recipe, ranks))
+    return ReferenceSource(folder, config, _fingerprint(folder, recipe, ranks, console))
 
 
 def _check_same_tokens(folder: Path, config: Any, recipe: Recipe, data: Data) -> None:
@@ -71,13 +64,14 @@ def _check_same_tokens(folder: Path, config: Any, recipe: Recipe, data: Data) ->
     check_vocabulary(largest, config, "reference.path")
 
 
-def _fingerprint(folder: Path, recipe: Recipe, ranks: Ranks) -> ReferenceFingerprint:
+def _fingerprint(folder: Path, recipe: Recipe, ranks: Ranks, console: Console) -> ReferenceFingerprint:
     """Fingerprint of the reference's files, each hashed by one rank."""
     files, memory = weight_files(folder), reference_cache_dir(recipe)
 
     def digests() -> dict[str, str]:
         mine = files[ranks.rank :: ranks.world_size]
-        return {file.name: remembered_sha256(file, memory) for file in mine}
+        with console.progress("Hashing the reference", sum(file.stat().st_size for file in mine), BYTES) as bar:
+            return {file.name: remembered_sha256(file, memory, bar.advance) for file in mine}
 
     gathered = together(ranks, digests, RecipeError)
     return fingerprint_model(

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dpo_scale.console import Console
+from dpo_scale.console import BYTES, Console
 from dpo_scale.data.layouts import Layout
 from dpo_scale.data.planning import Costs, Schedule, StepPlan, check_budget, layout_costs, plan_step
 from dpo_scale.distributed import engine_state
@@ -23,12 +23,7 @@ from dpo_scale.distributed.runtime import Runtime
 from dpo_scale.files import write_json
 from dpo_scale.inputs import Data, prepare_data
 from dpo_scale.model.layout_check import check_layout
-from dpo_scale.model.loading import (
-    DTYPES,
-    checkpoint_activations,
-    load_model,
-    register_attention,
-)
+from dpo_scale.model.loading import DTYPES, checkpoint_activations, load_model, register_attention, stored_elements
 from dpo_scale.recipe import Recipe
 from dpo_scale.reference.scoring import ReferenceRows
 from dpo_scale.reference.session import Reference
@@ -44,12 +39,7 @@ from dpo_scale.training.records import Records
 from dpo_scale.training.resume import resume
 from dpo_scale.training.run_folder import RunFolder, trajectory_of
 from dpo_scale.training.status import StatusFile
-from dpo_scale.training.step import (
-    PairBatch,
-    StepOutput,
-    pair_batches,
-    run_step,
-)
+from dpo_scale.training.step import PairBatch, StepOutput, pair_batches, run_step
 from dpo_scale.watch import Watch
 
 STEPS_PREPARED_AHEAD = 2
@@ -90,9 +80,10 @@ def train(
         if run.train(interruption, status):
             status.enter("exporting", run.state.step)
             run.export()
+            run.records.end(run.state, "finished", console.clock.seconds)
             status.finish()
-            console.say(f"Done: the trained model is in {Path(recipe.run.output_dir) / 'model'}")
             return 0
+        run.records.end(run.state, "stopped", console.clock.seconds)
         if step := run.state.step:
             reached = f"after step {step}, which is committed"
     except StopRequestedError:  # while the reference was scored
@@ -139,24 +130,29 @@ def _start(
     register_attention(recipe.model, ranks.device)
     torch.manual_seed(recipe.run.seed)
     console.say(f"Loading the policy from {data.model_folder}")
-    with loading_for(runtime.accelerator, "policy"):
+    with (
+        console.progress("Loading the policy", stored_elements(data.model_folder), "parameters") as bar,
+        loading_for(runtime.accelerator, "policy", bar.advance),
+    ):
         model = load_model(data.model_folder, recipe.model)
     if recipe.model.activation_checkpointing:
         checkpoint_activations(model)
-    optimizer = build_optimizer(model, recipe.optim, ranks.device)
-    policy = PolicyEngine(runtime.accelerator, model, optimizer, recipe)
+    with console.progress("Building the engine", None):
+        optimizer = build_optimizer(model, recipe.optim, ranks.device)
+        policy = PolicyEngine(runtime.accelerator, model, optimizer, recipe)
     console.say(policy.describe())
     trajectory = trajectory_of(recipe, data.train.digest(), reference.fingerprint.key)
     state = resume(recipe, ranks, console, policy.engine, trajectory)
     policy.train(False)  # with dropout, two layouts would differ
-    layout = check_layout(
-        policy,
-        data.train,
-        wanted=recipe.batch.layout,
-        dtype=DTYPES[recipe.model.dtype],
-        device=ranks.device,
-        pad_id=data.pad_id,
-    )
+    with console.progress("Checking the layout", None):
+        layout = check_layout(
+            policy,
+            data.train,
+            wanted=recipe.batch.layout,
+            dtype=DTYPES[recipe.model.dtype],
+            device=ranks.device,
+            pad_id=data.pad_id,
+        )
     for line in layout.describe("policy"):
         console.say(line)
     policy.train()
@@ -235,9 +231,8 @@ class Run:
         """The loop."""
         recipe, num_steps = self.recipe, self.schedule.num_steps
         self._evaluate_if_due()
-        self.records.restart(self.state)
-        with self.console.progress("Training", num_steps, "steps") as bar:
-            bar.advance(self.state.step)
+        self.records.begin(self.state)
+        with self.console.progress("Training", num_steps, "steps", done=self.state.step) as bar:
             for plan, batches in self._prepared(self.state.step, num_steps):
                 self.watch.moved(f"step {plan.step + 1}")
                 started = time.monotonic()
@@ -383,16 +378,18 @@ class Run:
         self.reference.commit()
         self.records.settle()
         settings = self.recipe.checkpoint
-        path = save(
-            Path(self.recipe.run.output_dir) / "checkpoints",
-            engine_state.snapshot(self.policy.engine),
-            self.state,
-            self.ranks,
-            trajectory=self.trajectory,
-            source_model=str(self.data.model_folder),
-            keep_last=settings.keep_last,
-            keep_every=settings.keep_every,
-        )
+        snapshot = engine_state.snapshot(self.policy.engine)
+        with self.console.progress("Saving the checkpoint", snapshot.stored_bytes, BYTES) as bar:
+            path = save(
+                Path(self.recipe.run.output_dir) / "checkpoints",
+                snapshot.watched(bar.advance),
+                self.state,
+                self.ranks,
+                trajectory=self.trajectory,
+                source_model=str(self.data.model_folder),
+                keep_last=settings.keep_last,
+                keep_every=settings.keep_every,
+            )
         self.committed_at, self.committed_step = time.monotonic(), self.state.step
         self.last_commit = self.committed_at - started
         self.records.pause(self.last_commit)
@@ -401,10 +398,14 @@ class Run:
     def export(self) -> None:
         """Write RUN/model, a Hugging Face folder. Collective."""
         self.watch.rest()
+        out, elements = Path(self.recipe.run.output_dir) / "model", self.policy.num_parameters
         digest = digest_of(self.trajectory)
-        with model_folder(self.recipe, self.data.model_folder, digest, self.state.step) as folder:
-            out = Path(self.recipe.run.output_dir) / "model"
-            export_engine(self.policy.engine, out, folder, self.ranks, step=self.state.step)
+        with (
+            model_folder(self.recipe, self.data.model_folder, digest, self.state.step) as folder,
+            self.console.progress("Exporting the model", elements, "parameters") as bar,
+        ):
+            engine = self.policy.engine
+            export_engine(engine, out, folder, self.ranks, step=self.state.step, progress=bar.advance)
 
 
 def _is_due(step: int, every: int | None) -> bool:

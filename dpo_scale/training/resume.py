@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dpo_scale.console import Console
+from dpo_scale.console import BYTES, Console
 from dpo_scale.distributed import engine_state
 from dpo_scale.distributed.lockstep import Ranks
 from dpo_scale.errors import UserError
@@ -32,9 +32,13 @@ def resume(recipe: Recipe, ranks: Ranks, console: Console, engine: Any, trajecto
             + "\n".join(f"  {line}" for line in differing)
             + "\nchoose another run.output_dir, or restore what changed"
         )
-    check_fits(found, engine_state.snapshot(engine).parameters)
-    with StoredState(found) as stored:
-        engine_state.restore(engine, stored.read, stored.buffers(), found.commit.counters)
+    snapshot = engine_state.snapshot(engine)
+    check_fits(found, snapshot.parameters)
+    with (
+        StoredState(found) as stored,
+        console.progress("Restoring the checkpoint", snapshot.stored_bytes, BYTES) as bar,
+    ):
+        engine_state.restore(engine, stored.watched(bar.advance), stored.buffers(), found.commit.counters)
         stored.restore_random_state(ranks)
     console.say(f"Resuming from {found.path}")
     before, named = found.commit.run, recipe.run.resume
@@ -48,7 +52,8 @@ def _find(recipe: Recipe, ranks: Ranks, console: Console) -> Checkpoint | None:
         newest, _ = find_checkpoint(folder, "auto", ranks)
         if newest is not None and newest.commit.run.origin == named:
             return newest  # else each preemption would send the run back
-    found, passed_over = find_checkpoint(folder, named, ranks)
+    with console.progress("Verifying checkpoints", None):
+        found, passed_over = find_checkpoint(folder, named, ranks)
     for line in passed_over:
         console.say(f"Passed over {line}")
     if found is None and any(UNFINISHED not in line for line in passed_over):

@@ -29,7 +29,6 @@ from dpo_scale.model.loading import load_model, register_attention
 from dpo_scale.recipe import Recipe, load_recipe
 from dpo_scale.reference.cache import ReferenceStore, part_paths
 from dpo_scale.reference.session import Reference
-from dpo_scale.reference.source import find_reference
 
 NUM_ADDED = 7
 
@@ -129,7 +128,6 @@ def engine(recipe: Recipe, runtime: Runtime, data: Data, folder: Path) -> dict[s
     gc.collect()
     return {
         "resident": resident,
-        "bytes": [find_reference(recipe, data, runtime.ranks).loaded_bytes("float32"), size],
         "pinned": [
             [pin_where_it_fits(runtime.accelerator, "reference", model_bytes) for model_bytes in (size, 1 << 50)],
             runtime.accelerator.state.get_deepspeed_plugin("reference").deepspeed_config["zero_optimization"][

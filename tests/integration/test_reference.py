@@ -156,8 +156,6 @@ def test_nothing_is_resident_between_forwards(two_ranks: list[dict[str, Any]]) -
 
 def test_shards_are_pinned_only_where_they_fit(two_ranks: list[dict[str, Any]]) -> None:
     for rank in two_ranks:
-        from_files, from_parameters = rank["engine"]["bytes"]
-        assert from_files == pytest.approx(from_parameters, rel=0.05)
         assert rank["engine"]["pinned"] == [[False, True], False]
 
 

@@ -21,7 +21,8 @@ ORDER = (
     ("inputs",),
     ("reference",),
     ("training",),
-    ("stages", "operations"),
+    ("operations",),
+    ("stages",),
     ("launched", "demo"),
     ("cli", "train", "score", "evaluate"),
 )
