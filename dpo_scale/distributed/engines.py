@@ -68,8 +68,8 @@ def mark_leaves(model: nn.Module) -> None:
     """Let ZeRO-3 gather each decoder layer as one, and each mixture of experts that stands outside of one.
 
     Its hooks then run once a layer instead of once for each of a dozen modules, which for a small model takes half as
-    long as the arithmetic. A mixture of experts must be gathered as one in any case: ranks route tokens differently, and a
-    rank that skips an expert would wait for ever for those that do not.
+    long as the arithmetic. A mixture of experts must be gathered as one in any case: ranks route tokens differently,
+    and a rank that skips an expert would wait for ever for those that do not.
     """
     pending = [model]
     while pending:
