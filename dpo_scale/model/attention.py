@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -289,10 +289,8 @@ def _by_segment(
 
     Each tensor is split once: the backward pass of a split is one concatenation, that of a slice a whole row of zeros.
     """
-    repeats = query_BNTD.shape[1] // key_BGTD.shape[1]
-    if repeats > 1:
-        key_BGTD = key_BGTD.repeat_interleave(repeats, dim=1)
-        value_BGTD = value_BGTD.repeat_interleave(repeats, dim=1)
+    grouped = query_BNTD.shape[1] != key_BGTD.shape[1]
+    attend = partial(F.scaled_dot_product_attention, dropout_p=dropout, scale=scale, enable_gqa=grouped)
     queries = query_BNTD.split([segment.num_queries for segment in segments.segments], dim=2)
     keys, values = _keys_of_segments(key_BGTD, segments), _keys_of_segments(value_BGTD, segments)
     outputs = []
@@ -303,11 +301,9 @@ def _by_segment(
             output = _soft_capped(query, key, value, mask_QK, scale, dropout, softcap)
         elif windowed or segment.num_queries != segment.num_keys:
             mask_QK = _causal_mask(segment, sliding_window, query.device)
-            output = F.scaled_dot_product_attention(
-                query, key, value, attn_mask=mask_QK, dropout_p=dropout, scale=scale
-            )
+            output = attend(query, key, value, attn_mask=mask_QK)
         else:
-            output = F.scaled_dot_product_attention(query, key, value, is_causal=True, dropout_p=dropout, scale=scale)
+            output = attend(query, key, value, is_causal=True)
         outputs.append(output.transpose(1, 2))
     return torch.cat(outputs, dim=1)
 
@@ -342,6 +338,8 @@ def _soft_capped(
     dropout: float,
     softcap: float,
 ) -> Tensor:
+    repeats = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
     scores = softcap * torch.tanh(query @ key.transpose(2, 3) * (scale / softcap))
     weights = scores.masked_fill(~mask_QK, float("-inf")).softmax(-1, dtype=torch.float32)
     return F.dropout(weights.to(query.dtype), dropout) @ value

@@ -48,10 +48,15 @@ def hh_pairs(hh_pairs_path: Path) -> list[PromptCompletions]:
 def _sums_and_gradients(
     model: CompletionLogProbs, groups: list[PromptCompletions], layout: Layout, *, plain: bool = False
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Log-prob sums [S], and the gradient of a weighted sum of them in which no two sequences count alike."""
+    """Sums [S] of fp32 log-probs, and the gradient of a weighted sum of them in which no two sequences count alike.
+
+    They are added up in fp64: beyond 1,024 nats one unit of an fp32 sum is more than the tolerance.
+    """
     model.zero_grad()
     batch = collate(groups, layout)
-    sums_S = reduce_log_probs(model(batch, plain=plain), batch.sequence_of_target, batch.lengths, "sum")
+    token_logps_C = model(batch, plain=plain)
+    assert token_logps_C.dtype == torch.float32
+    sums_S = reduce_log_probs(token_logps_C.double(), batch.sequence_of_target, batch.lengths, "sum")
     (sums_S * torch.tensor([(-0.8) ** n for n in range(len(sums_S))])).sum().backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return sums_S.detach(), gradients
@@ -63,7 +68,6 @@ def test_every_layout_gives_the_plain_sums_and_gradients(
 ) -> None:
     register("sdpa")
     size = {"vocab_size": VOCABULARY, "max_position_embeddings": LONGEST, "n_positions": LONGEST}
-    # As spread as a trained model's: sums of hundreds of large log-probs could not be told apart to 1e-4 in fp32.
     folder = save_tiny_model(tmp_path, model_type, initializer_range=0.1, **size)
     model = load_model(folder, ModelSection(path=str(folder), dtype="float32"))
     expected_sums, expected = _sums_and_gradients(model, hh_pairs, "padded", plain=True)
