@@ -2,8 +2,8 @@
 
     python side_dpo_scale.py train|score|profile JOB RESULTS
 
-Checkpoints and the exported model are left out: files are not measured. `profile` is `train` under torch's profiler: it
-leaves a table of operations in RESULTS/profile.txt, and a trace for chrome://tracing beside it.
+Checkpoints, the exported model and the report are left out: files are not measured. `profile` is `train` under torch's
+profiler: it leaves a table of operations in RESULTS/profile.txt, and a trace for chrome://tracing beside it.
 """
 
 from __future__ import annotations
@@ -75,6 +75,7 @@ def main(stage: str, job: Job, results: Path) -> None:
     loop.PolicyEngine = Timed  # type: ignore[misc]
     loop.Run.commit = lambda run: None  # type: ignore[method-assign]
     loop.Run.export = lambda run: None  # type: ignore[method-assign]
+    stages.conclude = lambda folder, console: None
     recipe = load_recipe(job.recipe)
     watch = Watch(None, int(os.environ["RANK"]), lambda message, *, cause: print(message))
     run = stages.score if stage == "score" else stages.train
