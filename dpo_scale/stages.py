@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from dpo_scale.console import Console
 from dpo_scale.distributed import runtime
 from dpo_scale.errors import UserError
@@ -17,7 +19,11 @@ def train(recipe: Recipe, console: Console) -> int:
     """Reference scoring, training, evaluation, export."""
     started = runtime.start(recipe)
     folder = _take_folder(recipe, started.ranks, console)
-    started.accelerator.init_trackers("dpo_scale", {name: str(value) for name, value in flatten(recipe).items()})
+    settings = {name: str(value) for name, value in flatten(recipe).items()}
+    output = Path(recipe.run.output_dir)
+    # By itself wandb would write into the current folder, and invent a name.
+    named = {"wandb": {"dir": str(output), "name": output.name}}
+    started.accelerator.init_trackers("dpo_scale", settings, init_kwargs=named)
     code = loop.train(recipe, started, console, folder)
     started.accelerator.end_training()
     if folder is not None:

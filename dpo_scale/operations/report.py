@@ -168,14 +168,10 @@ def _data_blocks(run: RunRecords) -> Iterator[dict[str, Any]]:
     heads = {"train": "training", "evaluate": "held out"}
     rows = [[name, *cells] for name, cells in _hygiene(run.data, sets)]
     yield {"title": "Hygiene", "table": Table(rows, ["", *(heads[name] for name in sets)], numeric=True)}
-    first = [
-        [f"{source['path']}: {reason}", place]
-        for name in sets
-        for source in run.data[name].get("sources", [])
-        for reason, place in source.get("first_places", {}).items()
-    ]
+    sources = [source for name in sets for source in run.data[name].get("sources", [])]
+    first = [[place] for source in sources for place in source.get("first_places", {}).values()]
     if first:
-        yield {"title": "First rows that were set aside", "table": Table(first)}
+        yield {"title": "Rows set aside", "note": "The first for each reason.", "table": Table(first)}
 
 
 def _hygiene(data: Mapping[str, Any], sets: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
