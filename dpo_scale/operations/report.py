@@ -16,6 +16,7 @@ from plotly.offline import get_plotlyjs
 
 from dpo_scale import __version__
 from dpo_scale.console import duration
+from dpo_scale.errors import UserError
 from dpo_scale.files import write_atomically
 from dpo_scale.operations.figures import DASHES, FIGURES, RUNS, figure_json, lengths_json, x_values
 from dpo_scale.operations.run_records import RunRecords, column, read_run
@@ -36,7 +37,7 @@ class Table:
 def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
     """Write the report of one run (default: RUN/report.html) or of several over each other (report.html here).
 
-    Raises UserError for a folder that holds no run, OSError for a file that cannot be written.
+    Raises UserError for a folder that holds no run, and for a file that cannot be written.
     """
     runs = [read_run(folder) for folder in folders]
     target = out or (folders[0] / "report.html" if len(runs) == 1 else Path("report.html"))
@@ -45,7 +46,10 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
     def write(temporary: Path) -> None:
         temporary.write_bytes(page)
 
-    write_atomically(target, write)
+    try:
+        write_atomically(target, write)
+    except OSError as error:
+        raise UserError(f"{target}: {error.strerror}; name another file with --out") from error
     return target
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import random
@@ -14,8 +15,9 @@ import pytest
 from made_up_runs import SECONDS_A_STEP, event, lines_of_a_run, make_run, training_line
 
 from dpo_scale.cli import main
+from dpo_scale.console import Console
 from dpo_scale.operations import figures as module
-from dpo_scale.operations.conclusion import summary, time_by_stage
+from dpo_scale.operations.conclusion import conclude, summary, time_by_stage
 from dpo_scale.operations.figures import FIGURES, figure_json, lengths_json, x_values
 from dpo_scale.operations.report import render
 from dpo_scale.operations.run_records import RunRecords, read_run
@@ -176,6 +178,16 @@ def test_last_words_name_what_was_done_and_where_it_is(run: RunRecords) -> None:
     assert "Held out    loss 0.693 to 0.17" in lines[1]
     assert lines[3] == "Time        1 h: training 1 h, saving the checkpoint 30 s"
     assert lines[-1] == f"Checkpoint  {run.folder / 'checkpoints' / 'step-00000200'}"
+
+
+def test_a_report_that_cannot_be_written_is_told_and_fails_no_run(run: RunRecords) -> None:
+    (run.folder / "report.html").mkdir()
+    stream = io.StringIO()
+    conclude(run.folder, Console(stream))
+    said = stream.getvalue()
+    assert said.startswith("Finished    200 steps")
+    assert "The report could not be written: error: " in said
+    assert "Is a directory" in said
 
 
 def test_only_the_longest_stages_are_named() -> None:
