@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import deepspeed
+import psutil
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from dpo_scale.data.layouts import MicroBatch
+from dpo_scale.distributed.zero_config import pinning_fits
 from dpo_scale.model.log_probs import CompletionLogProbs
 from dpo_scale.recipe import Recipe
 
@@ -44,6 +47,20 @@ def loading_for(accelerator: Accelerator, role: str, progress: Callable[[int], N
     finally:
         deepspeed.zero.GatheredParameters = plain
         accelerator.state.select_deepspeed_plugin("policy")
+
+
+def pin_where_it_fits(accelerator: Accelerator, role: str, model_bytes: int) -> bool:
+    """Leave `pin_memory` of a role's offloading on only where its shards fit beside everything else.
+
+    To be called before the model is loaded. Returns whether it had to be switched off.
+    """
+    config = accelerator.state.get_deepspeed_plugin(role).deepspeed_config
+    offload = config["zero_optimization"].get("offload_param", {})
+    share = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) / accelerator.num_processes
+    if not offload.get("pin_memory") or pinning_fits(model_bytes, share, psutil.virtual_memory().available):
+        return False
+    offload["pin_memory"] = False
+    return True
 
 
 def mark_experts_as_leaves(model: nn.Module) -> None:

@@ -46,12 +46,6 @@ class Ranks:
     def barrier(self) -> None:
         dist.barrier()
 
-    def broadcast_object(self, value: T, source: int = 0) -> T:
-        """The value that rank `source` gave, on every rank."""
-        box = [value]
-        dist.broadcast_object_list(box, src=source, device=self.device)
-        return box[0]
-
     def gather_objects(self, value: T) -> list[T]:
         """The values of all ranks, in rank order, on every rank."""
         values: list[Any] = [None] * self.world_size
