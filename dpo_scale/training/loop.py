@@ -32,7 +32,7 @@ from dpo_scale.recipe import Recipe
 from dpo_scale.reference.scoring import ReferenceRows
 from dpo_scale.reference.session import Reference
 from dpo_scale.training.checkpoints import RunState, digest_of, save
-from dpo_scale.training.evaluation import describe, evaluate
+from dpo_scale.training.evaluation import best_of, describe, evaluate
 from dpo_scale.training.export import export_engine
 from dpo_scale.training.guards import NumericalError, check_first_step, explain_non_finite, first_step_gap
 from dpo_scale.training.interruption import STOPPED, Interruption, StopRequestedError, agree, heed
@@ -48,6 +48,7 @@ from dpo_scale.training.step import (
     pair_batches,
     run_step,
 )
+from dpo_scale.training.trackers import new_run_ids, start_trackers
 from dpo_scale.watch import Watch
 
 STEPS_PREPARED_AHEAD = 2
@@ -78,6 +79,7 @@ def train(recipe: Recipe, runtime: Runtime, console: Console, folder: RunFolder 
         if recipe.reference.schedule == "upfront":
             reference.score_all(*needed)
         run = _start(recipe, runtime, console, data, reference, needed, folder, watch, between_batches)
+        run.start_trackers()
         if run.train(interruption):
             run.export()
             console.say(f"Done: the trained model is in {Path(recipe.run.output_dir) / 'model'}")
@@ -208,6 +210,13 @@ class Run:
         self.committed_at = time.monotonic()
         self.committed_step = self.state.step or None
         self.longest_step, self.last_commit = 0.0, 0.0  # seconds
+
+    def start_trackers(self) -> None:
+        """Start the trackers, each where it was left. Collective."""
+        ids = self.ranks.broadcast_object(dict(self.state.tracker_run_ids) or new_run_ids(self.recipe))
+        self.state = replace(self.state, tracker_run_ids=ids)
+        for name in start_trackers(self.runtime.accelerator, self.recipe, ids, self.state.step):
+            self.console.say(f"track.to: {name} begins another run; wandb and tensorboard go on with theirs")
 
     def train(self, interruption: Interruption) -> bool:
         """Train; True at the end of the plan, False after a request to stop. Both leave a checkpoint."""
@@ -354,7 +363,9 @@ class Run:
             pad_id=self.data.pad_id,
             between_batches=self.between_batches,
         )
-        self.records.write(self.state.step, metrics)
+        best = best_of(self.state.best, metrics)
+        self.state = replace(self.state, best=best)
+        self.records.write(self.state.step, {**metrics, **{f"best/{name}": value for name, value in best.items()}})
         self.console.say(f"step {self.state.step:>5}  {describe(metrics)}")
         self.records.pause(time.monotonic() - started)
 
