@@ -16,6 +16,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs, ProjectConfiguration
 
 from dpo_scale.distributed import zero_config
+from dpo_scale.distributed.ops import leave_out_unused_ops
 from dpo_scale.errors import RecipeError, UserError
 from dpo_scale.recipe import Recipe
 from dpo_scale.shipped_files import shipped_file
@@ -91,6 +92,7 @@ def start(recipe: Recipe) -> Runtime:
         recipe,
         reference_nvme_folder(recipe),
     )
+    leave_out_unused_ops()
     # Without a named backend Accelerate believes, on CPUs, that every rank is alone.
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     # Read by the plugin as a second source of the configuration that is already given.
