@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from dpo_scale.distributed.ops import ASYNC_IO, SHM_COMM, CompiledOp, needed_ops
+from dpo_scale.distributed.ops import ASYNC_IO, CompiledOp, needed_ops
 from dpo_scale.operations.doctor import show
 from dpo_scale.operations.findings import (
     GIB,
@@ -59,7 +59,7 @@ LAPTOP = dataclasses.replace(
     gpus=(),
     compiler="c++ (Debian) 12.2.0",
     python_headers=True,
-    ops=(CompiledOp(SHM_COMM, "collectives on CPU", True, False),),
+    ops=(CompiledOp("cpu_adam", "an optimizer on CPU", True, False),),
     launch=dataclasses.replace(LAUNCH, settings={"num_processes": 2, "num_machines": 1}),
     memlock_bytes=8 * 2**20,
     infiniband=False,
@@ -167,19 +167,17 @@ def test_an_op_that_is_compiled_already_needs_no_compiler() -> None:
 
 
 @pytest.mark.parametrize(
-    ("policy", "reference_offload", "on_gpu", "expected"),
+    ("policy", "reference_offload", "expected"),
     [
-        ({}, "cpu", True, set()),
-        ({}, "cpu", False, {SHM_COMM}),
-        ({}, "nvme", True, {ASYNC_IO}),
-        ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, "none", True, {ASYNC_IO}),
-        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "none", True, set()),
+        ({}, "cpu", set()),
+        ({}, "nvme", {ASYNC_IO}),
+        ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, "none", {ASYNC_IO}),
+        ({"zero_optimization": {"offload_param": {"device": "nvme"}}}, "none", {ASYNC_IO}),
+        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "none", set()),
     ],
 )
-def test_only_what_a_run_uses_is_compiled(
-    policy: dict[str, Any], reference_offload: str, on_gpu: bool, expected: set[str]
-) -> None:
-    assert set(needed_ops(policy, reference_offload, on_gpu=on_gpu)) == expected
+def test_only_what_a_run_uses_is_compiled(policy: dict[str, Any], reference_offload: str, expected: set[str]) -> None:
+    assert set(needed_ops(policy, reference_offload)) == expected
 
 
 # --- several nodes
