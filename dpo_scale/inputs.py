@@ -55,7 +55,7 @@ def prepare_data(recipe: Recipe, ranks: MachineRanks, console: Console) -> Data:
     for name, held in (("train", train_report), ("evaluate", evaluate_report)):
         if held is not None:
             report[name] = held.to_json()
-            console.show(held.table(name))
+            console.show(held.table("Training data" if name == "train" else "Held-out data"))
     if len(evaluate):
         both = overlap(train, evaluate)
         report["overlap"] = {name: getattr(both, name) for name in both.__slots__}

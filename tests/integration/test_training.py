@@ -100,8 +100,12 @@ def test_attempts_are_marked_and_their_stages_timed(undisturbed: Launched) -> No
     lines = undisturbed.training_lines()
     times = [line["time"] for line in lines]
     assert times == sorted(times)
-    # The loop's own clock and that of the stages agree, up to what lies between two intervals.
-    assert stages["Training"] == pytest.approx(sum(line["step_seconds"] for line in lines), rel=0.2)
+    # The stage's clock runs through the steps, which time themselves, and stops for held-out passes and checkpoints.
+    in_the_loop = end["time"] - start["time"]
+    inner = sum(stages[name] for name in ("Training", "Held-out pairs", "Saving the checkpoint", "Exporting the model"))
+    assert 0.95 * sum(line["step_seconds"] for line in lines) < stages["Training"] < in_the_loop
+    assert inner > 0.9 * in_the_loop
+    assert sum(stages.values()) > in_the_loop
 
 
 def test_tensorboard_gets_the_numbers_of_metrics_jsonl(undisturbed: Launched) -> None:
