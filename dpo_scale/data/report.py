@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -272,5 +272,5 @@ def _percentile(counts: Counts, share: float) -> int:
 
 def _bin_width(longest: int) -> int:
     """The narrowest of 1, 2, 5, 10, 20, 50 and so on that makes few enough bins."""
-    widths = (digit * 10**power for power in itertools.count() for digit in (1, 2, 5))
+    widths: Iterator[int] = (digit * 10**power for power in itertools.count() for digit in (1, 2, 5))
     return next(width for width in widths if longest < width * _MOST_BINS)

@@ -83,15 +83,14 @@ def row_keys(sequences: Iterable[TokenIds], num_prompt_tokens: Iterable[int]) ->
 
 def pair_row_keys(pairs: TokenPairs) -> tuple[Keys, Keys]:
     """Keys of the chosen and of the rejected sequences of all pairs, each uint8 [pairs, 16]."""
-    chosen: list[bytes] = []
-    rejected: list[bytes] = []
+    chosen, rejected = bytearray(), bytearray()  # not an object a key: there may be tens of millions
     for pair in pairs:
         prompt_hash = _hash_prompt(pair.prompt)
         for digests, completion in ((chosen, pair.chosen), (rejected, pair.rejected)):
             row_hash = prompt_hash.copy()
             row_hash.update(_bytes(completion))
-            digests.append(row_hash.digest())
-    return _as_keys(chosen), _as_keys(rejected)
+            digests += row_hash.digest()
+    return tuple(np.frombuffer(digests, np.uint8).reshape(-1, KEY_BYTES) for digests in (chosen, rejected))
 
 
 class ReferenceStore:
