@@ -90,7 +90,7 @@ def pair_row_keys(pairs: TokenPairs) -> tuple[Keys, Keys]:
             row_hash = prompt_hash.copy()
             row_hash.update(_bytes(completion))
             digests += row_hash.digest()
-    return tuple(np.frombuffer(digests, np.uint8).reshape(-1, KEY_BYTES) for digests in (chosen, rejected))
+    return _as_keys([chosen]), _as_keys([rejected])
 
 
 class ReferenceStore:
@@ -369,5 +369,5 @@ def _bytes(token_ids: TokenIds) -> memoryview:
     return np.ascontiguousarray(token_ids, dtype="<i4").data
 
 
-def _as_keys(digests: Sequence[bytes]) -> Keys:
+def _as_keys(digests: Sequence[bytes | bytearray]) -> Keys:
     return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, KEY_BYTES)

@@ -10,6 +10,7 @@ import numpy as np
 from measuring import memory_mib, peak_memory_mib
 
 from dpo_scale.data.planning import CostModel, epoch_order, layout_costs, plan_pass, plan_step
+from dpo_scale.data.report import describe
 from dpo_scale.data.token_pairs import TokenPairs
 from dpo_scale.data.token_store import RowPlaces
 from dpo_scale.reference.scoring import ReferenceRows
@@ -30,6 +31,9 @@ def main(count: int) -> None:
     store = memory_mib()
     figures: dict[str, float] = {"pairs": count}
 
+    started = time.perf_counter()
+    describe(pairs, ())
+    figures["data report"] = time.perf_counter() - started
     started = time.perf_counter()
     ReferenceRows.of_pairs(pairs)
     figures["reference keys"] = time.perf_counter() - started
