@@ -20,8 +20,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from dpo_scale.data.hashing import Hashes, sequence_hashes
-from dpo_scale.data.preferences import PreferencePair, RowError, check_columns, to_preferences
+from dpo_scale.data.preferences import PreferencePair, check_columns, to_preferences
 from dpo_scale.data.report import DataReport, SourceReport
+from dpo_scale.data.row_values import RowError
 from dpo_scale.data.rows import BadRow, Block, Numbers
 from dpo_scale.data.sources import read_blocks
 from dpo_scale.data.token_pairs import Lengths, TokenIds, TokenPairs
@@ -215,7 +216,7 @@ def _tokenize_block(tokenizer: PairTokenizer, columns: dict[str, str] | None, bl
         try:
             if isinstance(row, BadRow):
                 raise RowError(row.reason)
-            pairs += to_preferences(row, columns)
+            pairs += to_preferences(row, columns, data.completion_pairs, data.completion_margin)
         except RowError as error:
             set_aside(row.place, str(error), data.on_bad_row == "error")
         except RecursionError:

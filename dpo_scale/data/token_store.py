@@ -33,6 +33,8 @@ _CODE = (
     "rows.py",
     "readers.py",
     "sources.py",
+    "row_values.py",
+    "completions.py",
     "hashing.py",
     "preferences.py",
     "tokenization.py",
@@ -47,6 +49,8 @@ _SETTINGS = frozenset(
         "max_prompt_length",
         "max_completion_length",
         "truncation",
+        "completion_pairs",
+        "completion_margin",
         "on_bad_row",
         "on_no_preference",
     }
