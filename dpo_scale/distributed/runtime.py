@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -16,6 +17,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
 
 from dpo_scale.distributed import zero_config
+from dpo_scale.distributed.patience import work_and_wait
 from dpo_scale.errors import RecipeError, UserError
 from dpo_scale.recipe import Recipe
 from dpo_scale.shipped_files import shipped_file
@@ -23,7 +25,7 @@ from dpo_scale.shipped_files import shipped_file
 T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=60)
-"""Longest wait in a collective: one rank may read and tokenize data while the others wait."""
+"""Longest wait in a collective; work that may take longer is waited for outside of them (patience.py)."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,13 @@ class Ranks:
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
+
+    def on_local_mains(self, work: Callable[[], None]) -> None:
+        """Work that one rank of every machine does while the others wait, however long it takes."""
+        flags = self.gather_objects(self.is_local_main)
+        workers = [rank for rank, is_local_main in enumerate(flags) if is_local_main]
+        store = dist.distributed_c10d._get_default_store()
+        work_and_wait(store, self.rank, workers, work)
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""
