@@ -22,7 +22,7 @@ from dpo_scale.data.row_values import (
     text,
     text_or_messages,
 )
-from dpo_scale.data.sources import RawRow
+from dpo_scale.data.rows import RawRow
 from dpo_scale.errors import DataError
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"

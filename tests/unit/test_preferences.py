@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from dpo_scale.data.preferences import PreferencePair, check_columns, to_preferences
 from dpo_scale.data.row_values import RowError
-from dpo_scale.data.sources import RawRow
+from dpo_scale.data.rows import RawRow
 from dpo_scale.errors import DataError
 
 

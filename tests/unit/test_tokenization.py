@@ -20,7 +20,7 @@ from tokenizers.processors import TemplateProcessing
 
 from dpo_scale.data import tokenization
 from dpo_scale.data.preferences import PreferencePair, to_preferences
-from dpo_scale.data.sources import RawRow
+from dpo_scale.data.rows import RawRow
 from dpo_scale.data.tokenization import Dropped, Kept, PairTokenizer
 from dpo_scale.errors import DataError, UserError
 from dpo_scale.model.tokenizer import load_tokenizer
