@@ -14,7 +14,7 @@ from dpo_scale.recipe import Recipe
 from dpo_scale.reference.session import Reference
 from dpo_scale.training import locks, loop
 from dpo_scale.training.interruption import STOPPED, Interruption, StopRequestedError, heed
-from dpo_scale.training.run_folder import RunFolder, flatten
+from dpo_scale.training.run_folder import RunFolder
 from dpo_scale.training.status import StatusFile
 from dpo_scale.watch import Watch
 
@@ -23,7 +23,6 @@ def train(recipe: Recipe, console: Console, watch: Watch) -> int:
     """Reference scoring, training, evaluation, export."""
     started = runtime.start(recipe)
     folder = _take_folder(recipe, started.ranks, console)
-    started.accelerator.init_trackers("dpo_scale", {name: str(value) for name, value in flatten(recipe).items()})
     status = StatusFile(folder.path if folder else None, "train")
     code = loop.train(recipe, started, console, folder, status, watch)
     watch.close()

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.commands.config.config_args import default_config_file
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
+from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs, ProjectConfiguration
 
 from dpo_scale.distributed import zero_config
 from dpo_scale.distributed.patience import work_and_wait
@@ -112,7 +112,9 @@ def start(recipe: Recipe) -> Runtime:
         kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=TIMEOUT)],
         step_scheduler_with_optimizer=False,
         log_with=_trackers(recipe) or None,
-        project_dir=recipe.run.output_dir,
+        project_config=ProjectConfiguration(
+            project_dir=recipe.run.output_dir, logging_dir=str(Path(recipe.run.output_dir) / "trackers")
+        ),
     )
     assert accelerator.num_processes == dist.get_world_size(), "Accelerate and torch disagree"
     _check_precision(recipe)

@@ -16,6 +16,7 @@ from plotly.offline import get_plotlyjs
 
 from dpo_scale import __version__
 from dpo_scale.console import duration
+from dpo_scale.errors import UserError
 from dpo_scale.files import write_atomically
 from dpo_scale.operations.figures import DASHES, FIGURES, RUNS, figure_json, lengths_json, x_values
 from dpo_scale.operations.run_records import RunRecords, column, read_run
@@ -36,7 +37,7 @@ class Table:
 def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
     """Write the report of one run (default: RUN/report.html) or of several over each other (report.html here).
 
-    Raises UserError for a folder that holds no run, OSError for a file that cannot be written.
+    Raises UserError for a folder that holds no run, and for a file that cannot be written.
     """
     runs = [read_run(folder) for folder in folders]
     target = out or (folders[0] / "report.html" if len(runs) == 1 else Path("report.html"))
@@ -45,7 +46,10 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
     def write(temporary: Path) -> None:
         temporary.write_bytes(page)
 
-    write_atomically(target, write)
+    try:
+        write_atomically(target, write)
+    except OSError as error:
+        raise UserError(f"{target}: {error.strerror}; name another file with --out") from error
     return target
 
 
@@ -168,14 +172,10 @@ def _data_blocks(run: RunRecords) -> Iterator[dict[str, Any]]:
     heads = {"train": "training", "evaluate": "held out"}
     rows = [[name, *cells] for name, cells in _hygiene(run.data, sets)]
     yield {"title": "Hygiene", "table": Table(rows, ["", *(heads[name] for name in sets)], numeric=True)}
-    first = [
-        [f"{source['path']}: {reason}", place]
-        for name in sets
-        for source in run.data[name].get("sources", [])
-        for reason, place in source.get("first_places", {}).items()
-    ]
+    sources = [source for name in sets for source in run.data[name].get("sources", [])]
+    first = [[place] for source in sources for place in source.get("first_places", {}).values()]
     if first:
-        yield {"title": "First rows that were set aside", "table": Table(first)}
+        yield {"title": "Rows set aside", "note": "The first for each reason.", "table": Table(first)}
 
 
 def _hygiene(data: Mapping[str, Any], sets: Sequence[str]) -> Iterator[tuple[str, list[str]]]:

@@ -28,7 +28,7 @@ from dpo_scale.recipe import Recipe
 from dpo_scale.reference.scoring import ReferenceRows
 from dpo_scale.reference.session import Reference
 from dpo_scale.training.checkpoints import RunState, digest_of, save
-from dpo_scale.training.evaluation import describe, evaluate
+from dpo_scale.training.evaluation import best_of, describe, evaluate
 from dpo_scale.training.export import export_engine
 from dpo_scale.training.guards import NumericalError, check_first_step, explain_non_finite, first_step_gap
 from dpo_scale.training.interruption import STOPPED, Interruption, StopRequestedError, agree, heed
@@ -40,6 +40,7 @@ from dpo_scale.training.resume import resume
 from dpo_scale.training.run_folder import RunFolder, trajectory_of
 from dpo_scale.training.status import StatusFile
 from dpo_scale.training.step import PairBatch, StepOutput, pair_batches, run_step
+from dpo_scale.training.trackers import new_run_ids, start_trackers
 from dpo_scale.watch import Watch
 
 STEPS_PREPARED_AHEAD = 2
@@ -76,6 +77,7 @@ def train(
             reference.score_all(*needed)
         status.enter("loading")
         run = _start(recipe, runtime, console, data, reference, needed, folder, watch, between_batches)
+        run.start_trackers()
         status.enter("training", run.state.step)
         if run.train(interruption, status):
             status.enter("exporting", run.state.step)
@@ -217,6 +219,13 @@ class Run:
         self.committed_at = time.monotonic()
         self.committed_step = self.state.step or None
         self.longest_step, self.last_commit = 0.0, 0.0  # seconds
+
+    def start_trackers(self) -> None:
+        """Start the trackers, each where it was left. Collective."""
+        ids = dict(self.state.tracker_run_ids) or self.ranks.gather_objects(new_run_ids(self.recipe))[0]
+        self.state = replace(self.state, tracker_run_ids=ids)
+        for name in start_trackers(self.runtime.accelerator, self.recipe, ids, self.state.step):
+            self.console.say(f"track.to: {name} begins another run; wandb and tensorboard go on with theirs")
 
     def train(self, interruption: Interruption, status: StatusFile) -> bool:
         """Train; True at the end of the plan, False after a request to stop. Both leave a checkpoint."""
@@ -363,7 +372,9 @@ class Run:
             pad_id=self.data.pad_id,
             between_batches=self.between_batches,
         )
-        self.records.write(self.state.step, metrics)
+        best = best_of(self.state.best, metrics)
+        self.state = replace(self.state, best=best)
+        self.records.write(self.state.step, {**metrics, **{f"best/{name}": value for name, value in best.items()}})
         self.console.say(f"step {self.state.step:>5}  {describe(metrics)}")
         self.records.pause(time.monotonic() - started)
 

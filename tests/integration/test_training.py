@@ -51,6 +51,7 @@ def test_a_run_ends_well_and_leaves_every_artifact(undisturbed: Launched) -> Non
         "model/model.safetensors",
         "model/tokenizer.json",
         "model/provenance.json",
+        "report.html",
     ):
         assert (undisturbed.folder / name).exists(), name
     assert main(["status", str(undisturbed.folder)]) == FINISHED
@@ -79,6 +80,42 @@ def test_the_console_is_quiet(undisturbed: Launched) -> None:
     ours = undisturbed.output.split("Reference, training")[-1]
     assert "Warning" not in ours, undisturbed.output
     assert "WARNING" not in ours, undisturbed.output
+
+
+def test_a_run_says_what_it_came_to_and_where_it_is(undisturbed: Launched) -> None:
+    words = undisturbed.output[undisturbed.output.index("Finished ") :]
+    assert words.startswith(f"Finished    {NUM_STEPS} steps, 90 pairs")
+    assert f"Model       {undisturbed.folder / 'model'}\n" in words
+    assert f"Report      {undisturbed.folder / 'report.html'}\n" in words
+    assert "could not be written" not in words
+
+
+def test_attempts_are_marked_and_their_stages_timed(undisturbed: Launched) -> None:
+    start, end = (line for line in undisturbed.metrics() if "event" in line)
+    assert (start["event"], start["step"], start["resumes"], start["world_size"]) == ("start", 0, 0, 2)
+    assert (end["event"], end["step"], end["outcome"]) == ("end", NUM_STEPS, "finished")
+    stages = end["stage_seconds"]
+    for name in ("Reference log-probs", "Loading the policy", "Training", "Held-out pairs", "Saving the checkpoint"):
+        assert stages[name] > 0, name
+    lines = undisturbed.training_lines()
+    times = [line["time"] for line in lines]
+    assert times == sorted(times)
+    # The loop's own clock and that of the stages agree, up to what lies between two intervals.
+    assert stages["Training"] == pytest.approx(sum(line["step_seconds"] for line in lines), rel=0.2)
+
+
+def test_tensorboard_gets_the_numbers_of_metrics_jsonl(undisturbed: Launched) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = EventAccumulator(str(undisturbed.folder / "trackers" / "dpo_scale"))
+    found.Reload()
+    for lines, names in (
+        (undisturbed.training_lines(), ("loss", "rewards/margin", "grad_norm", "tokens_per_second")),
+        (undisturbed.held_out_lines(), ("eval/loss", "eval/rewards/accuracy")),
+    ):
+        for name in names:
+            actual = [(event.step, event.value) for event in found.Scalars(name)]
+            assert actual == [(line["step"], pytest.approx(line[name], rel=1e-6)) for line in lines], name
 
 
 def test_the_exported_model_is_the_policy(undisturbed: Launched, launcher: Launcher) -> None:

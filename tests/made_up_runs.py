@@ -104,8 +104,8 @@ def _lengths(longest: int) -> dict[str, Any]:
         "p95": 600,
         "p99": 800,
         "max": longest,
-        "bin_width": 20,
-        "bin_counts": counts,
+        "bin_tokens": 20,
+        "bins": counts,
     }
 
 
