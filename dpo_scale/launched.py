@@ -62,8 +62,9 @@ def _recipe_of_arguments(name: str) -> Recipe:
 
 def _console_of_run(recipe: Recipe, name: str, *, is_main: bool) -> Console:
     rank = os.environ.get("RANK", "0")
+    folder = Path(os.environ.get("DPO_SCALE_LOGS") or Path(recipe.run.output_dir) / "logs")
     try:
-        return route_output(Path(recipe.run.output_dir) / "logs" / f"{name}-rank-{rank}.log", is_main=is_main)
+        return route_output(folder / f"{name}-rank-{rank}.log", is_main=is_main)
     except OSError as error:
         raise UserError(f"run.output_dir: {error.filename}: {error.strerror}") from error
 

@@ -88,6 +88,7 @@ def train(recipe: Recipe, runtime: Runtime, console: Console, folder: RunFolder 
         f"Stopped by {reason} after step {run.state.step}, which is committed; the same command goes on from there"
     )
     interruption.consume_file()
+    ranks.barrier()  # a rank that leaves takes the launch down, the main one too
     return STOPPED
 
 
