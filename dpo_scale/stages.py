@@ -13,24 +13,26 @@ from dpo_scale.inputs import prepare_data
 from dpo_scale.recipe import Recipe
 from dpo_scale.reference.session import Reference
 from dpo_scale.training import locks, loop
-from dpo_scale.training.run_folder import RunFolder, flatten
+from dpo_scale.training.interruption import STOPPED, Interruption, StopRequestedError, heed
+from dpo_scale.training.run_folder import RunFolder
 from dpo_scale.training.status import StatusFile
+from dpo_scale.watch import Watch
 
 T = TypeVar("T")
 
 
-def train(recipe: Recipe, console: Console) -> int:
+def train(recipe: Recipe, console: Console, watch: Watch) -> int:
     """Reference scoring, training, evaluation, export."""
     started = runtime.start(recipe)
     folder = _take_folder(recipe, started.ranks, console)
-    started.accelerator.init_trackers("dpo_scale", {name: str(value) for name, value in flatten(recipe).items()})
     status = StatusFile(folder.path if folder else None, "train")
-    code = loop.train(recipe, started, console, folder, status)
+    code = loop.train(recipe, started, console, folder, status, watch)
+    watch.close()
     started.accelerator.end_training()
     return code
 
 
-def score(recipe: Recipe, console: Console) -> int:
+def score(recipe: Recipe, console: Console, watch: Watch) -> int:
     """Reference log-probs of training and held-out pairs, into the store; resumable."""
     started = runtime.start(recipe)
     run = Path(recipe.run.output_dir)
@@ -39,8 +41,23 @@ def score(recipe: Recipe, console: Console) -> int:
     status.enter("preparing data")
     data = prepare_data(recipe, started.ranks, console)
     status.enter("scoring")
-    reference = Reference(recipe, started, data, console)
-    reference.score_all(reference.rows(data.train), reference.rows(data.evaluate))
+    interruption = Interruption(Path(recipe.run.output_dir), None, watch.started)
+
+    def between_batches() -> None:
+        watch.moved("a micro-batch of scoring")
+        heed(interruption, started.ranks)
+
+    reference = Reference(recipe, started, data, console, between_batches)
+    try:
+        reference.score_all(reference.rows(data.train), reference.rows(data.evaluate))
+    except StopRequestedError:
+        reference.release()
+        reason = interruption.reason() or "another rank"
+        status.stop(reason)
+        console.say(f"Stopped by {reason}: {reference.store.folder} holds what was scored; the same command goes on")
+        interruption.consume_file()
+        started.ranks.barrier()  # a rank that leaves takes the launch down, the main one too
+        return STOPPED
     status.finish()
     console.say(f"Done: {reference.rows_computed:,} rows scored, in {reference.store.folder}")
     if lock is not None:
@@ -48,12 +65,12 @@ def score(recipe: Recipe, console: Console) -> int:
     return 0
 
 
-def evaluate(recipe: Recipe, console: Console) -> int:
+def evaluate(recipe: Recipe, console: Console, watch: Watch) -> int:
     """Held-out metrics of the run's newest checkpoint, or of model.path where there is none."""
     started = runtime.start(recipe)
     if not recipe.data.evaluate:
         raise UserError("data.evaluate: no held-out data to evaluate on")
-    loop.evaluate_only(recipe, started, console, _take_folder(recipe, started.ranks, console))
+    loop.evaluate_only(recipe, started, console, _take_folder(recipe, started.ranks, console), watch)
     return 0
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 
@@ -40,8 +42,17 @@ class Reference:
         rows_computed: rows that were scored.
     """
 
-    def __init__(self, recipe: Recipe, runtime: Runtime, data: Data, console: Console) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        runtime: Runtime,
+        data: Data,
+        console: Console,
+        between_batches: Callable[[], None] = lambda: None,
+    ) -> None:
+        """All ranks call `between_batches` between two micro-batches; what it raises ends the scoring."""
         self._recipe, self._runtime, self._data, self._console = recipe, runtime, data, console
+        self._between_batches = between_batches
         self._ranks = runtime.ranks
         self._source = find_reference(recipe, data, self._ranks)
         self.store = ReferenceStore.open(reference_cache_dir(recipe), self._source.fingerprint)
@@ -105,6 +116,7 @@ class Reference:
     def _score(self, rows: ReferenceRows, indices: Indices, missing: npt.NDArray[np.bool_]) -> None:
         together(self._ranks, self.store.ensure_writable, RecipeError)
         engine, layout = self._open_engine(rows.pairs)
+        self._unsettled = True
         rank_tokens = self._recipe.scoring_rank_tokens
         plan = plan_scoring(rows, indices, missing, layout=layout, rank_tokens=rank_tokens)
         score(
@@ -117,6 +129,7 @@ class Reference:
             rank_tokens=rank_tokens,
             cost=cost_model(self._source.config),
             pad_id=self._data.pad_id,
+            between_batches=self._between_batches,
         )
         self.rows_computed += len(plan.rows)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
@@ -54,8 +55,12 @@ def evaluate(
     rank_tokens: int,
     cost: CostModel,
     pad_id: int,
+    between_batches: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """Metrics over all held-out pairs, each counted once, under keys `eval/...`. Collective."""
+    """Metrics over all held-out pairs, each counted once, under keys `eval/...`. Collective.
+
+    All ranks call `between_batches` between two micro-batches; what it raises ends the pass.
+    """
     costs = layout_costs(pairs.lengths, layout, cost)
     check_budget(costs, rank_tokens, pairs.rows, "batch.rank_tokens")
     plan = plan_pass(costs, world_size=ranks.world_size, rank_tokens=rank_tokens)
@@ -63,12 +68,22 @@ def evaluate(
     policy.train(False)
     with console.progress("Held-out pairs", len(plan.micro_batches), "micro-batches") as bar:
         for item in pair_batches(plan, ranks.rank, pairs, layout, pad_id):
+            between_batches()
             batch = item.batch.to(ranks.device)
             logps = pair_log_probs(policy(batch), batch, reference_logps(item.pairs), loss)
             add_metrics(sums, logps, pair_losses(logps, loss), item.weight, loss)
             bar.advance(1)
     policy.train(True)
     return sums.reduce(ranks, prefix="eval/")
+
+
+BEST: dict[str, Callable[[float, float], float]] = {"eval/loss": min, "eval/rewards/accuracy": max}
+"""Metrics whose best value is kept over a run, and which of two is better."""
+
+
+def best_of(before: Mapping[str, float], metrics: Mapping[str, float]) -> dict[str, float]:
+    """The best values so far, a further held-out pass included."""
+    return {name: better(before.get(name, metrics[name]), metrics[name]) for name, better in BEST.items()}
 
 
 def describe(metrics: dict[str, float]) -> str:

@@ -22,7 +22,7 @@ from dpo_scale.distributed import engine_state
 from dpo_scale.distributed.lockstep import OneProcess, Ranks, on_main, together
 from dpo_scale.errors import UserError
 from dpo_scale.files import fsync_folder, write_atomically, write_json
-from dpo_scale.training.checkpoints import open_checkpoint
+from dpo_scale.training.checkpoints import CheckpointError, open_checkpoint, verify
 from dpo_scale.training.hub_names import HubNames, hub_names
 from dpo_scale.training.stored_state import StoredState
 from dpo_scale.training.tensor_files import FileRecord, TensorEntry, aligned, write_tensors
@@ -89,10 +89,13 @@ def export_checkpoint(
 ) -> None:
     """Write a checkpoint's model to the folder `out`, in the precision of training or another.
 
-    Raises CheckpointError for a checkpoint that is not whole, ExportError if `out` cannot be
-    written.
+    Raises CheckpointError for a checkpoint that is not whole, its checksums included, ExportError
+    if `out` cannot be written.
     """
     found = open_checkpoint(checkpoint)
+    damage = verify(found)
+    if damage:
+        raise CheckpointError(f"{checkpoint}: damaged: {'; '.join(damage)}. Export another.")
     commit = found.commit
     folder = ModelFolder(source_model, commit.trajectory_digest, tokenizer, chat_template, provenance or {})
     with StoredState(found) as stored:

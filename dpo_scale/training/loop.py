@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,8 +18,7 @@ from dpo_scale.data.layouts import Layout
 from dpo_scale.data.planning import Costs, Schedule, StepPlan, check_budget, layout_costs, plan_step
 from dpo_scale.distributed import engine_state
 from dpo_scale.distributed.engines import PolicyEngine, loading_for
-from dpo_scale.distributed.runtime import Ranks, Runtime
-from dpo_scale.errors import UserError
+from dpo_scale.distributed.runtime import Runtime
 from dpo_scale.files import write_json
 from dpo_scale.inputs import Data, prepare_data
 from dpo_scale.model.layout_check import check_layout
@@ -31,16 +31,17 @@ from dpo_scale.model.loading import (
 from dpo_scale.recipe import Recipe
 from dpo_scale.reference.scoring import ReferenceRows
 from dpo_scale.reference.session import Reference
-from dpo_scale.training.checkpoints import UNFINISHED, RunState, find_checkpoint, save
-from dpo_scale.training.evaluation import describe, evaluate
+from dpo_scale.training.checkpoints import RunState, digest_of, save
+from dpo_scale.training.evaluation import best_of, describe, evaluate
 from dpo_scale.training.export import export_engine
 from dpo_scale.training.guards import NumericalError, check_first_step, explain_non_finite, first_step_gap
-from dpo_scale.training.interruption import STOPPED, Interruption, agree
+from dpo_scale.training.interruption import STOPPED, Interruption, StopRequestedError, agree, heed
 from dpo_scale.training.metrics import MetricsFile, MetricSums
 from dpo_scale.training.optimizer import build_optimizer, learning_rate, set_learning_rate
 from dpo_scale.training.provenance import model_folder
 from dpo_scale.training.records import Records
-from dpo_scale.training.run_folder import RunFolder, trajectory_digest
+from dpo_scale.training.resume import resume
+from dpo_scale.training.run_folder import RunFolder, trajectory_of
 from dpo_scale.training.status import StatusFile
 from dpo_scale.training.step import (
     PairBatch,
@@ -48,57 +49,79 @@ from dpo_scale.training.step import (
     pair_batches,
     run_step,
 )
-from dpo_scale.training.stored_state import StoredState, check_fits
+from dpo_scale.training.trackers import new_run_ids, start_trackers
+from dpo_scale.watch import Watch
 
 STEPS_PREPARED_AHEAD = 2
 MOST_OVERFLOWS_A_STEP = 40
 """fp16 halves its loss scale at each overflow; 2**40 below the first scale nothing is left to try."""
 
 
-def train(recipe: Recipe, runtime: Runtime, console: Console, folder: RunFolder | None, status: StatusFile) -> int:
+def train(
+    recipe: Recipe,
+    runtime: Runtime,
+    console: Console,
+    folder: RunFolder | None,
+    status: StatusFile,
+    watch: Watch,
+) -> int:
     """Train to the end of the plan, or to a request to stop; returns the process's exit code. Collective.
 
     `folder` is held by the main rank alone, and `status` is silent on the others.
     """
     ranks = runtime.ranks
-    interruption = Interruption(Path(recipe.run.output_dir), recipe.run.stop_after)
+    interruption = Interruption(Path(recipe.run.output_dir), recipe.run.stop_after, watch.started)
+
+    def between_batches() -> None:
+        watch.moved("a micro-batch of scoring or evaluation")
+        heed(interruption, ranks)
+
     status.enter("preparing data")
     data = prepare_data(recipe, ranks, console)
     if folder is not None:
         write_json(folder.path / "data_report.json", data.report)
         folder.write_environment(ranks.world_size, str(ranks.device))
-    reference = Reference(recipe, runtime, data, console)
+    reference = Reference(recipe, runtime, data, console, between_batches)
     needed = reference.rows(data.train), reference.rows(data.evaluate)
-    if recipe.reference.schedule == "upfront":
-        status.enter("scoring")
-        reference.score_all(*needed)
-    status.enter("loading")
-    run = _start(recipe, runtime, console, data, reference, needed, folder)
-    status.enter("training", run.state.step)
-    finished = run.train(interruption, status)
-    if finished:
-        status.enter("exporting", run.state.step)
-        run.export()
-        status.finish()
-        console.say(f"Done: the trained model is in {Path(recipe.run.output_dir) / 'model'}")
-        return 0
+    reached = "before training"
+    try:
+        if recipe.reference.schedule == "upfront":
+            status.enter("scoring")
+            reference.score_all(*needed)
+        status.enter("loading")
+        run = _start(recipe, runtime, console, data, reference, needed, folder, watch, between_batches)
+        run.start_trackers()
+        status.enter("training", run.state.step)
+        if run.train(interruption, status):
+            status.enter("exporting", run.state.step)
+            run.export()
+            status.finish()
+            console.say(f"Done: the trained model is in {Path(recipe.run.output_dir) / 'model'}")
+            return 0
+        if run.state.step:
+            status.advance(run.state.step)
+            reached = f"after step {run.state.step}, which is committed"
+    except StopRequestedError:  # while the reference was scored
+        reference.release()
     reason = interruption.reason() or "another rank"
-    status.stop(reason, run.state.step)
-    console.say(
-        f"Stopped by {reason} after step {run.state.step}, which is committed; the same command goes on from there"
-    )
+    status.stop(reason)
+    console.say(f"Stopped by {reason} {reached}; the same command goes on from there")
     interruption.consume_file()
     ranks.barrier()  # a rank that leaves takes the launch down, the main one too
     return STOPPED
 
 
-def evaluate_only(recipe: Recipe, runtime: Runtime, console: Console, folder: RunFolder | None) -> None:
+def evaluate_only(recipe: Recipe, runtime: Runtime, console: Console, folder: RunFolder | None, watch: Watch) -> None:
     """Evaluate the newest checkpoint, or the starting weights where there is none. Collective."""
     data = prepare_data(recipe, runtime.ranks, console)
-    reference = Reference(recipe, runtime, data, console)
+
+    def between_batches() -> None:
+        watch.moved("a micro-batch of scoring or evaluation")
+
+    reference = Reference(recipe, runtime, data, console, between_batches)
     needed = reference.rows(data.train), reference.rows(data.evaluate)
     reference.score_all(needed[1])
-    _start(recipe, runtime, console, data, reference, needed, folder).evaluate()
+    _start(recipe, runtime, console, data, reference, needed, folder, watch, between_batches).evaluate()
 
 
 def _start(
@@ -109,6 +132,8 @@ def _start(
     reference: Reference,
     needed: tuple[ReferenceRows, ReferenceRows],
     folder: RunFolder | None,
+    watch: Watch,
+    between_batches: Callable[[], None],
 ) -> Run:
     """Load the policy, resume it if there is something to resume, and check its layout. The order matters:
 
@@ -117,6 +142,7 @@ def _start(
     3. the layout is checked on the weights that training goes on with.
     """
     ranks = runtime.ranks
+    watch.rest()
     register_attention(recipe.model, ranks.device)
     torch.manual_seed(recipe.run.seed)
     console.say(f"Loading the policy from {data.model_folder}")
@@ -127,8 +153,8 @@ def _start(
     optimizer = build_optimizer(model, recipe.optim, ranks.device)
     policy = PolicyEngine(runtime.accelerator, model, optimizer, recipe)
     console.say(policy.describe())
-    digest = trajectory_digest(recipe, data.train.digest())
-    state = _resume(recipe, ranks, console, policy, digest)
+    trajectory = trajectory_of(recipe, data.train.digest(), reference.store.fingerprint.key)
+    state = resume(recipe, ranks, console, policy.engine, trajectory)
     policy.train(False)  # with dropout, two layouts would differ
     layout = check_layout(
         policy,
@@ -162,37 +188,12 @@ def _start(
         layout=layout.layout,
         schedule=schedule,
         costs=costs,
-        digest=digest,
+        trajectory=trajectory,
         state=state,
         folder=folder,
+        watch=watch,
+        between_batches=between_batches,
     )
-
-
-def _resume(recipe: Recipe, ranks: Ranks, console: Console, policy: PolicyEngine, digest: str) -> RunState:
-    """The state of the newest valid checkpoint, put into the engine; a fresh state where there is none."""
-    folder = Path(recipe.run.output_dir) / "checkpoints"
-    found, passed_over = find_checkpoint(folder, recipe.run.resume, ranks)
-    for line in passed_over:
-        console.say(f"Passed over {line}")
-    if found is None:
-        damaged = [line for line in passed_over if UNFINISHED not in line]
-        if damaged:
-            raise UserError(
-                f"{folder}: no checkpoint is whole, and starting anew would overwrite what is left of this run; "
-                "restore one, or move the folder away"
-            )
-        return RunState()
-    if found.commit.trajectory_digest != digest:
-        raise UserError(
-            f"{found.path}: the checkpoint of another run (settings or training data differ); "
-            "choose another run.output_dir, or restore what changed"
-        )
-    check_fits(found, engine_state.snapshot(policy.engine).parameters)
-    with StoredState(found) as stored:
-        engine_state.restore(policy.engine, stored.read, stored.buffers(), found.commit.counters)
-        stored.restore_random_state(ranks)
-    console.say(f"Resuming from {found.path}")
-    return replace(found.commit.run, resumes=found.commit.run.resumes + 1)
 
 
 @dataclass
@@ -210,9 +211,12 @@ class Run:
     layout: Layout
     schedule: Schedule
     costs: Costs
-    digest: str
+    trajectory: dict[str, Any]
+    """All that determines what is trained."""
     state: RunState
     folder: RunFolder | None
+    watch: Watch
+    between_batches: Callable[[], None]
 
     def __post_init__(self) -> None:
         self.ranks, self.resumed = self.runtime.ranks, self.state
@@ -222,18 +226,35 @@ class Run:
         track = self.runtime.accelerator.log
         self.records = Records(self.ranks, self.console, file, lambda values, step: track(values, step=step))
         self.committed_at = time.monotonic()
+        self.committed_step = self.state.step or None
+        self.longest_step, self.last_commit = 0.0, 0.0  # seconds
+
+    def start_trackers(self) -> None:
+        """Start the trackers, each where it was left. Collective."""
+        ids = self.ranks.broadcast_object(dict(self.state.tracker_run_ids) or new_run_ids(self.recipe))
+        self.state = replace(self.state, tracker_run_ids=ids)
+        for name in start_trackers(self.runtime.accelerator, self.recipe, ids, self.state.step):
+            self.console.say(f"track.to: {name} begins another run; wandb and tensorboard go on with theirs")
 
     def train(self, interruption: Interruption, status: StatusFile) -> bool:
-        """The loop. True at the end of the plan, False after a request to stop; both leave a checkpoint."""
+        """Train; True at the end of the plan, False after a request to stop. Both leave a checkpoint."""
+        try:
+            return self._train(interruption, status)
+        except StopRequestedError:  # in a held-out pass, or while a step's reference rows were scored
+            if self.committed_step != self.state.step and self.state.step:
+                self.commit()
+            return False
+
+    def _train(self, interruption: Interruption, status: StatusFile) -> bool:
+        """The loop."""
         recipe, num_steps = self.recipe, self.schedule.num_steps
-        committed = self.state.step if self.state.step else None
-        if self.state.step == 0 and recipe.evaluate.at_start:
-            self.evaluate()
+        self._evaluate_if_due()
         self.records.restart(self.state)
-        stop = False
         with self.console.progress("Training", num_steps, "steps") as bar:
             bar.advance(self.state.step)
             for plan, batches in self._prepared(self.state.step, num_steps):
+                self.watch.moved(f"step {plan.step + 1}")
+                started = time.monotonic()
                 rate = learning_rate(plan.step, num_steps, recipe.optim)
                 set_learning_rate(self.policy.param_groups, rate)
                 output = self._step(plan, batches)
@@ -243,18 +264,26 @@ class Run:
                 last = self.state.step == num_steps
                 if last or self.state.step % recipe.track.every_steps == 0:
                     self._record(rate, output.grad_norm)
-                if last or _is_due(self.state.step, recipe.evaluate.every_steps):
-                    self.evaluate()
-                stop, commit = agree(self.ranks, stop=bool(interruption.reason()), commit=self._commit_is_due())
+                self.longest_step = max(self.longest_step, time.monotonic() - started)
+                self._evaluate_if_due()
+                ask = bool(interruption.reason(self.longest_step + self.last_commit))
+                stop, commit = agree(self.ranks, stop=ask, commit=self._commit_is_due())
                 due = _is_due(self.state.step, recipe.checkpoint.every_steps)
                 if commit or stop or last or due:
                     self.commit()
-                    committed = self.state.step
-                if stop and not last:
+                if stop:
                     return False
-        if committed is None:
+        if self.committed_step is None:
             self.commit()  # a plan without steps still leaves something to resume and export
         return True
+
+    def _evaluate_if_due(self) -> None:
+        """Make the held-out pass of this step, unless it is behind us; one that was stopped is made after a resume."""
+        step = self.state.step
+        due = step == self.schedule.num_steps or _is_due(step, self.recipe.evaluate.every_steps)
+        if (due if step else self.recipe.evaluate.at_start) and self.state.evaluated_step != step:
+            self.evaluate()
+            self.state = replace(self.state, evaluated_step=step)
 
     def _prepared(self, start: int, stop: int) -> Iterator[tuple[StepPlan, Sequence[PairBatch]]]:
         """Plans and this rank's micro-batches of the steps, laid out ahead while the device works."""
@@ -351,8 +380,11 @@ class Run:
             rank_tokens=self.recipe.batch.rank_tokens,
             cost=self.data.cost,
             pad_id=self.data.pad_id,
+            between_batches=self.between_batches,
         )
-        self.records.write(self.state.step, metrics)
+        best = best_of(self.state.best, metrics)
+        self.state = replace(self.state, best=best)
+        self.records.write(self.state.step, {**metrics, **{f"best/{name}": value for name, value in best.items()}})
         self.console.say(f"step {self.state.step:>5}  {describe(metrics)}")
         self.records.pause(time.monotonic() - started)
 
@@ -362,26 +394,31 @@ class Run:
 
     def commit(self) -> None:
         """Write a checkpoint of the current state. Collective."""
+        self.watch.rest()  # a disk takes as long as it takes
         started = time.monotonic()
         self.reference.commit()
+        self.records.settle()
         settings = self.recipe.checkpoint
         path = save(
             Path(self.recipe.run.output_dir) / "checkpoints",
             engine_state.snapshot(self.policy.engine),
             self.state,
             self.ranks,
-            trajectory_digest=self.digest,
+            trajectory=self.trajectory,
             source_model=str(self.data.model_folder),
             keep_last=settings.keep_last,
             keep_every=settings.keep_every,
         )
-        self.committed_at = time.monotonic()
-        self.records.pause(self.committed_at - started)
-        self.console.say(f"Committed {path} in {self.committed_at - started:.1f} s")
+        self.committed_at, self.committed_step = time.monotonic(), self.state.step
+        self.last_commit = self.committed_at - started
+        self.records.pause(self.last_commit)
+        self.console.say(f"Committed {path} in {self.last_commit:.1f} s")
 
     def export(self) -> None:
         """Write RUN/model, a Hugging Face folder. Collective."""
-        with model_folder(self.recipe, self.data.model_folder, self.digest, self.state.step) as folder:
+        self.watch.rest()
+        digest = digest_of(self.trajectory)
+        with model_folder(self.recipe, self.data.model_folder, digest, self.state.step) as folder:
             out = Path(self.recipe.run.output_dir) / "model"
             export_engine(self.policy.engine, out, folder, self.ranks, step=self.state.step)
 

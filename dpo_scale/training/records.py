@@ -89,6 +89,11 @@ class Records:
         self.restart(state)
         return seconds
 
+    def settle(self) -> None:
+        """Make the lines of metrics.jsonl durable."""
+        if self._file is not None:
+            self._file.settle()
+
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """One object in metrics.jsonl and in the trackers."""
         if self._file is not None:

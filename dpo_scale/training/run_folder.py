@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import platform
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -39,15 +38,15 @@ HARMLESS = (
     "run.output_dir",
     "run.resume",
     "run.stop_after",
+    "run.stall_after",
 )
 """Settings that do not change what is trained beyond rounding; names that end in a dot are whole sections."""
 
 
-def trajectory_digest(recipe: Recipe, train_digest: str) -> str:
-    """Digest of all that determines the trajectory: the settings that matter, and the training tokens."""
+def trajectory_of(recipe: Recipe, train_digest: str, reference_key: str) -> dict[str, Any]:
+    """All that determines the trajectory: the settings that matter, and what training and reference files hold."""
     values = {name: value for name, value in flatten(recipe).items() if not name.startswith(HARMLESS)}
-    text = json.dumps([values, train_digest], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return {**values, "tokens of the training pairs": train_digest, "files of the reference": reference_key}
 
 
 def flatten(recipe: Recipe) -> dict[str, Any]:
@@ -63,11 +62,18 @@ def changed_settings(before: dict[str, Any], after: dict[str, Any]) -> tuple[lis
     """What changed between two flattened recipes, one line each: what matters, and what is harmless."""
     matters: list[str] = []
     harmless: list[str] = []
-    for name in sorted(before.keys() | after.keys()):
-        if before.get(name) != after.get(name):
-            line = f"{name}: was {before.get(name)!r}, is {after.get(name)!r}"
-            (harmless if name.startswith(HARMLESS) else matters).append(line)
+    for line in differences(before, after):
+        (harmless if line.startswith(HARMLESS) else matters).append(line)
     return matters, harmless
+
+
+def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """What differs between two mappings, a line for each name."""
+    return [
+        f"{name}: was {before.get(name)!r}, is {after.get(name)!r}"
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name) != after.get(name)
+    ]
 
 
 class RunFolder:
@@ -89,7 +95,7 @@ class RunFolder:
     def _compare(self, stored: dict[str, Any], recipe: Recipe) -> None:
         before = {f"{section}.{field}": value for section, fields in stored.items() for field, value in fields.items()}
         matters, self.harmless_changes = changed_settings(before, flatten(recipe))
-        if matters and (self.path / "checkpoints").exists():
+        if matters and any((self.path / name).exists() for name in ("checkpoints", "model")):
             raise RecipeError(
                 f"run.output_dir: {self.path} holds a run of another recipe\n"
                 + "\n".join(f"  {line}" for line in matters)

@@ -61,7 +61,9 @@ class Workplace:
 
     def train(self, run: str) -> str:
         """Submit a training job; its id."""
-        return self.submit("sbatch", "--parsable", "launch/slurm/train.sbatch", "recipe.yaml", f"run.output_dir={run}").strip()
+        return self.submit(
+            "sbatch", "--parsable", "launch/slurm/train.sbatch", "recipe.yaml", f"run.output_dir={run}"
+        ).strip()
 
     def said(self, job: str) -> str:
         """Everything that a job wrote, over all its starts."""
@@ -85,7 +87,9 @@ class Workplace:
         until(reached, PATIENCE_S, f"{run} has committed step {step}")
 
     def until_it_starts_again(self, job: str, restarts: int) -> None:
-        until(lambda: self.starts(job) >= restarts and self.state(job) == "RUNNING", PATIENCE_S, f"job {job} starts again")
+        until(
+            lambda: self.starts(job) >= restarts and self.state(job) == "RUNNING", PATIENCE_S, f"job {job} starts again"
+        )
 
     def until_it_ends(self, job: str) -> str:
         ends = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL")

@@ -14,7 +14,7 @@ import pytest
 
 from dpo_scale.errors import RecipeError
 from dpo_scale.recipe import Recipe, load_recipe
-from dpo_scale.training.run_folder import RunFolder, changed_settings, flatten, trajectory_digest
+from dpo_scale.training.run_folder import RunFolder, changed_settings, differences, flatten, trajectory_of
 
 
 def _recipe(folder: Path, **changes: Any) -> Recipe:
@@ -143,11 +143,16 @@ def test_what_matters_is_exactly_what_changes_the_trajectory(tmp_path: Path) -> 
     assert {line.partition(":")[0] for line in harmless} == set(names) - expected
 
 
-def test_the_trajectorys_digest_follows_settings_and_tokens(tmp_path: Path) -> None:
-    digest = trajectory_digest(_recipe(tmp_path), "tokens")
-    assert trajectory_digest(_recipe(tmp_path / "elsewhere", batch__rank_tokens=64), "tokens") == digest
-    assert trajectory_digest(_recipe(tmp_path, loss__beta=0.2), "tokens") != digest
-    assert trajectory_digest(_recipe(tmp_path), "other tokens") != digest
+def test_a_trajectory_follows_from_settings_tokens_and_the_reference(tmp_path: Path) -> None:
+    expected = trajectory_of(_recipe(tmp_path), "tokens", "reference")
+    elsewhere = _recipe(tmp_path / "elsewhere", batch__rank_tokens=64)
+    assert differences(expected, trajectory_of(elsewhere, "tokens", "reference")) == []
+    other = trajectory_of(_recipe(tmp_path, loss__beta=0.2), "other tokens", "another")
+    assert differences(expected, other) == [
+        "files of the reference: was 'reference', is 'another'",
+        "loss.beta: was 0.1, is 0.2",
+        "tokens of the training pairs: was 'tokens', is 'other tokens'",
+    ]
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
