@@ -15,11 +15,8 @@ FIRST_NODE="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
 export FIRST_NODE
 export PORT="$((20000 + SLURM_JOB_ID % 10000))"    # below the range that systems give away
 
-requeue() {
-    # A job that is being cancelled would come back.
-    if [ "$(squeue --noheader --job="$SLURM_JOB_ID" --format=%T)" = RUNNING ]; then
-        scontrol requeue "$SLURM_JOB_ID"
-    fi
+is_ours_to_requeue() {                              # not cancelled, preempted or short of a node: that is SLURM's affair
+    [ "$(squeue --noheader --job="$SLURM_JOB_ID" --format=%T)" = RUNNING ]
 }
 
 stop_in_time() {
@@ -27,7 +24,7 @@ stop_in_time() {
     local end
     end="$(scontrol show job --oneliner "$SLURM_JOB_ID" | sed -n 's/.* EndTime=\([^ ]*\) .*/\1/p')"
     # Scoring and loading make no steps; what they have stored stays. A job that reaches its end is not queued again.
-    (sleep "$(($(date -d "$end" +%s) - $(date +%s) - 60))" && requeue) &
+    (sleep "$(($(date -d "$end" +%s) - $(date +%s) - 60))" && is_ours_to_requeue && scontrol requeue "$SLURM_JOB_ID") &
 }
 trap stop_in_time USR1
 trap 'touch "$run/STOP"' TERM
@@ -39,9 +36,10 @@ while kill -0 "$launch" 2>/dev/null; do
     wait "$launch" || true                         # a trap ends a wait early
 done
 
+is_ours_to_requeue || exit 1
 code=0
 dpo-scale status --of "$stage" --count-failure -- "$@" || code=$?
 case "$code" in
-    85) requeue ;;
+    85) scontrol requeue "$SLURM_JOB_ID" ;;
     *) exit "$code" ;;
 esac

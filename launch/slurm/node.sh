@@ -6,7 +6,7 @@ shift
 ranks="${SLURM_GPUS_ON_NODE:-1}"
 cores="$((SLURM_CPUS_ON_NODE > ranks ? SLURM_CPUS_ON_NODE / ranks : 1))"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$cores}"   # an offloaded optimizer needs them
-ulimit -l unlimited || echo "$(hostname): memory for offload may not be pinned; ask for memlock unlimited" >&2
+ulimit -l unlimited 2>/dev/null || echo "$(hostname): memory for offload may not be pinned; ask for memlock unlimited" >&2
 
 # Compilers lock their caches, and network file systems lock badly.
 cache="${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/dpo_scale-$(id -un)"
