@@ -40,6 +40,7 @@ def score(recipe: Recipe, console: Console, watch: Watch) -> int:
     status = StatusFile(run if started.ranks.is_main else None, "score")
     status.enter("preparing data")
     data = prepare_data(recipe, started.ranks, console)
+    status.enter("scoring")
     interruption = Interruption(run, None, watch.started)
 
     def between_batches() -> None:
@@ -53,11 +54,10 @@ def score(recipe: Recipe, console: Console, watch: Watch) -> int:
     except StopRequestedError:
         reference.release()
         reason = interruption.reason() or "another rank"
-        status.stop(reason, 0)
-        console.say(
-            f"Stopped by {reason}: {reference.store.folder} holds what was scored; the same command goes on from there"
-        )
+        status.stop(reason)
+        console.say(f"Stopped by {reason}: {reference.store.folder} holds what was scored; the same command goes on")
         interruption.consume_file()
+        started.ranks.barrier()  # a rank that leaves takes the launch down, the main one too
         return STOPPED
     status.finish()
     console.say(f"Done: {reference.rows_computed:,} rows scored, in {reference.store.folder}")

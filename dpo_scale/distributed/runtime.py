@@ -92,7 +92,13 @@ def start(recipe: Recipe) -> Runtime:
     Raises UserError where the launcher or the device cannot do what the recipe asks.
     """
     policy_path = policy_config_path()
-    policy = zero_config.policy_config(zero_config.read_policy_config(policy_path), recipe)
+    zero_config.check_launcher(os.environ, policy_path)
+    policy = zero_config.fit_to_node(
+        zero_config.policy_config(zero_config.read_policy_config(policy_path), recipe),
+        policy_path,
+        own_folder=zero_config.own_folder(recipe, "policy"),
+        ranks_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+    )
     reference = zero_config.reference_config(
         zero_config.read_reference_config(
             shipped_file(f"ds_configs/reference_{_OFFLOAD_FILES[recipe.reference.offload]}.json")
@@ -147,12 +153,11 @@ def default_launch_file() -> str | None:
 
 
 def reference_nvme_folder(recipe: Recipe) -> str | None:
-    """A folder on NVMe that only this job's reference uses: DeepSpeed empties it when it starts."""
+    """A folder on NVMe that only this run's reference uses: DeepSpeed empties it when it starts."""
     if recipe.reference.offload != "nvme":
         return None
     assert recipe.reference.nvme_path is not None
-    job = os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID") or "job"
-    return str(Path(recipe.reference.nvme_path) / f"dpo_scale-{job}" / "reference")
+    return str(Path(recipe.reference.nvme_path) / zero_config.own_folder(recipe, "reference"))
 
 
 def missing_trackers(names: list[str]) -> list[str]:

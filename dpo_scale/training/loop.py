@@ -70,7 +70,7 @@ def train(
     reference = Reference(recipe, runtime, data, console, between_batches)
     by_main(ranks, lambda: folder.keep_reference(reference.fingerprint) if folder is not None else None)
     needed = reference.rows(data.train), reference.rows(data.evaluate)
-    step, reached = 0, "before training"
+    reached = "before training"
     try:
         if recipe.reference.schedule == "upfront":
             status.enter("scoring")
@@ -87,13 +87,15 @@ def train(
             return 0
         run.records.end(run.state, "stopped", console.clock.seconds)
         if step := run.state.step:
+            status.advance(step)
             reached = f"after step {step}, which is committed"
     except StopRequestedError:  # while the reference was scored
         reference.release()
     reason = interruption.reason() or "another rank"
-    status.stop(reason, step)
+    status.stop(reason)
     console.say(f"Stopped by {reason} {reached}; the same command goes on from there")
     interruption.consume_file()
+    ranks.barrier()  # a rank that leaves takes the launch down, the main one too
     return STOPPED
 
 
