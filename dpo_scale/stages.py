@@ -18,7 +18,7 @@ from dpo_scale.watch import Watch
 
 def train(recipe: Recipe, console: Console, watch: Watch) -> int:
     """Reference scoring, training, evaluation, export."""
-    started = runtime.start(recipe)
+    started = runtime.start(recipe, console.say)
     folder = _take_folder(recipe, started.ranks, console)
     code = loop.train(recipe, started, console, folder, watch)
     watch.close()
@@ -28,7 +28,7 @@ def train(recipe: Recipe, console: Console, watch: Watch) -> int:
 
 def score(recipe: Recipe, console: Console, watch: Watch) -> int:
     """Reference log-probs of training and held-out pairs, into the store; resumable."""
-    started = runtime.start(recipe)
+    started = runtime.start(recipe, console.say)
     data = prepare_data(recipe, started.ranks, console)
     interruption = Interruption(Path(recipe.run.output_dir), None, watch.started)
 
@@ -53,7 +53,7 @@ def score(recipe: Recipe, console: Console, watch: Watch) -> int:
 
 def evaluate(recipe: Recipe, console: Console, watch: Watch) -> int:
     """Held-out metrics of the run's newest checkpoint, or of model.path where there is none."""
-    started = runtime.start(recipe)
+    started = runtime.start(recipe, console.say)
     if not recipe.data.evaluate:
         raise UserError("data.evaluate: no held-out data to evaluate on")
     loop.evaluate_only(recipe, started, console, _take_folder(recipe, started.ranks, console), watch)

@@ -1,0 +1,52 @@
+"""Locks of operator builds that died. torch marks a build by a file, and waits for ever if its builder was killed.
+
+DeepSpeed compiles or looks up an operator at every start, so a kill in that moment would hang all later ones.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ABANDONED_AFTER_SECONDS = 300.0
+"""For builders on other machines, which cannot be seen; an operator takes one or two minutes."""
+POLL_SECONDS = 1.0
+
+
+def build_root() -> Path:
+    """Where torch builds extensions."""
+    from torch.utils.cpp_extension import get_default_build_root
+
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+
+
+def wait_for_builds(root: Path, say: Callable[[str], None]) -> None:
+    """Wait until nobody builds below `root`; a lock that no process holds is removed once it is old."""
+    told = False
+    while locks := [path for pattern in ("*/lock", "*/*/lock") for path in root.glob(pattern)]:
+        for path in locks:
+            try:
+                age = time.time() - path.stat().st_mtime
+            except FileNotFoundError:
+                continue
+            if age > ABANDONED_AFTER_SECONDS and not _is_open(path):
+                say(f"Removing {path}: whoever compiled this operator of DeepSpeed died over it")
+                path.unlink(missing_ok=True)
+        if not told:
+            say(f"Waiting for another process that compiles operators of DeepSpeed: {locks[0]}")
+            told = True
+        time.sleep(POLL_SECONDS)
+
+
+def _is_open(path: Path) -> bool:
+    """Whether a process of this machine that may be looked at has the file open, as a builder does."""
+    target = path.resolve()
+    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
+        try:
+            if descriptor.readlink() == target:
+                return True
+        except OSError:  # it has ended, or is another user's
+            continue
+    return False
