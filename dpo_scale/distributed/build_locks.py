@@ -6,6 +6,7 @@ DeepSpeed compiles or looks up an operator at every start, so a kill in that mom
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,11 @@ def build_root() -> Path:
     from torch.utils.cpp_extension import get_default_build_root
 
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+
+
+def own_ninja_first() -> None:
+    """Build with this environment's ninja, whatever the caller's PATH: each version builds anew what another built."""
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
 
 
 def wait_for_builds(root: Path, say: Callable[[str], None]) -> None:

@@ -17,7 +17,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
 
 from dpo_scale.distributed import zero_config
-from dpo_scale.distributed.build_locks import build_root, wait_for_builds
+from dpo_scale.distributed.build_locks import build_root, own_ninja_first, wait_for_builds
 from dpo_scale.errors import RecipeError, UserError
 from dpo_scale.recipe import Recipe
 from dpo_scale.shipped_files import shipped_file
@@ -101,6 +101,7 @@ def start(recipe: Recipe, say: Callable[[str], None] = logger.warning) -> Runtim
         recipe,
         reference_nvme_folder(recipe),
     )
+    own_ninja_first()
     if os.environ.get("LOCAL_RANK", "0") == "0":
         wait_for_builds(build_root(), say)
     # Without a named backend Accelerate believes, on CPUs, that every rank is alone.

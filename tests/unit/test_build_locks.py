@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sys
 import threading
 import time
 from pathlib import Path
@@ -11,7 +13,7 @@ import pytest
 from torch.utils.file_baton import FileBaton
 
 from dpo_scale.distributed import build_locks
-from dpo_scale.distributed.build_locks import ABANDONED_AFTER_SECONDS, wait_for_builds
+from dpo_scale.distributed.build_locks import ABANDONED_AFTER_SECONDS, own_ninja_first, wait_for_builds
 
 
 @pytest.fixture(autouse=True)
@@ -64,6 +66,12 @@ def test_a_fresh_lock_may_be_another_machines(tmp_path: Path) -> None:
     Path(held.lock_file_path).unlink()
     waiting.join(5)
     assert not waiting.is_alive()
+
+
+def test_the_ninja_of_this_environment_builds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    own_ninja_first()
+    assert Path(shutil.which("ninja") or "").parent == Path(sys.executable).parent
 
 
 def test_no_builds_no_words(tmp_path: Path) -> None:
