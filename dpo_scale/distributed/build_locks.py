@@ -30,20 +30,24 @@ def own_ninja_first() -> None:
 
 def wait_for_builds(root: Path, say: Callable[[str], None]) -> None:
     """Wait until nobody builds below `root`; a lock that no process holds is removed once it is old."""
-    told = False
+    told, unheld_before = False, set[Path]()
     while locks := [path for pattern in ("*/lock", "*/*/lock") for path in root.glob(pattern)]:
-        for path in locks:
-            try:
-                age = time.time() - path.stat().st_mtime
-            except FileNotFoundError:
-                continue
-            if age > ABANDONED_AFTER_SECONDS and not _is_open(path):
-                say(f"Removing {path}: whoever compiled this operator of DeepSpeed died over it")
-                path.unlink(missing_ok=True)
+        unheld = {path for path in locks if _is_old(path) and not _is_open(path)}
+        for path in unheld & unheld_before:  # not at first sight: a builder closes it before it removes it
+            say(f"Removing {path}: whoever compiled this operator of DeepSpeed died over it")
+            path.unlink(missing_ok=True)
+        unheld_before = unheld
         if not told:
             say(f"Waiting for another process that compiles operators of DeepSpeed: {locks[0]}")
             told = True
         time.sleep(POLL_SECONDS)
+
+
+def _is_old(path: Path) -> bool:
+    try:
+        return time.time() - path.stat().st_mtime > ABANDONED_AFTER_SECONDS
+    except FileNotFoundError:
+        return False
 
 
 def _is_open(path: Path) -> bool:
