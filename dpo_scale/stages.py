@@ -21,7 +21,7 @@ from dpo_scale.watch import Watch
 
 def train(recipe: Recipe, console: Console, watch: Watch) -> int:
     """Reference scoring, training, evaluation, export."""
-    started = runtime.start(recipe)
+    started = runtime.start(recipe, console.say)
     folder = _take_folder(recipe, started.ranks, console)
     status = StatusFile(folder.path if folder else None, "train")
     code = loop.train(recipe, started, console, folder, status, watch)
@@ -34,7 +34,7 @@ def train(recipe: Recipe, console: Console, watch: Watch) -> int:
 
 def score(recipe: Recipe, console: Console, watch: Watch) -> int:
     """Reference log-probs of training and held-out pairs, into the store; resumable."""
-    started = runtime.start(recipe)
+    started = runtime.start(recipe, console.say)
     run = Path(recipe.run.output_dir)
     lock = by_main(started.ranks, lambda: locks.take(run / ".score.lock"))
     status = StatusFile(run if started.ranks.is_main else None, "score")
@@ -68,7 +68,7 @@ def score(recipe: Recipe, console: Console, watch: Watch) -> int:
 
 def evaluate(recipe: Recipe, console: Console, watch: Watch) -> int:
     """Held-out metrics of the run's newest checkpoint, or of model.path where there is none."""
-    started = runtime.start(recipe)
+    started = runtime.start(recipe, console.say)
     if not recipe.data.evaluate:
         raise UserError("data.evaluate: no held-out data to evaluate on")
     loop.evaluate_only(recipe, started, console, _take_folder(recipe, started.ranks, console), watch)

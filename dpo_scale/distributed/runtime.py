@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,12 +18,15 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs, ProjectConfiguration
 
 from dpo_scale.distributed import zero_config
+from dpo_scale.distributed.build_locks import build_root, own_ninja_first, wait_for_builds
 from dpo_scale.distributed.patience import work_and_wait
 from dpo_scale.errors import RecipeError, UserError
 from dpo_scale.recipe import Recipe
 from dpo_scale.shipped_files import shipped_file
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 TIMEOUT = timedelta(minutes=60)
 """Longest wait in a collective; work that may take longer is waited for outside of them (patience.py)."""
@@ -86,7 +90,7 @@ class Runtime:
     ranks: Ranks
 
 
-def start(recipe: Recipe) -> Runtime:
+def start(recipe: Recipe, say: Callable[[str], None] = logger.warning) -> Runtime:
     """Join the process group and set up Accelerate with one DeepSpeed plugin a role.
 
     Raises UserError where the launcher or the device cannot do what the recipe asks.
@@ -106,6 +110,9 @@ def start(recipe: Recipe) -> Runtime:
         recipe,
         reference_nvme_folder(recipe),
     )
+    own_ninja_first()
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        wait_for_builds(build_root(), say)
     # Without a named backend Accelerate believes, on CPUs, that every rank is alone.
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     # Read by the plugin as a second source of the configuration that is already given.
