@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-SHM_COMM = "deepspeed_shm_comm"
 ASYNC_IO = "async_io"
 
 
@@ -26,17 +25,25 @@ class CompiledOp:
     """Whether a compiled one lies in the extensions folder."""
 
 
-def needed_ops(policy: Mapping[str, Any], reference_offload: str, *, on_gpu: bool) -> dict[str, str]:
+def leave_out_unused_ops() -> None:
+    """Keep DeepSpeed from compiling an all-reduce over shared memory when a process group starts on CPUs.
+
+    Only its tensor-parallel inference calls it. Even a compiled one costs every start a run of ninja, and a lock file
+    for which a start waits for ever after another was killed while it compiled.
+    """
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__ = {}  # read by nothing else
+
+
+def needed_ops(policy: Mapping[str, Any], reference_offload: str) -> dict[str, str]:
     """Op -> what for, under a policy's DeepSpeed configuration and the reference's offload.
 
-    On GPUs nothing is compiled unless something goes to NVMe: the optimizer is PyTorch's.
+    Nothing is compiled unless something goes to NVMe: the optimizer is PyTorch's.
     """
     zero = policy.get("zero_optimization", {})
     offloads = [zero.get(f"offload_{part}", {}).get("device") for part in ("param", "optimizer")]
-    needed = {} if on_gpu else {SHM_COMM: "collectives on CPU"}
-    if "nvme" in (*offloads, reference_offload):
-        needed[ASYNC_IO] = "offload to NVMe"
-    return needed
+    return {ASYNC_IO: "offload to NVMe"} if "nvme" in (*offloads, reference_offload) else {}
 
 
 def extensions_folder() -> Path:

@@ -19,6 +19,7 @@ from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs, ProjectCon
 
 from dpo_scale.distributed import zero_config
 from dpo_scale.distributed.build_locks import build_root, own_ninja_first, wait_for_builds
+from dpo_scale.distributed.ops import leave_out_unused_ops
 from dpo_scale.distributed.patience import work_and_wait
 from dpo_scale.errors import RecipeError, UserError
 from dpo_scale.recipe import Recipe
@@ -113,6 +114,7 @@ def start(recipe: Recipe, say: Callable[[str], None] = logger.warning) -> Runtim
     own_ninja_first()
     if os.environ.get("LOCAL_RANK", "0") == "0":
         wait_for_builds(build_root(), say)
+    leave_out_unused_ops()
     # Without a named backend Accelerate believes, on CPUs, that every rank is alone.
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     # Read by the plugin as a second source of the configuration that is already given.

@@ -59,7 +59,7 @@ def gather_facts(recipe: Recipe | None, config_file: str | None, nodes: int) -> 
         python_headers=Path(sysconfig.get_path("include"), "Python.h").exists(),
         ninja=shutil.which("ninja") is not None or _is_installed("ninja"),
         libaio=_has_header("libaio.h"),
-        ops=probe_ops(needed_ops(policy, offload, on_gpu=bool(gpus))),
+        ops=probe_ops(needed_ops(policy, offload)),
         launch=launch,
         memlock_bytes=_limit(resource.RLIMIT_MEMLOCK),
         infiniband=any(Path("/sys/class/infiniband").glob("*")),

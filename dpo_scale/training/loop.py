@@ -140,7 +140,7 @@ def _start(
     if recipe.model.activation_checkpointing:
         checkpoint_activations(model)
     with console.progress("Building the engine", None):
-        optimizer = build_optimizer(model, recipe.optim, ranks.device)
+        optimizer = build_optimizer(model, recipe.optim)
         policy = PolicyEngine(runtime.accelerator, model, optimizer, recipe)
     console.say(policy.describe())
     trajectory = trajectory_of(recipe, data.train.digest(), reference.fingerprint.key)

@@ -9,8 +9,10 @@ import inspect
 import re
 from pathlib import Path
 
+import deepspeed
 import pytest
 import torch.distributed
+from deepspeed.comm.torch import TorchBackend
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from deepspeed.runtime.zero import parameter_offload, partition_parameters, stage3
@@ -80,3 +82,16 @@ def test_the_coordinators_cache_can_be_cleared() -> None:
 
 def test_torch_has_the_rendezvous_store_that_waiting_ranks_look_into() -> None:
     assert "_get_default_store" in dir(torch.distributed.distributed_c10d)
+
+
+def test_the_op_that_is_left_out_serves_inference_only() -> None:
+    """The table of ops is read in one place, and what it switches off there is called in one other."""
+    sources = Path(inspect.getfile(deepspeed)).parent.rglob("*.py")
+    readers = {path.name for path in sources if "ops.__compatible_ops__" in path.read_text(encoding="utf-8")}
+    assert readers == {"torch.py"}
+    users = [
+        name
+        for name, method in inspect.getmembers(TorchBackend, inspect.isfunction)
+        if "shm_" in inspect.getsource(method)
+    ]
+    assert set(users) == {"__init__", "inference_all_reduce"}
