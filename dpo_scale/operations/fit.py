@@ -9,7 +9,7 @@ from dpo_scale.distributed.zero_config import read_policy_config
 from dpo_scale.operations.memory import Head, MicroBatchShape, Moment, peak, scoring_moments, training_moments
 from dpo_scale.operations.scaling import Cluster
 from dpo_scale.operations.workload import Workload
-from dpo_scale.operations.zero_memory import ZeroSettings, parameters_of, pinned, shard_elements, states
+from dpo_scale.operations.zero_memory import ZeroSettings, parameters_of, states
 from dpo_scale.shipped_files import shipped_file
 
 GIB = 2**30
@@ -107,7 +107,7 @@ class MemoryPlan:
         own = states(self.parameters, setting.zero, cluster.ranks, self.workload.dtype_bytes, cpu=False).host
         gpus = cluster.gpus_per_node
         processes = {"processes": gpus * RANK_HOST_MEMORY}
-        offloaded = {name: gpus * pinned(size) for name, size in own.items()}
+        offloaded = {name: gpus * size for name, size in own.items()}
         reference = gpus * self.reference_host(cluster.ranks)
         checkpoint = self.workload.meta.num_parameters * self.workload.dtype_bytes
         weights = offloaded.get("weights", 0)
@@ -124,8 +124,8 @@ class MemoryPlan:
 
     def reference_host(self, ranks: int) -> int:
         """Host bytes of a rank's part of the reference."""
-        own = shard_elements(self.parameters, ranks) * self.workload.dtype_bytes
-        return pinned(own) if self.reference_zero.offload_param == "cpu" else 0
+        held = states(self.parameters, self.reference_zero, ranks, self.workload.dtype_bytes, cpu=False)
+        return held.host.get("weights", 0)
 
     def fit(self, setting: Setting, cluster: Cluster, *, scoring_tokens: int | None = None) -> Fit:
         """Whether a setting fits."""

@@ -7,6 +7,7 @@ layers that are alike one is run.
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
@@ -124,13 +124,15 @@ def _checkpointing(model: nn.Module, wanted: bool) -> Iterator[None]:
     if not wanted:
         yield
         return
-    model.gradient_checkpointing_enable(  # type: ignore[operator]
-        gradient_checkpointing_kwargs={"use_reentrant": False}
-    )
-    try:
-        yield
-    finally:
-        model.gradient_checkpointing_disable()  # type: ignore[operator]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of new names that transformers 5.17 does not have
+        model.gradient_checkpointing_enable(  # type: ignore[operator]
+            gradient_checkpointing_kwargs={"use_reentrant": False}
+        )
+        try:
+            yield
+        finally:
+            model.gradient_checkpointing_disable()  # type: ignore[operator]
 
 
 def _run(model: nn.Module, layers: nn.ModuleList, batch: MicroBatch) -> list[UnitMemory]:
@@ -145,7 +147,7 @@ def _run(model: nn.Module, layers: nn.ModuleList, batch: MicroBatch) -> list[Uni
     if batch.segments is not None:
         kwargs["segments"] = batch.segments
     try:
-        with tracker, _FusedAttention():
+        with tracker, _fused_attention():
             output = decoder(input_ids=batch.input_ids, use_cache=False, **kwargs)  # type: ignore[operator]
             loss = _Loss.apply(output.last_hidden_state)  # type: ignore[no-untyped-call]
             del output
@@ -249,29 +251,39 @@ class _Tracker(TorchDispatchMode):
         self._note()
 
 
-class _FusedAttention(TorchFunctionMode):
-    """Stands in for scaled dot-product attention, which on the meta device would make the matrix of scores."""
+@contextmanager
+def _fused_attention() -> Iterator[None]:
+    """Scaled dot-product attention would make the matrix of scores on the meta device; inside, a stand-in does not.
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention:
-            return _SavedByAttention.apply(*args[:3])  # type: ignore[no-untyped-call]
-        return func(*args, **(kwargs or {}))
+    A function mode of torch's own is not in force where checkpointing recomputes.
+    """
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **_: Any) -> Tensor:
+        output: Tensor = _SavedByAttention.apply(query, key, value, attn_mask)  # type: ignore[no-untyped-call]
+        return output
+
+    plain = F.scaled_dot_product_attention
+    F.scaled_dot_product_attention = attend  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = plain
 
 
 class _SavedByAttention(torch.autograd.Function):
     """What a fused kernel keeps: queries, keys, values, output and the log-sum-exp of each row of scores."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         output = query.new_empty(*query.shape[:-1], value.shape[-1])
         lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
-        ctx.save_for_backward(query, key, value, output, lse)
+        ctx.save_for_backward(query, key, value, output, lse, mask)
         return output
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        query, key, value, _, _ = ctx.saved_tensors
-        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+        query, key, value, *_ = ctx.saved_tensors
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None
 
 
 def micro_batch_shape(

@@ -26,6 +26,7 @@ STEPS_LOOKED_AT_A_SCALE = 4
 SCALES = tuple(8 * 2**n for n in range(10))
 """Numbers of GPUs in the table of scaling: 8 to 4,096."""
 MOST_NODES = 512
+IDLE_WORTH_A_WORD = 0.05
 REFERENCE_FILES = {"none": "gpu", "cpu": "cpu", "nvme": "nvme"}
 
 
@@ -47,6 +48,16 @@ class Scale:
     """Peak of a GPU."""
     fits: bool
     step: StepCost
+
+    @property
+    def limits(self) -> list[str]:
+        """Why this number of GPUs does not serve or does not pay; empty if it does."""
+        limits = [] if self.fits else ["memory"]
+        if self.step.idle > IDLE_WORTH_A_WORD:
+            limits.append(f"{self.step.idle:.0%} idle")
+        if self.step.communication_seconds > self.step.compute_seconds:
+            limits.append("network")
+        return limits
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+from rich.box import SIMPLE_HEAD
 from rich.console import RenderableType
 from rich.table import Table
 
 from dpo_scale.operations.fit import GIB, Fit, Setting
 from dpo_scale.operations.memory import Moment
-from dpo_scale.operations.plan import STEPS_LOOKED_AT, Plan, Scale
+from dpo_scale.operations.plan import STEPS_LOOKED_AT, Plan
 from dpo_scale.operations.scaling import StepCost
 from dpo_scale.operations.zero_memory import states
 
@@ -23,6 +24,11 @@ def render(plan: Plan) -> Iterator[RenderableType]:
     yield _run_table(plan)
     yield _memory_table(plan)
     yield _scale_table(plan)
+    if any(scale.limits for scale in plan.scales):
+        yield (
+            "limits: memory: does not fit; idle: ranks without a pair, a step is too small for so many; network: "
+            "exchanging weights and gradients takes longer than computing"
+        )
     yield "Assumed:"
     if plan.workload.assumed is not None:
         yield f"  {plan.workload.assumed}"
@@ -157,47 +163,29 @@ def _of(moment: Moment, fit: Fit) -> str:
 
 
 def _scale_table(plan: Plan) -> Table:
-    table = Table(title="Scaling, the same recipe", title_justify="left")
-    for name in (
-        "GPUs",
-        "nodes",
-        "memory",
-        "micro-batches",
-        "pairs a rank",
-        "traffic",
-        "step s",
-        "hours",
-        "MFU",
-        "limit",
-    ):
+    title = "Scaling of the same recipe: GiB of a GPU; micro-batches, pairs of a rank, GiB sent and seconds of a step"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for name in ("GPUs", "GiB", "micro-b.", "pairs", "sent", "seconds", "hours", "MFU", "limit"):
         table.add_column(name, justify="left" if name == "limit" else "right")
     steps = plan.workload.schedule.num_steps
     for scale in plan.scales:
         step = scale.step
         table.add_row(
             f"{scale.cluster.ranks:,}",
-            f"{scale.cluster.nodes:,}",
-            _gib(scale.gpu_bytes),
+            f"{scale.gpu_bytes / GIB:.1f}",
             f"{step.micro_batches:.1f}",
             f"{step.pairs_a_rank:.3g}",
-            _gib(step.traffic),
+            f"{step.traffic / GIB:,.0f}",
             f"{step.seconds:.3g}",
             f"{steps * step.seconds / 3600:.3g}",
             f"{step.mfu:.0%}",
-            _limit(scale),
+            "; ".join(scale.limits),
         )
     return table
 
 
-def _limit(scale: Scale) -> str:
-    return "; ".join(filter(None, ("" if scale.fits else "does not fit", scale.step.limit)))
-
-
 def _table(title: str) -> Table:
-    table = Table(title=title, title_justify="left", show_header=False)
-    table.add_column()
-    table.add_column()
-    return table
+    return Table(title=title, title_justify="left", show_header=False, box=SIMPLE_HEAD, pad_edge=False)
 
 
 def _gib(size: float) -> str:

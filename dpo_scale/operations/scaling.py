@@ -83,16 +83,6 @@ class StepCost:
     mfu: float
     """Of the whole step: the model's own work over what the GPUs could do in that time."""
 
-    @property
-    def limit(self) -> str:
-        """What stops this number of ranks from paying, in a few words; empty if nothing does."""
-        reasons = []
-        if self.idle > 0.05:
-            reasons.append(f"{self.idle:.0%} of ranks idle: too few pairs")
-        if self.communication_seconds > self.compute_seconds:
-            reasons.append("communication takes longer than computation")
-        return "; ".join(reasons)
-
 
 def sample_steps(schedule: Schedule, most: int) -> list[int]:
     """Steps spread evenly over the run, all of them if there are no more than `most`."""

@@ -47,11 +47,16 @@ class ZeroSettings:
     hpz_partition_size: int = 1
     offload_optimizer: str = "none"
     offload_param: str = "none"
+    pin_optimizer: bool = True
+    pin_param: bool = True
+    """Whether what is offloaded lies in pinned memory."""
 
     @classmethod
     def of_config(cls, config: dict[str, Any]) -> ZeroSettings:
         """The settings of a parsed DeepSpeed JSON."""
         zero = config.get("zero_optimization", {})
+
+        optimizer, param = zero.get("offload_optimizer") or {}, zero.get("offload_param") or {}
 
         def size(key: str, default: int) -> int:
             return default if zero.get(key, "auto") == "auto" else int(zero[key])
@@ -64,8 +69,10 @@ class ZeroSettings:
             max_live_parameters=size("stage3_max_live_parameters", cls.max_live_parameters),
             max_reuse_distance=size("stage3_max_reuse_distance", cls.max_reuse_distance),
             hpz_partition_size=size("zero_hpz_partition_size", cls.hpz_partition_size),
-            offload_optimizer=(zero.get("offload_optimizer") or {}).get("device", "none"),
-            offload_param=(zero.get("offload_param") or {}).get("device", "none"),
+            offload_optimizer=optimizer.get("device", "none"),
+            offload_param=param.get("device", "none"),
+            pin_optimizer=optimizer.get("pin_memory", cls.pin_optimizer),
+            pin_param=param.get("pin_memory", cls.pin_param),
         )
 
 
@@ -118,7 +125,10 @@ def states(parameters: Sequence[Parameter], zero: ZeroSettings, ranks: int, dtyp
     optimizer["fp32 master weights"] = 0 if shared else own * MASTER_BYTES
     optimizer["Adam moments"] = own * MOMENTS_BYTES
     gradients = held.device if zero.offload_optimizer == "none" else held.host
-    gradients["accumulated gradients"] = own * GRADIENT_BYTES
+    in_pinned = zero.offload_optimizer != "none" and zero.pin_optimizer
+    gradients["accumulated gradients"] = (pinned if in_pinned else int)(own * GRADIENT_BYTES)
+    if zero.offload_param == "cpu" and zero.pin_param:
+        held.host["weights"] = pinned(own * dtype_bytes)
     if zero.offload_optimizer == "cpu":
         held.host["gradients for the optimizer"] = own * GRADIENT_BYTES
     elif zero.offload_optimizer == "nvme":  # four buffers of a sub-group's state, twice while it is pipelined
@@ -215,7 +225,7 @@ def _module_order(units: Sequence[Unit], recompute: bool) -> Iterator[tuple[str,
 
 
 def gradient_bytes(
-    units: Sequence[Unit], zero: ZeroSettings, ranks: int, dtype_bytes: int, *, copies: int = 1
+    units: Sequence[Unit], zero: ZeroSettings, ranks: int, dtype_bytes: int, *, copies: int = 0
 ) -> tuple[int, ...]:
     """Most bytes of whole gradients on a rank beside the reduce bucket, while each unit's backward runs.
 

@@ -188,7 +188,7 @@ def measure(recipe: Path, deepspeed: Path, processes: int, device: str, folder: 
         }
         command = [sys.executable, __file__, "--worker", str(recipe), str(folder / f"rank-{rank}.json")]
         with open(folder / f"rank-{rank}.log", "w") as log:
-            running.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+            running.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True))
     try:
         codes = [process.wait() for process in running]
     finally:
