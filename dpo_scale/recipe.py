@@ -79,9 +79,24 @@ class DataSource(Section):
     path: str
     """File, folder, glob or hub dataset (name:split)."""
     columns: dict[str, str] | None = None
-    """Field name that the reader expects -> column name in this source."""
+    """Field name that the reader expects -> column name in this source. An empty name hides a field of the source;
+    completions.text, completions.score and completions.rank name keys inside of each completion."""
     rows: PositiveInt | None = None
-    """Take this many rows, drawn with run.seed; null takes all."""
+    """Take this many rows (all, if there are fewer), drawn with run.seed and the same ones in every epoch."""
+    weight: Annotated[float, Field(gt=0.0, le=1000.0)] | None = None
+    """How often an epoch takes each row: 2 takes all of them twice, 0.5 about half of them, drawn with run.seed and
+    the same ones in every epoch, 1.5 all of them once and about half once more."""
+
+    @model_validator(mode="after")
+    def _one_amount(self) -> DataSource:
+        if self.rows is not None and self.weight is not None:
+            raise ValueError("rows and weight both say how much of a source is taken; keep one")
+        return self
+
+    @property
+    def is_drawn_from(self) -> bool:
+        """Whether the seed decides which rows are taken."""
+        return self.rows is not None or (self.weight is not None and self.weight % 1 != 0)
 
 
 class DataSection(Section):
@@ -98,7 +113,12 @@ class DataSection(Section):
     truncation: Literal["drop", "keep_start_of_prompt", "keep_end_of_prompt", "keep_start"] = "drop"
     """What happens to a pair over a limit: dropped, its prompt cut at one end, or its completions cut at the end."""
     chat_template: str | None = None
-    """A file with a Jinja template; null means the tokenizer's own."""
+    """A file with a Jinja template, or the name of one of several that the tokenizer has; null means its own."""
+    completion_pairs: Literal["best_against_worst", "best_against_random", "all_pairs"] = "best_against_worst"
+    """Pairs of ranked or scored completions: the best and the worst; the best and a random other, drawn by the row's
+    content (as UltraFeedback was binarized); or every two."""
+    completion_margin: Annotated[float, Field(ge=0.0)] = 0.0
+    """Two completions make a pair only if their scores (or ranks) differ by more than this."""
     on_bad_row: Literal["error", "skip"] = "error"
     """For rows that cannot be read: stop with their place and reason, or count and skip."""
     on_no_preference: Literal["error", "skip"] = "skip"
@@ -192,7 +212,10 @@ class RunSection(Section):
     resume: str = "auto"
     """auto: go on from the newest valid checkpoint; never: start anew; or the path of a checkpoint."""
     stop_after: Annotated[float, Field(gt=0.0)] | None = None
-    """Commit a checkpoint and stop after this many minutes of wall-clock time."""
+    """Have a checkpoint committed and stop within this many minutes of wall-clock time."""
+    stall_after: Annotated[float, Field(gt=0.0)] | None = 30.0
+    """Take a rank for stalled after this many minutes without progress in scoring, training or evaluation: every
+    rank's stack is shown, and the run ends. null: never."""
 
 
 class Recipe(Section):

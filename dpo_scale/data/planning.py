@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from dpo_scale.data.hashing import splitmix64
 from dpo_scale.errors import DataError
 
 Indices = npt.NDArray[np.int64]
@@ -102,19 +103,10 @@ def epoch_order(num_pairs: int, seed: int, epoch: int) -> Indices:
     """
     global _last_order
     if _last_order is None or _last_order[0] != (num_pairs, seed, epoch):
-        start = _splitmix64([seed]) ^ np.uint64(epoch)
-        keys = _splitmix64(_splitmix64(start) + np.arange(num_pairs, dtype=np.uint64))
+        start = splitmix64([seed]) ^ np.uint64(epoch)
+        keys = splitmix64(splitmix64(start) + np.arange(num_pairs, dtype=np.uint64))
         _last_order = (num_pairs, seed, epoch), np.argsort(keys, kind="stable")
     return _last_order[1]
-
-
-def _splitmix64(values: npt.ArrayLike) -> npt.NDArray[np.uint64]:
-    """Steele et al. 2014, "Fast splittable pseudorandom number generators", figure 16."""
-    with np.errstate(over="ignore"):
-        z = np.asarray(values, np.uint64) + np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return z ^ (z >> np.uint64(31))
 
 
 def layout_costs(lengths: npt.NDArray[np.int64], layout: str, cost: CostModel) -> Costs:

@@ -1,25 +1,32 @@
 """Raw row -> PreferencePair. Every accepted format is recognised by its fields and has a name.
 
 Fields are read under the names of this module; `columns` of a source says where another data set
-keeps them.
+keeps them. A row that can be read in two ways is refused, and the message names both.
 """
 
 from __future__ import annotations
 
 import difflib
-import itertools
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from dpo_scale.data.sources import RawRow
+from dpo_scale.data.completions import RANK_KEY, SCORE_KEY, TEXT_KEY, choose_pairs, judged_completions
+from dpo_scale.data.row_values import (
+    Message,
+    RowError,
+    Text,
+    as_messages,
+    json_value,
+    number,
+    text,
+    text_or_messages,
+)
+from dpo_scale.data.rows import RawRow
 from dpo_scale.errors import DataError
 
-Message = dict[str, Any]
-Text = str | tuple[Message, ...]
-
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+_KEYS_INSIDE = (TEXT_KEY, SCORE_KEY, RANK_KEY)
 FIELDS = (
     "prompt",
     "chosen",
@@ -29,19 +36,14 @@ FIELDS = (
     "documents",
     "chat_template_kwargs",
     "completions",
+    *_KEYS_INSIDE,
     "scores",
     "ranks",
     "response_1",
     "response_2",
     "preference",
 )
-_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
-_TEXT_KEYS = ("content", "text", "response", "answer", "completion", "output")
-_SCORE_KEYS = ("score", "overall_score", "rating")
-
-
-class RowError(DataError):
-    """A row that holds no pair; the message is the reason, its place is added by who knows it."""
+_ONLY_FOR_CHATS = ("tools", "documents", "chat_template_kwargs")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +61,24 @@ class PreferencePair:
     """Tools that the chat template announces."""
     chat_template_kwargs: Mapping[str, Any] | None = None
     """Further variables of the chat template."""
+    judged_equal: bool = False
+    """The row prefers neither answer, so that it is counted and set aside."""
 
     @property
     def is_chat(self) -> bool:
         """Whether the pair is made of messages rather than text."""
         return not isinstance(self.prompt, str)
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """A raw row under the names of this module."""
+
+    place: str
+    fields: Mapping[str, Any]
+    """Those that are present and not null."""
+    columns: Mapping[str, str]
+    """The recipe's names, without those that hide a field."""
 
 
 def check_columns(columns: Mapping[str, str] | None) -> None:
@@ -75,29 +90,40 @@ def check_columns(columns: Mapping[str, str] | None) -> None:
             raise DataError(f"data columns: unknown field {name!r}; {hint}")
 
 
-def to_preferences(raw: RawRow, columns: Mapping[str, str] | None = None) -> list[PreferencePair]:
-    """The pairs of a row: one, or one for every two ranked completions.
+def to_preferences(
+    raw: RawRow,
+    columns: Mapping[str, str] | None = None,
+    completion_pairs: str = "best_against_worst",
+    completion_margin: float = 0.0,
+) -> list[PreferencePair]:
+    """The pairs of a row: one, or those of its ranked completions that the recipe asks for.
 
-    Raises RowError with the reason where the row has no known format.
+    Args:
+        raw: the row as its file gives it.
+        columns: name of this module -> name in the row; an empty name hides a field.
+        completion_pairs: which pairs ranked completions make (`data.completion_pairs`).
+        completion_margin: by how much their scores or ranks have to differ.
+
+    Raises RowError with the reason where the row has no known format, or more than one.
     """
-    fields = _rename(raw.fields, columns)
-    if "chosen" in fields and "rejected" in fields:
-        return [_from_chosen_and_rejected(fields, raw.place)]
-    if "completions" in fields:
-        return _from_completions(fields, raw.place)
-    if "response_1" in fields and "response_2" in fields:
-        return [_from_two_responses(fields, raw.place)]
-    missing = [name for name in ("chosen", "rejected") if name not in fields]
-    raise RowError(
-        f"no field {' and no field '.join(map(repr, missing))}; the row has "
-        f"{', '.join(map(repr, raw.fields)) or 'no fields'}; name its columns in data columns"
-    )
+    row = _Row(raw.place, _rename(raw.fields, columns or {}), {k: v for k, v in (columns or {}).items() if v})
+    form = _form(row, raw.fields)
+    if form == "completions":
+        return _from_completions(row, completion_pairs, completion_margin)
+    if form == "response_1":
+        return [_from_two_responses(row)]
+    return [_from_chosen_and_rejected(row)]
 
 
-def _rename(fields: dict[str, Any], columns: Mapping[str, str] | None) -> dict[str, Any]:
+def _rename(fields: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
     """The fields that are present and not null, under the names of this module."""
     named = {name: value for name, value in fields.items() if value is not None}
-    for name, column in (columns or {}).items():
+    for name, column in columns.items():
+        if name in _KEYS_INSIDE:
+            continue
+        if not column:
+            named.pop(name, None)
+            continue
         if column not in fields:
             raise RowError(
                 f"no field {column!r}, which columns names as {name!r}; the row has "
@@ -107,57 +133,111 @@ def _rename(fields: dict[str, Any], columns: Mapping[str, str] | None) -> dict[s
             raise RowError(f"field {column!r} is null")
         named[name] = fields[column]
     for name in ("prompt", "chosen", "rejected"):
-        if name in fields and fields[name] is None and name not in named:
+        if name in fields and fields[name] is None and name not in named and columns.get(name) != "":
             raise RowError(f"field {name!r} is null")
     return named
 
 
-def _from_chosen_and_rejected(fields: dict[str, Any], place: str) -> PreferencePair:
-    chosen, rejected = _text("chosen", fields["chosen"]), _text("rejected", fields["rejected"])
+def _form(row: _Row, raw_fields: Mapping[str, Any]) -> str:
+    """The field that decides how the row is read."""
+    forms = {
+        "chosen": ("chosen", "rejected"),
+        "completions": ("completions",),
+        "response_1": ("response_1", "response_2"),
+    }
+    whole = {form: names for form, names in forms.items() if all(name in row.fields for name in names)}
+    if len(whole) > 1:
+        # Fields that the recipe names one by one are the ones that it means.
+        meant = [form for form, names in whole.items() if all(name in row.columns for name in names)]
+        if len(meant) == 1:
+            return meant[0]
+        candidates = ", or by ".join(" and ".join(map(repr, names)) for names in whole.values())
+        raise RowError(
+            f"ambiguous; the row can be read by {candidates}; name the fields of one in data columns, "
+            "or hide the others with an empty name"
+        )
+    if whole:
+        return next(iter(whole))
+    missing = [name for name in ("chosen", "rejected") if name not in row.fields]
+    raise RowError(
+        f"no field {' and no field '.join(map(repr, missing))}; the row has "
+        f"{', '.join(map(repr, raw_fields)) or 'no fields'}; name its columns in data columns"
+    )
+
+
+# --- chosen and rejected ------------------------------------------------------------------------
+
+
+def _from_chosen_and_rejected(row: _Row) -> PreferencePair:
+    fields = row.fields
+    chosen = text_or_messages("chosen", fields["chosen"])
+    rejected = text_or_messages("rejected", fields["rejected"])
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise RowError("one of chosen and rejected is text, the other a list of messages")
-    prompt = _text("prompt", fields["prompt"]) if "prompt" in fields else None
+    prompt = text_or_messages("prompt", fields["prompt"]) if "prompt" in fields else None
     if prompt is None:
         if isinstance(chosen, str):
             assert isinstance(rejected, str)
-            prompt, chosen, rejected, name = _split_strings(chosen, rejected)
-        else:
-            assert not isinstance(rejected, str)
-            prompt, chosen, rejected, name = _split_chats(chosen, rejected)
-    elif isinstance(prompt, str) and isinstance(chosen, str):
-        name = "prompt, chosen and rejected strings"
-    else:
-        prompt, chosen, rejected, name = _as_chat(prompt, chosen, rejected)
-    return _pair(fields, place, prompt, chosen, rejected, name)
+            return _with_context(row, *_split_strings(chosen, rejected), has_turns=False)
+        assert not isinstance(rejected, str)
+        return _with_context(row, *_split_chats(chosen, rejected))
+    if isinstance(prompt, str) and isinstance(chosen, str):
+        assert isinstance(rejected, str)
+        return _with_context(row, prompt, chosen, rejected, _name_of_strings(row, prompt, chosen, rejected))
+    return _with_context(row, *_as_chat(prompt, chosen, rejected))
 
 
-def _pair(fields: dict[str, Any], place: str, prompt: Text, chosen: Text, rejected: Text, name: str) -> PreferencePair:
-    """The pair with its system message, tools and template variables."""
-    if "system" in fields:
-        system = _string("system", fields["system"])
-        prompt, chosen, rejected = (
-            _messages(prompt, "user"),
-            _messages(chosen, "assistant"),
-            _messages(rejected, "assistant"),
-        )
-        if system and not (prompt and prompt[0]["role"] == "system"):
+def _with_context(
+    row: _Row, prompt: Text, chosen: Text, rejected: Text, name: str, *, has_turns: bool = True
+) -> PreferencePair:
+    """The pair with its system message, tools and template variables.
+
+    Args:
+        has_turns: whether prompt and completions are whole messages, and not text cut in two.
+    """
+    fields = row.fields
+    system = text("system", fields["system"]) if "system" in fields else None
+    is_plain = not has_turns or (isinstance(prompt, str) and prompt.startswith(HUMAN))
+    if system and is_plain:
+        raise RowError(f"field 'system' makes a chat of a row, and this one is text ({name})")
+    if system is not None and not is_plain:
+        prompt = as_messages(prompt, "user")
+        chosen, rejected = as_messages(chosen, "assistant"), as_messages(rejected, "assistant")
+        own = [message.get("content") for message in prompt[:1] if message["role"] == "system"]
+        if system and own and own != [system]:
+            raise RowError("ambiguous; field 'system' and the chat's own system message differ; hide or remove one")
+        if system and not own:
             prompt = ({"role": "system", "content": system}, *prompt)
         name += ", with a system field"
     if not isinstance(prompt, str) and not prompt:
         raise RowError("chosen and rejected begin with different messages: there is no prompt")
-    tools = _json_field("tools", fields.get("tools"), list)
-    variables = dict(_json_field("chat_template_kwargs", fields.get("chat_template_kwargs"), dict) or {})
-    documents = _json_field("documents", fields.get("documents"), list)
+    tools = json_value("tools", fields.get("tools"), list)
+    variables = dict(json_value("chat_template_kwargs", fields.get("chat_template_kwargs"), dict) or {})
+    documents = json_value("documents", fields.get("documents"), list)
     if documents:
         variables["documents"] = documents
+    if isinstance(prompt, str) and (tools or variables):
+        given = [field for field in _ONLY_FOR_CHATS if fields.get(field)]
+        raise RowError(f"field {given[0]!r} is for chat templates, and this row is text; hide it in data columns")
     return PreferencePair(
         prompt=prompt,
         chosen=chosen,
         rejected=rejected,
-        row=place,
+        row=row.place,
         format=name,
         tools=tuple(tools) if tools else None,
         chat_template_kwargs=variables or None,
+    )
+
+
+def _name_of_strings(row: _Row, prompt: str, chosen: str, rejected: str) -> str:
+    if not (prompt.strip() and chosen.startswith(prompt) and rejected.startswith(prompt)):
+        return "prompt, chosen and rejected strings"
+    if "prompt" in row.columns:
+        return "prompt, chosen and rejected strings, both repeat the prompt"
+    raise RowError(
+        "ambiguous; chosen and rejected both begin with the prompt: are they whole texts, or answers that repeat it? "
+        "in data columns, prompt: '' says whole texts, and prompt: prompt says answers"
     )
 
 
@@ -192,196 +272,81 @@ def _common_length(left: Sequence[Any], right: Sequence[Any]) -> int:
 
 def _split_chats(chosen: tuple[Message, ...], rejected: tuple[Message, ...]) -> tuple[Text, Text, Text, str]:
     cut = _common_length(chosen, rejected)
+    if cut == len(chosen) == len(rejected) and cut > 1:
+        cut -= 1  # the same chat twice: its last message is the answer, and both are equal
     return chosen[:cut], chosen[cut:], rejected[cut:], "whole chats, prompt in both"
 
 
 def _as_chat(prompt: Text, chosen: Text, rejected: Text) -> tuple[Text, Text, Text, str]:
     """A prompt next to completions of which at least one side is made of messages."""
-    if isinstance(prompt, str):
-        assert not isinstance(chosen, str)
-        assert not isinstance(rejected, str)
-        cut = _common_length(chosen, rejected)
-        if cut and chosen[cut - 1]["role"] != "assistant":
-            # UltraFeedback's form: whole chats, with the last question once more as text.
-            return (
-                chosen[:cut],
-                chosen[cut:],
-                rejected[cut:],
-                "whole chats and their prompt as text",
-            )
-        return (
-            _messages(prompt, "user"),
-            chosen,
-            rejected,
-            "prompt string, completions as messages",
-        )
     if isinstance(chosen, str):
-        return (
-            prompt,
-            _messages(chosen, "assistant"),
-            _messages(rejected, "assistant"),
-            "prompt as messages, completion strings",
-        )
+        answers = as_messages(chosen, "assistant"), as_messages(rejected, "assistant")
+        return (prompt, *answers, "prompt as messages, completion strings")
     assert not isinstance(rejected, str)
+    if isinstance(prompt, str):
+        if not (_begins_a_chat(chosen) or _begins_a_chat(rejected)):
+            return as_messages(prompt, "user"), chosen, rejected, "prompt string, completions as messages"
+        split = _split_chats(chosen, rejected)
+        _check_prompt_is_theirs(prompt, split[0])
+        return (*split[:3], "whole chats and their prompt as text")
     size = len(prompt)
     if prompt and chosen[:size] == prompt and rejected[:size] == prompt:
         return prompt, chosen[size:], rejected[size:], "chats, prompt given and in both"
+    if prompt and prompt[-1]["role"] != "assistant" and (_begins_a_chat(chosen) or _begins_a_chat(rejected)):
+        raise RowError(
+            "ambiguous; chosen and rejected are chats of their own, or answers that begin with a turn of the user: "
+            "they do not both begin with the messages of the prompt; prompt: '' in data columns hides it"
+        )
     return prompt, chosen, rejected, "prompt, chosen and rejected messages"
 
 
-def _from_completions(fields: dict[str, Any], place: str) -> list[PreferencePair]:
-    """Best against worst of scored or ranked completions."""
-    entries = fields["completions"]
-    if not isinstance(entries, list) or len(entries) < 2:
-        raise RowError("completions has to be a list of two or more")
-    if "prompt" not in fields:
-        raise RowError("completions need a field 'prompt'")
-    ranked = [(_merit(entry, index, fields), _completion(entry)) for index, entry in enumerate(entries)]
-    (best, chosen), (worst, rejected) = max(ranked, key=_first), min(ranked, key=_first)
-    if best == worst:
-        rejected = chosen  # no preference: set aside with the pairs that carry none
-    prompt = _text("prompt", fields["prompt"])
-    name = "ranked or scored completions, best against worst"
-    if not isinstance(prompt, str) or not isinstance(chosen, str):
-        prompt, chosen, rejected = (
-            _messages(prompt, "user"),
-            _messages(chosen, "assistant"),
-            _messages(rejected, "assistant"),
-        )
-    return [_pair(fields, place, prompt, chosen, rejected, name)]
+def _begins_a_chat(messages: tuple[Message, ...]) -> bool:
+    return bool(messages) and messages[0]["role"] in ("system", "developer", "user")
 
 
-def _first(ranked: tuple[float, Text]) -> float:
-    return ranked[0]
-
-
-def _completion(entry: Any) -> Text:
-    if isinstance(entry, dict):
-        for key in _TEXT_KEYS:
-            if key in entry:
-                return _text(f"completions.{key}", entry[key])
-        raise RowError(f"a completion has none of the fields {', '.join(_TEXT_KEYS)}")
-    return _text("completions", entry)
-
-
-def _merit(entry: Any, index: int, fields: dict[str, Any]) -> float:
-    """How good a completion is: its score, or its rank upside down (rank 1 is the best)."""
-    keys = entry if isinstance(entry, dict) else {}
-    for key in _SCORE_KEYS:
-        if key in keys:
-            return _number(key, keys[key])
-    if "rank" in keys:
-        return -_number("rank", keys["rank"])
-    for name, sign in (("scores", 1.0), ("ranks", -1.0)):
-        values = fields.get(name)
-        if isinstance(values, list) and len(values) == len(fields["completions"]):
-            return sign * _number(name, values[index])
-    raise RowError("completions carry no score and no rank, in them or in 'scores' or 'ranks'")
-
-
-def _from_two_responses(fields: dict[str, Any], place: str) -> PreferencePair:
-    """HelpSteer's form: a preference below zero is for response_1, above zero for response_2."""
-    for name in ("prompt", "preference"):
-        if name not in fields:
-            raise RowError(f"response_1 and response_2 need a field {name!r}")
-    preference = _number("preference", fields["preference"])
-    first, second = fields["response_1"], fields["response_2"]
-    chosen, rejected = (second, first) if preference > 0 else (first, second)
-    if preference == 0:
-        rejected = chosen
-    pair = {**fields, "chosen": chosen, "rejected": rejected}
-    made = _from_chosen_and_rejected(pair, place)
-    return _pair(fields, place, made.prompt, made.chosen, made.rejected, "two responses and a preference")
-
-
-# --- values ------------------------------------------------------------------------------------
-
-
-def _text(name: str, value: Any) -> Text:
-    """A string, or a tuple of messages."""
-    if isinstance(value, str):
-        return _string(name, value)
-    if isinstance(value, dict):
-        value = [value]
-    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-        raise RowError(f"field {name!r} has to be text or a list of messages, not {_describe(value)}")
-    return tuple(_message(name, item) for item in value)
-
-
-def _message(name: str, message: dict[str, Any]) -> Message:
-    """A message with `role` and `content`; ShareGPT's `from` and `value` are read as these."""
-    if "from" in message and "value" in message:
-        role = message["from"]
-        message = {
-            "role": _ROLES.get(role, role) if isinstance(role, str) else role,
-            "content": message["value"],
-        }
-    # Columnar files fill the fields that a message does not have with null.
-    message = {key: value for key, value in message.items() if value is not None}
-    if not isinstance(message.get("role"), str):
-        raise RowError(f"a message of {name!r} has no 'role'")
-    if "content" not in message and "tool_calls" not in message:
-        raise RowError(f"a message of {name!r} has no 'content'")
-    if not isinstance(message.get("content", ""), (str, list)):
-        raise RowError(f"the content of a message of {name!r} has to be text, not {_describe(message['content'])}")
-    for value in _strings(message):
-        _string(name, value)
-    return message
-
-
-def _strings(value: Any) -> list[str]:
-    """All strings inside a value."""
-    if isinstance(value, str):
-        return [value]
-    if isinstance(value, dict):
-        value = [*value, *value.values()]
-    parts = value if isinstance(value, list) else ()
-    return list(itertools.chain.from_iterable(map(_strings, parts)))
-
-
-def _string(name: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise RowError(f"field {name!r} has to be text, not {_describe(value)}")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
+def _check_prompt_is_theirs(prompt: str, common: Text) -> None:
+    """The text next to whole chats has to be one of their common messages, or to hold the last one."""
+    contents = [message.get("content") for message in common if isinstance(message, dict)]
+    last = contents[-1] if contents else None
+    is_one = prompt.strip() in [content.strip() for content in contents if isinstance(content, str)]
+    holds_last = isinstance(last, str) and bool(last.strip()) and last.strip() in prompt
+    if prompt.strip() and not is_one and not holds_last:
         raise RowError(
-            f"field {name!r} is not valid Unicode (a lone surrogate at character {error.start + 1})"
-        ) from error
-    return value
+            "ambiguous; the prompt is text that the chats in chosen and rejected do not begin with: is it a turn in "
+            "front of them, or a note? prompt: '' in data columns hides it"
+        )
 
 
-def _messages(value: Text, role: str) -> tuple[Message, ...]:
-    return ({"role": role, "content": value},) if isinstance(value, str) else value
+# --- completions that were ranked, scored or compared --------------------------------------------
 
 
-def _json_field(name: str, value: Any, kind: type) -> Any:
-    """A field that may travel as JSON text."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value) if value.strip() else None
-        except (ValueError, RecursionError) as error:
-            raise RowError(f"field {name!r} is not valid JSON") from error
-    if value is not None and not isinstance(value, kind):
-        raise RowError(f"field {name!r} has to be a {kind.__name__}, not {_describe(value)}")
-    for text in _strings(value):
-        _string(name, text)
-    return value
+def _from_completions(row: _Row, choice: str, margin: float) -> list[PreferencePair]:
+    judged = judged_completions(row.fields, row.columns)
+    pairs = choose_pairs(judged, choice, margin)
+    if not pairs:  # one pair that is counted as a row without a preference
+        return [replace(_from_two(row, judged[0].text, judged[1].text, choice), judged_equal=True)]
+    return [_from_two(row, chosen.text, rejected.text, choice) for chosen, rejected in pairs]
 
 
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        raise RowError(f"field {name!r} has to be a number, not {_describe(value)}")
-    try:
-        number = float(value)
-    except ValueError as error:
-        raise RowError(f"field {name!r} has to be a number, not {value!r:.40}") from error
-    if number != number:
-        raise RowError(f"field {name!r} is not a number (NaN)")
-    return number
+def _from_two(row: _Row, chosen: Text, rejected: Text, choice: str) -> PreferencePair:
+    return _from_answers(row, chosen, rejected, f"ranked or scored completions, {choice.replace('_', ' ')}")
 
 
-def _describe(value: Any) -> str:
-    return {list: "a list", dict: "an object", str: "text", bool: "true or false"}.get(
-        type(value), f"a {type(value).__name__}"
-    )
+def _from_two_responses(row: _Row) -> PreferencePair:
+    """HelpSteer's form: a preference below zero is for response_1, above zero for response_2."""
+    if "preference" not in row.fields:
+        raise RowError("response_1 and response_2 need a field 'preference'")
+    preference = number("preference", row.fields["preference"])
+    first, second = row.fields["response_1"], row.fields["response_2"]
+    chosen, rejected = (second, first) if preference > 0 else (first, second)
+    pair = _from_answers(row, chosen, rejected, "two responses and a preference")
+    return replace(pair, judged_equal=preference == 0)
+
+
+def _from_answers(row: _Row, chosen: Any, rejected: Any, name: str) -> PreferencePair:
+    """Two answers of a row read as `chosen` and `rejected`, under the name of the row's own format."""
+    if "prompt" not in row.fields and isinstance(chosen, str):
+        raise RowError(f"no field 'prompt', which {name.split(',')[0]} need")
+    pair = _from_chosen_and_rejected(replace(row, fields={**row.fields, "chosen": chosen, "rejected": rejected}))
+    with_system = ", with a system field" if "system" in row.fields else ""
+    return replace(pair, format=name + with_system)

@@ -10,31 +10,33 @@ import itertools
 import os
 import re
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from dpo_scale.data.preferences import PreferencePair, RowError, check_columns, to_preferences
+from dpo_scale.data.hashing import Hashes, sequence_hashes
+from dpo_scale.data.preferences import PreferencePair, check_columns, to_preferences
 from dpo_scale.data.report import DataReport, SourceReport
-from dpo_scale.data.sources import BadRow, Row, read_rows
+from dpo_scale.data.row_values import RowError
+from dpo_scale.data.rows import BadRow, Block, Numbers
+from dpo_scale.data.sources import read_blocks
 from dpo_scale.data.token_pairs import Lengths, TokenIds, TokenPairs
 from dpo_scale.data.token_store import PairWriter, TokenStore
 from dpo_scale.data.tokenization import NO_PREFERENCE, TEMPLATE_FAILED, Dropped, Kept, PairTokenizer
 from dpo_scale.errors import DataError
 from dpo_scale.recipe import DataSection, DataSource
 
-CHUNK_ROWS = 512
-"""Rows tokenized in one call."""
-INLINE_CHUNKS = 16
-"""Chunks tokenized in this process before others are started, which takes them seconds."""
+INLINE_BLOCKS = 16
+"""Blocks tokenized in this process before others are started, which takes them seconds."""
 MAX_LISTED = 20
 """Bad rows named in one error."""
-LOOK_AHEAD_CHUNKS = 100
-"""Chunks read on behind the first bad row, to report its like together."""
+LOOK_AHEAD_BLOCKS = 100
+"""Blocks read on behind the first bad row, to report its like together."""
 
 
 def prepare_pairs(
@@ -43,10 +45,16 @@ def prepare_pairs(
     tokenizer: PreTrainedTokenizerBase,
     *,
     seed: int,
+    progress: Callable[[int], None] | None = None,
 ) -> tuple[TokenPairs, DataReport]:
     """The pairs of all sources in order, from the store if they are there.
 
-    Call it in one process a machine first: that one fills the store, the others find it filled.
+    Call it in one process a machine first: that one fills the store, the others find it filled. The sources lie
+    one behind the other; the order of an epoch (planning.py) mixes them.
+
+    Args:
+        seed: draws the rows of sources with `rows` or `weight`.
+        progress: called with the number of further rows that are done; never where the store is filled.
 
     Raises:
         DataError: rows that cannot be used (listed together), a missing file, or no pair left.
@@ -58,27 +66,61 @@ def prepare_pairs(
     stored = store.load()
     if stored is None:
         with store.writer() as writer:
-            _tokenize_sources(sources, data, pair_tokenizer, seed, writer)
+            _tokenize_sources(sources, data, pair_tokenizer, seed, writer, progress)
         stored = store.load()
         assert stored is not None
     return stored
 
 
 @dataclass(slots=True)
-class _Chunk:
-    """What became of some rows of one source."""
+class _Counts:
+    """What became of rows."""
 
-    tokens: TokenIds
-    lengths: Lengths
-    places: list[str]
     rows_read: int = 0
-    bad_rows: list[BadRow] = field(default_factory=list)
-    """Rows that stop the run under the recipe's settings."""
+    pairs_kept: int = 0
+    copies: int = 0
     formats: Counter[str] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
     truncated: Counter[str] = field(default_factory=Counter)
     first_places: dict[str, str] = field(default_factory=dict)
     boundaries_moved: int = 0
+
+    def add(self, later: _Counts) -> None:
+        self.rows_read += later.rows_read
+        self.pairs_kept += later.pairs_kept
+        self.copies += later.copies
+        self.formats += later.formats
+        self.dropped += later.dropped
+        self.truncated += later.truncated
+        self.boundaries_moved += later.boundaries_moved
+        self.first_places = {**later.first_places, **self.first_places}
+
+    def report(self, path: str) -> SourceReport:
+        return SourceReport(
+            path=path,
+            rows_read=self.rows_read,
+            pairs_kept=self.pairs_kept,
+            copies=self.copies,
+            formats=dict(self.formats),
+            dropped=dict(self.dropped),
+            truncated=dict(self.truncated),
+            first_places=self.first_places,
+            boundaries_moved=self.boundaries_moved,
+        )
+
+
+@dataclass(slots=True)
+class _Chunk:
+    """A block in tokens: the columns of `PairWriter.add`, and what became of its rows."""
+
+    file: str
+    tokens: TokenIds
+    lengths: Lengths
+    hashes: Hashes
+    numbers: Numbers
+    counts: _Counts
+    bad_rows: list[BadRow]
+    """Rows that stop the run under the recipe's settings."""
 
 
 def _tokenize_sources(
@@ -87,25 +129,25 @@ def _tokenize_sources(
     tokenizer: PairTokenizer,
     seed: int,
     writer: PairWriter,
+    progress: Callable[[int], None] | None,
 ) -> None:
     reports: list[SourceReport] = []
     bad_rows: list[BadRow] = []
     for source in sources:
-        columns = source.columns
-        total = _Chunk(np.zeros(0, np.int32), np.zeros((0, 3), np.int64), [])
-        pairs_kept = 0
-        budget = LOOK_AHEAD_CHUNKS
-        for chunk in _tokenized(_chunks(read_rows(source, seed)), columns, tokenizer, data):
+        total = _Counts()
+        budget = LOOK_AHEAD_BLOCKS
+        for chunk in _tokenized(read_blocks(source, seed), source.columns, tokenizer, data):
+            if progress is not None:
+                progress(chunk.counts.rows_read)
             bad_rows += chunk.bad_rows
             if bad_rows:
                 budget -= 1
                 if budget <= 0 or len(bad_rows) >= MAX_LISTED:
                     break
                 continue
-            writer.add(chunk.tokens, chunk.lengths, chunk.places)
-            pairs_kept += len(chunk.lengths)
-            _add_counts(total, chunk)
-        reports.append(_source_report(source.path, pairs_kept, total))
+            writer.add(chunk.tokens, chunk.lengths, chunk.hashes, chunk.file, chunk.numbers)
+            total.add(chunk.counts)
+        reports.append(total.report(source.path))
     if bad_rows:
         raise _bad_rows_error(bad_rows)
     if sources and not any(report.pairs_kept for report in reports):
@@ -113,39 +155,33 @@ def _tokenize_sources(
     writer.finish(tuple(reports))
 
 
-def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
-    iterator = iter(rows)
-    while chunk := list(itertools.islice(iterator, CHUNK_ROWS)):
-        yield chunk
-
-
 def _tokenized(
-    chunks: Iterator[list[Row]],
+    blocks: Iterator[Block],
     columns: dict[str, str] | None,
     tokenizer: PairTokenizer,
     data: DataSection,
 ) -> Iterator[_Chunk]:
-    """Chunks in order: the first few in this process, the rest of a large source in others."""
-    for rows in itertools.islice(chunks, INLINE_CHUNKS):
-        yield _tokenize_chunk(tokenizer, columns, rows)
+    """Blocks in order: the first few in this process, the rest of a large source in others."""
     workers = data.workers or len(os.sched_getaffinity(0))
-    if workers == 1:
-        for rows in chunks:
-            yield _tokenize_chunk(tokenizer, columns, rows)
-        return
-    ahead = next(chunks, None)
+    for block in blocks if workers == 1 else itertools.islice(blocks, INLINE_BLOCKS):
+        yield _tokenize_block(tokenizer, columns, block)
+    ahead = next(blocks, None)
     if ahead is None:
         return
     # Spawned, not forked: this process may hold CUDA, communicator and tokenizer threads.
     with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (tokenizer, columns)) as pool:
         waiting: deque[Future[_Chunk]] = deque()
         try:
-            for rows in itertools.chain([ahead], chunks):
-                waiting.append(pool.submit(_work, rows))
+            for block in itertools.chain([ahead], blocks):
+                waiting.append(pool.submit(_work, block))
                 if len(waiting) > 3 * workers:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
+        except BrokenProcessPool as error:
+            raise DataError(
+                "a process that tokenizes was killed, as happens where the memory is full; lower data.workers"
+            ) from error
         finally:
             for future in waiting:
                 future.cancel()
@@ -161,24 +197,31 @@ def _start_worker(tokenizer: PairTokenizer, columns: dict[str, str] | None) -> N
     _worker = (tokenizer, columns)
 
 
-def _work(rows: list[Row]) -> _Chunk:
-    return _tokenize_chunk(*_worker, rows)
+def _work(block: Block) -> _Chunk:
+    return _tokenize_block(*_worker, block)
 
 
-def _tokenize_chunk(tokenizer: PairTokenizer, columns: dict[str, str] | None, rows: list[Row]) -> _Chunk:
+def _tokenize_block(tokenizer: PairTokenizer, columns: dict[str, str] | None, block: Block) -> _Chunk:
     data = tokenizer.data
-    chunk = _Chunk(np.zeros(0, np.int32), np.zeros((0, 3), np.int64), [], rows_read=len(rows))
+    counts, bad_rows = _Counts(rows_read=len(block)), list[BadRow]()
+
+    def set_aside(place: str, reason: str, stops: bool) -> None:
+        if stops:
+            bad_rows.append(BadRow(place, reason))
+        else:
+            _count_dropped(counts, place, reason)
+
     pairs: list[PreferencePair] = []
-    for row in rows:
+    for row in block.rows():
         try:
             if isinstance(row, BadRow):
                 raise RowError(row.reason)
-            pairs += to_preferences(row, columns)
+            pairs += to_preferences(row, columns, data.completion_pairs, data.completion_margin)
         except RowError as error:
-            _set_aside(chunk, row.place, str(error), data.on_bad_row == "error")
+            set_aside(row.place, str(error), data.on_bad_row == "error")
         except RecursionError:
-            _set_aside(chunk, row.place, "nested too deeply", data.on_bad_row == "error")
-    chunk.formats.update(pair.format for pair in pairs)
+            set_aside(row.place, "nested too deeply", data.on_bad_row == "error")
+    counts.formats.update(pair.format for pair in pairs)
     kept: list[Kept] = []
     for outcome in tokenizer.tokenize(pairs):
         if isinstance(outcome, Dropped):
@@ -186,49 +229,35 @@ def _tokenize_chunk(tokenizer: PairTokenizer, columns: dict[str, str] | None, ro
                 outcome.reason == TEMPLATE_FAILED and data.on_bad_row == "error"
             )
             detail = f" ({outcome.detail})" if outcome.detail else ""
-            _set_aside(chunk, outcome.row, outcome.reason + detail, stops)
+            set_aside(outcome.row, outcome.reason + detail, stops)
         else:
             kept.append(outcome)
-            chunk.truncated.update(outcome.cuts)
-            chunk.boundaries_moved += outcome.boundary_moved
-    if kept:
-        parts = [ids for one in kept for ids in (one.pair.prompt, one.pair.chosen, one.pair.rejected)]
-        chunk.tokens = np.concatenate(parts)
-        chunk.lengths = np.array([len(part) for part in parts], np.int64).reshape(-1, 3)
-        chunk.places = [one.pair.row for one in kept]
-    return chunk
+            counts.truncated.update(outcome.cuts)
+            counts.boundaries_moved += outcome.boundary_moved
+    return _chunk(block, kept, counts, bad_rows)
 
 
-def _set_aside(chunk: _Chunk, place: str, reason: str, stops: bool) -> None:
-    if stops:
-        chunk.bad_rows.append(BadRow(place, reason))
-        return
+def _chunk(block: Block, kept: list[Kept], counts: _Counts, bad_rows: list[BadRow]) -> _Chunk:
+    """The pairs of a block in columns, each as often as its row is taken."""
+    numbers = np.array([int(one.pair.row.rpartition(":")[2]) for one in kept], np.int64)
+    if block.copies is not None:
+        copies = block.copies[np.searchsorted(block.numbers, numbers)]
+        kept = [one for one, times in zip(kept, copies.tolist(), strict=True) for _ in range(times)]
+        counts.copies = len(kept) - len(numbers)
+        numbers = np.repeat(numbers, copies)
+    counts.pairs_kept = len(kept)
+    parts = [ids for one in kept for ids in (one.pair.prompt, one.pair.chosen, one.pair.rejected)]
+    lengths = np.array([len(part) for part in parts], np.int64)
+    tokens = np.concatenate(parts) if parts else np.zeros(0, np.int32)
+    hashes = sequence_hashes(tokens, lengths).reshape(-1, 3) if parts else np.zeros((0, 3), np.uint64)
+    return _Chunk(block.file, tokens, lengths.reshape(-1, 3), hashes, numbers, counts, bad_rows)
+
+
+def _count_dropped(counts: _Counts, place: str, reason: str) -> None:
     # The words in front of the details, so that a thousand rows make one line of the report.
     kind = re.split(r" \(|; |, which ", reason, maxsplit=1)[0]
-    chunk.dropped[kind] += 1
-    chunk.first_places.setdefault(kind, f"{place}: {reason}")
-
-
-def _add_counts(total: _Chunk, chunk: _Chunk) -> None:
-    total.rows_read += chunk.rows_read
-    total.formats += chunk.formats
-    total.dropped += chunk.dropped
-    total.truncated += chunk.truncated
-    total.boundaries_moved += chunk.boundaries_moved
-    total.first_places = {**chunk.first_places, **total.first_places}
-
-
-def _source_report(path: str, pairs_kept: int, total: _Chunk) -> SourceReport:
-    return SourceReport(
-        path=path,
-        rows_read=total.rows_read,
-        pairs_kept=pairs_kept,
-        formats=dict(total.formats),
-        dropped=dict(total.dropped),
-        truncated=dict(total.truncated),
-        first_places=total.first_places,
-        boundaries_moved=total.boundaries_moved,
-    )
+    counts.dropped[kind] += 1
+    counts.first_places.setdefault(kind, f"{place}: {reason}")
 
 
 def _bad_rows_error(bad_rows: Sequence[BadRow]) -> DataError:

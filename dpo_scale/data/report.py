@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -11,11 +12,13 @@ import numpy as np
 import numpy.typing as npt
 from rich.table import Table
 
-from dpo_scale.data.token_pairs import Lengths, TokenIds, TokenPairs
+from dpo_scale.data.hashing import Hashes, splitmix64
+from dpo_scale.data.token_pairs import TokenPairs
 
-Hashes = npt.NDArray[np.uint64]
-_BLOCK_PAIRS = 8192
-"""Pairs hashed at once: bounds the memory of a pass over any amount of data."""
+_BLOCK_PAIRS = 2**18
+"""Pairs looked at at once: bounds the memory of a pass over any amount of data."""
+_MOST_BINS = 50
+Counts = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +31,10 @@ class LengthSummary:
     p95: int
     p99: int
     max: int
+    bin_tokens: int
+    """Width of a bin of the histogram: 1, 2 or 5 times a power of ten."""
+    bins: tuple[int, ...]
+    """Pairs by length: bin n holds those of n * bin_tokens up to (n + 1) * bin_tokens - 1 tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +43,11 @@ class SourceReport:
 
     path: str
     rows_read: int
+    """Rows that were taken, those of several copies once."""
     pairs_kept: int
+    """Pairs that an epoch takes, further copies included."""
+    copies: int = 0
+    """Those of them that are further copies, because of the source's weight."""
     formats: Mapping[str, int] = field(default_factory=dict)
     """How rows were read -> pairs."""
     dropped: Mapping[str, int] = field(default_factory=dict)
@@ -62,7 +73,7 @@ class DataReport:
     rejected_longer: float
     """Share of pairs whose rejected completion is the longer one."""
     duplicates: int
-    """Pairs that stand there again."""
+    """Pairs that stand in the sources again, those of another source included."""
     contradictions: int
     """Pairs that another pair turns the other way round."""
     tokens: int
@@ -107,7 +118,8 @@ class DataReport:
         fields = {name: value for name, value in values.items() if name in names}
         fields["sources"] = tuple(SourceReport(**source) for source in values["sources"])
         for name in ("prompt_tokens", "chosen_tokens", "rejected_tokens"):
-            fields[name] = LengthSummary(**values[name])
+            summary = values[name]
+            fields[name] = LengthSummary(**{**summary, "bins": tuple(summary["bins"])})
         return cls(**fields)
 
     def table(self, title: str = "data") -> Table:
@@ -119,9 +131,9 @@ class DataReport:
             for reason, count in sorted(counts.items(), key=lambda item: -item[1]):
                 table.add_row(f"{name}: {reason}", f"{count:,}")
         table.add_row("kept", f"{self.pairs_kept:,}")
-        moved = sum(source.boundaries_moved for source in self.sources)
         for name, count in (
-            ("boundary moved into the prompt", moved),
+            ("further copies among them", sum(source.copies for source in self.sources)),
+            ("boundary moved into the prompt", sum(source.boundaries_moved for source in self.sources)),
             ("duplicates", self.duplicates),
             ("contradictions", self.contradictions),
         ):
@@ -132,10 +144,27 @@ class DataReport:
             ("chosen", self.chosen_tokens),
             ("rejected", self.rejected_tokens),
         ):
-            spread = f"{lengths.mean:.0f} mean, {lengths.p50} median, {lengths.max} longest"
+            spread = f"{lengths.mean:.0f} mean, {lengths.p50} median, {lengths.p95} p95, {lengths.max} longest"
             table.add_row(f"{name} tokens", spread)
         table.add_row("chosen is the longer", f"{self.chosen_longer:.1%}")
         table.add_row("rejected is the longer", f"{self.rejected_longer:.1%}")
+        saved = self.tokens_saved_by_sharing / max(1, self.tokens + self.tokens_saved_by_sharing)
+        table.add_row("tokens", f"{self.tokens:,}")
+        table.add_row("saved by sharing prompts", f"{self.tokens_saved_by_sharing:,} tokens, {saved:.1%}")
+        return table
+
+    def sources_table(self, title: str = "sources") -> Table:
+        """Share of each source in the mix, and of its rows that were dropped, by reason."""
+        table = Table("source", "rows", "pairs", "of the mix", "dropped", title=title, title_justify="left")
+        for column in table.columns[1:4]:
+            column.justify = "right"
+        for source in self.sources:
+            dropped = "\n".join(
+                f"{count / max(1, source.rows_read):.1%} {reason}"
+                for reason, count in sorted(source.dropped.items(), key=lambda item: -item[1])
+            )
+            share = source.pairs_kept / max(1, self.pairs_kept)
+            table.add_row(source.path, f"{source.rows_read:,}", f"{source.pairs_kept:,}", f"{share:.1%}", dropped)
         return table
 
 
@@ -150,80 +179,98 @@ class Overlap:
 
 
 def describe(pairs: TokenPairs, sources: tuple[SourceReport, ...]) -> DataReport:
-    """The report of a set of pairs."""
-    prompt, chosen, rejected = (pairs.lengths[:, column] for column in range(3))
-    hashes = pair_hashes(pairs)
-    duplicates, contradictions = _repeats(hashes)
-    count = max(len(pairs), 1)
+    """The report of a set of pairs. Besides the pairs' own columns it takes some 20 bytes of memory a pair."""
+    counts = [_lengths(pairs, column) for column in range(3)]
+    chosen_longer, rejected_longer = _longer(pairs)
+    duplicates, contradictions = _repeats(pairs.hashes)
     return DataReport(
         sources=sources,
-        prompt_tokens=_summary(prompt),
-        chosen_tokens=_summary(chosen),
-        rejected_tokens=_summary(rejected),
-        chosen_longer=float((chosen > rejected).sum()) / count,
-        rejected_longer=float((chosen < rejected).sum()) / count,
-        duplicates=duplicates,
+        prompt_tokens=_summary(counts[0]),
+        chosen_tokens=_summary(counts[1]),
+        rejected_tokens=_summary(counts[2]),
+        chosen_longer=chosen_longer / max(len(pairs), 1),
+        rejected_longer=rejected_longer / max(len(pairs), 1),
+        duplicates=duplicates - sum(source.copies for source in sources),
         contradictions=contradictions,
         tokens=pairs.num_tokens,
-        tokens_saved_by_sharing=int(prompt.sum()),
+        tokens_saved_by_sharing=int(counts[0] @ np.arange(len(counts[0]))),
     )
 
 
 def overlap(train: TokenPairs, held_out: TokenPairs) -> Overlap:
     """How many held-out pairs, and prompts of them, are among the training pairs."""
-    train_hashes, held_hashes = pair_hashes(train), pair_hashes(held_out)
     return Overlap(
-        prompts=int(np.isin(held_hashes[:, 0], train_hashes[:, 0]).sum()),
-        pairs=int(np.isin(_whole(held_hashes), _whole(train_hashes)).sum()),
+        prompts=_count_in(held_out.hashes[:, 0], np.sort(train.hashes[:, 0])),
+        pairs=_count_in(_whole(held_out.hashes), np.sort(_whole(train.hashes))),
     )
-
-
-def pair_hashes(pairs: TokenPairs) -> Hashes:
-    """uint64 [pairs, 3]: a hash of the tokens of prompt, chosen and rejected."""
-    hashes = np.zeros((len(pairs), 3), np.uint64)
-    end = 0
-    for start in range(0, len(pairs), _BLOCK_PAIRS):
-        lengths = pairs.lengths[start : start + _BLOCK_PAIRS].reshape(-1)
-        first, end = end, end + int(lengths.sum())
-        hashes[start : start + _BLOCK_PAIRS] = _hashes(pairs.tokens[first:end], lengths).reshape(-1, 3)
-    return hashes
-
-
-def _hashes(tokens: TokenIds, lengths: Lengths) -> Hashes:
-    """A hash of each of the sequences that lie end to end in `tokens`.
-
-    Tokens are mixed with their positions, added up, and mixed again with the length.
-    """
-    starts = np.cumsum(lengths) - lengths
-    positions = np.arange(len(tokens)) - np.repeat(starts, lengths)
-    mixed = _mix(tokens.astype(np.uint64) + _mix(positions.astype(np.uint64)))
-    sums = np.add.reduceat(mixed, starts)  # no sequence is empty
-    return _mix(sums + lengths.astype(np.uint64))
-
-
-def _mix(values: Hashes) -> Hashes:
-    """The finalizer of splitmix64 (Steele, Lea, Flood 2014), a bijection of 64-bit numbers."""
-    values = values + np.uint64(0x9E3779B97F4A7C15)
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
 
 
 def _whole(hashes: Hashes, columns: tuple[int, int, int] = (0, 1, 2)) -> Hashes:
     """One hash a pair, of its parts in the order of `columns`."""
-    first, second, third = (hashes[:, column] for column in columns)
-    return _mix(_mix(_mix(first) + second) + third)
+    whole = np.empty(len(hashes), np.uint64)
+    for start in range(0, len(hashes), _BLOCK_PAIRS):
+        first, second, third = (hashes[start : start + _BLOCK_PAIRS, column] for column in columns)
+        whole[start : start + _BLOCK_PAIRS] = splitmix64(splitmix64(splitmix64(first) + second) + third)
+    return whole
 
 
 def _repeats(hashes: Hashes) -> tuple[int, int]:
-    whole = _whole(hashes)
-    duplicates = len(whole) - len(np.unique(whole))
-    return duplicates, int(np.isin(_whole(hashes, (0, 2, 1)), whole).sum())
+    """Pairs that stand there again, and pairs that stand there the other way round as well."""
+    ordered = _whole(hashes)
+    ordered.sort()
+    duplicates = int((ordered[1:] == ordered[:-1]).sum())
+    return duplicates, _count_in(_whole(hashes, (0, 2, 1)), ordered)
 
 
-def _summary(lengths: npt.NDArray[np.int64]) -> LengthSummary:
-    if not len(lengths):
-        return LengthSummary(0.0, 0, 0, 0, 0, 0)
-    spread = np.percentile(lengths, (5, 50, 95, 99), method="nearest")
-    p5, p50, p95, p99 = (int(value) for value in spread)
-    return LengthSummary(float(lengths.mean()), p5, p50, p95, p99, int(lengths.max()))
+def _count_in(values: Hashes, ordered: Hashes) -> int:
+    """How many of the values are in a sorted array."""
+    if not len(ordered):
+        return 0
+    found = 0
+    for start in range(0, len(values), _BLOCK_PAIRS):
+        wanted = np.sort(values[start : start + _BLOCK_PAIRS])  # sorted, they are looked up in one walk
+        places = np.searchsorted(ordered, wanted)
+        found += int((ordered[np.minimum(places, len(ordered) - 1)] == wanted).sum())
+    return found
+
+
+def _longer(pairs: TokenPairs) -> tuple[int, int]:
+    """Pairs whose chosen completion is the longer one, and whose rejected one is."""
+    chosen_longer = rejected_longer = 0
+    for start in range(0, len(pairs), _BLOCK_PAIRS):
+        _, chosen, rejected = pairs.lengths[start : start + _BLOCK_PAIRS].T
+        chosen_longer += int((chosen > rejected).sum())
+        rejected_longer += int((chosen < rejected).sum())
+    return chosen_longer, rejected_longer
+
+
+def _lengths(pairs: TokenPairs, column: int) -> Counts:
+    """Pairs by their length, int64 [longest + 1]."""
+    counts = np.zeros(1, np.int64)
+    for start in range(0, len(pairs), _BLOCK_PAIRS):
+        block = np.bincount(pairs.lengths[start : start + _BLOCK_PAIRS, column], minlength=len(counts))
+        block[: len(counts)] += counts
+        counts = block
+    return counts
+
+
+def _summary(counts: Counts) -> LengthSummary:
+    pairs, longest = int(counts.sum()), len(counts) - 1
+    p5, p50, p95, p99 = (_percentile(counts, share) for share in (0.05, 0.5, 0.95, 0.99))
+    width = _bin_width(longest)
+    bins = np.add.reduceat(counts, np.arange(0, len(counts), width)) if pairs else counts[:0]
+    mean = float(counts @ np.arange(len(counts))) / max(pairs, 1)
+    return LengthSummary(mean, p5, p50, p95, p99, longest, width, tuple(bins.tolist()))
+
+
+def _percentile(counts: Counts, share: float) -> int:
+    """The length at the rank nearest to a share of all."""
+    rank = round(share * (int(counts.sum()) - 1))
+    length: np.intp = np.searchsorted(np.cumsum(counts), rank, side="right")
+    return int(length)
+
+
+def _bin_width(longest: int) -> int:
+    """The narrowest of 1, 2, 5, 10, 20, 50 and so on that makes few enough bins."""
+    widths: Iterator[int] = (digit * 10**power for power in itertools.count() for digit in (1, 2, 5))
+    return next(width for width in widths if longest < width * _MOST_BINS)

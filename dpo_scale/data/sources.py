@@ -1,64 +1,66 @@
-"""Files and datasets -> raw rows, each with its place. A bad row is a value, not a crash."""
+"""Sources of a recipe -> blocks of raw rows: files, folders, globs and datasets, whole or drawn from."""
 
 from __future__ import annotations
 
-import csv
 import glob
-import gzip
-import io
-import json
+import itertools
 import random
 import re
-import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-import pyarrow
-import pyarrow.parquet
+import numpy as np
 
+from dpo_scale.data import readers
+from dpo_scale.data.rows import BadRow, Block, RawRow
 from dpo_scale.errors import DataError
 from dpo_scale.recipe import DataSource
-
-MAX_LINE_BYTES = 64 * 2**20
-"""Longest accepted line; a longer one is unreadable (no text, or a compression bomb)."""
-
-
-@dataclass(frozen=True, slots=True)
-class RawRow:
-    """One row as its file gives it."""
-
-    place: str
-    """`file.jsonl:17`: the line of a text file, the row of any other source; both count from 1."""
-    fields: dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class BadRow:
-    """A row that cannot be used."""
-
-    place: str
-    reason: str
-
-
-Row = RawRow | BadRow
 
 # name:split or name:config:split, the split only where there are several.
 _HUB_DATASET = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.+-]+){0,2}")
 
 
-def read_rows(source: DataSource, seed: int) -> Iterator[Row]:
-    """The rows of a source in the order of its files, or `rows` of them drawn with `seed`."""
-    if source.rows is None:
-        yield from _all_rows(source.path)
+def read_blocks(source: DataSource, seed: int) -> Iterator[Block]:
+    """The rows of a source in the order of its files, each as often as `rows` or `weight` says.
+
+    Which rows are drawn depends on `seed` and on their positions in the source, on nothing else.
+    """
+    if source.rows is None and source.weight is None:
+        yield from _all_blocks(source.path)
         return
-    count = sum(1 for _ in _all_rows(source.path))
-    taken = set(random.Random(seed).sample(range(count), min(source.rows, count)))
-    for index, row in enumerate(_all_rows(source.path)):
-        if index in taken:
-            yield row
+    draws = random.Random(seed)  # whose random() is promised to stay the same in later versions of Python
+    if source.rows is not None:
+        copies = _exactly(source.rows, _count_rows(source.path), draws)
+    else:
+        assert source.weight is not None
+        copies = _on_average(source.weight, draws)
+    for block in _all_blocks(source.path):
+        yield block.take(np.array(list(itertools.islice(copies, len(block))), np.int64))
+
+
+def read_rows(source: DataSource, seed: int) -> Iterator[RawRow | BadRow]:
+    """The rows of `read_blocks` one by one, those with several copies once."""
+    return itertools.chain.from_iterable(block.rows() for block in read_blocks(source, seed))
+
+
+def _exactly(wanted: int, count: int, draws: random.Random) -> Iterator[int]:
+    """1 for `wanted` of `count` rows, every choice of them as likely as any other; 0 for the others.
+
+    Selection sampling (Knuth, The Art of Computer Programming, vol. 2, 3.4.2, algorithm S): in one pass,
+    with no memory of what was chosen.
+    """
+    for left in range(count, 0, -1):
+        chosen = draws.random() * left < wanted
+        wanted -= chosen
+        yield int(chosen)
+
+
+def _on_average(weight: float, draws: random.Random) -> Iterator[int]:
+    """Copies of each row: the whole part of the weight, and one more with the chance that is left."""
+    whole, chance = divmod(weight, 1)
+    while True:
+        yield int(whole) + (draws.random() < chance)
 
 
 def source_files(path: str) -> list[Path]:
@@ -76,11 +78,11 @@ def source_files(path: str) -> list[Path]:
     if root.is_dir():
         files = sorted(file for file in root.rglob("*") if _is_data_file(file, root))
         if not files:
-            raise DataError(f"{path}: no data files in this folder; known: {_known_suffixes()}")
+            raise DataError(f"{path}: no data files in this folder; known: {readers.known_suffixes()}")
         return files
     if root.is_file():
         return [root]
-    if not _HUB_DATASET.fullmatch(path) or _reader(root) is not None:
+    if not _HUB_DATASET.fullmatch(path) or readers.is_known(root):
         raise DataError(f"{path}: no such file; check the paths of data.train and data.evaluate")
     return []
 
@@ -112,20 +114,22 @@ def open_dataset(path: str) -> Any:
     return loaded[split]
 
 
-def _all_rows(path: str) -> Iterator[Row]:
+def _all_blocks(path: str) -> Iterator[Block]:
     files = source_files(path)
     if not files or _dataset_folder(path) is not None:
-        tables = open_dataset(path).with_format("arrow").iter(batch_size=1024)
-        yield from _batches(path, tables)
+        tables = open_dataset(path).with_format("arrow").iter(batch_size=2 * readers.BLOCK_ROWS)
+        batches = (batch for table in tables for batch in table.combine_chunks().to_batches())
+        yield from readers.table_blocks(path, batches)
         return
     for file in files:
-        reader = _reader(file)
-        if reader is None:
-            raise DataError(f"{file}: unknown kind of file; known: {_known_suffixes()}")
-        try:
-            yield from reader(file)
-        except OSError as error:
-            raise DataError(f"{file}: {error.strerror or error}; check the file") from error
+        yield from readers.read_file(file)
+
+
+def _count_rows(path: str) -> int:
+    files = source_files(path)
+    if not files or _dataset_folder(path) is not None:
+        return len(open_dataset(path))
+    return sum(map(readers.count_rows, files))
 
 
 def _dataset_folder(path: str) -> Path | None:
@@ -138,180 +142,4 @@ def _dataset_folder(path: str) -> Path | None:
 
 def _is_data_file(file: Path, root: Path) -> bool:
     hidden = any(part.startswith(".") for part in file.relative_to(root).parts)
-    return not hidden and file.is_file() and _reader(file) is not None
-
-
-# --- one reader a kind of file -----------------------------------------------------------------
-
-
-@contextmanager
-def _open_bytes(file: Path) -> Iterator[IO[bytes]]:
-    """The bytes of a file, decompressed as its name says."""
-    if file.suffix == ".gz":
-        with gzip.GzipFile(file, "rb") as unzipped:
-            yield io.BufferedReader(unzipped)
-    elif file.suffix == ".zst":
-        with pyarrow.input_stream(str(file), compression="zstd") as compressed:
-            yield io.BufferedReader(compressed)
-    else:
-        with file.open("rb") as stream:
-            yield stream
-
-
-def _json_lines(file: Path) -> Iterator[Row]:
-    with _open_bytes(file) as stream:
-        number = 0
-        while True:
-            number += 1
-            place = f"{file}:{number}"
-            try:
-                line = stream.readline(MAX_LINE_BYTES + 1)
-                if len(line) > MAX_LINE_BYTES:
-                    while line and not line.endswith(b"\n"):
-                        line = stream.readline(MAX_LINE_BYTES)
-                    yield BadRow(place, f"the line is longer than {MAX_LINE_BYTES >> 20} MiB")
-                    continue
-            except (EOFError, zlib.error, OSError) as error:
-                yield BadRow(place, f"the file is damaged from here on ({error})")
-                return
-            if not line:
-                return
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if line.strip():
-                yield _json_row(place, line)
-
-
-def _json_row(place: str, line: bytes) -> Row:
-    try:
-        value = json.loads(line)
-    except UnicodeDecodeError as error:
-        return BadRow(place, f"not UTF-8 (byte {error.start + 1} of the line)")
-    except json.JSONDecodeError as error:
-        return BadRow(place, f"not valid JSON ({error.msg}, column {error.colno})")
-    except RecursionError:
-        return BadRow(place, "JSON nested too deeply")
-    except ValueError as error:  # an integer of thousands of digits
-        return BadRow(place, f"not readable as JSON ({error})")
-    return _row(place, value)
-
-
-def _row(place: str, value: Any) -> Row:
-    if isinstance(value, dict):
-        return RawRow(place, value)
-    return BadRow(place, f"a row is an object with named fields, this is {_kind(value)}")
-
-
-def _kind(value: Any) -> str:
-    names = {list: "a list", str: "a string", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number")
-
-
-def _json(file: Path) -> Iterator[Row]:
-    """A list of objects, or (many files named .json are) one object a line."""
-    with _open_bytes(file) as stream:
-        try:
-            start = stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
-        except (EOFError, zlib.error, OSError) as error:
-            raise DataError(f"{file}: the file is damaged ({error})") from error
-    if start != b"[":
-        yield from _json_lines(file)
-        return
-    with _open_bytes(file) as stream:
-        try:
-            rows = json.loads(stream.read())
-        except (ValueError, RecursionError, EOFError, zlib.error, OSError) as error:
-            raise DataError(f"{file}: not valid JSON ({error}); mend the file") from error
-    for number, value in enumerate(rows, 1):
-        yield _row(f"{file}:{number}", value)
-
-
-def _csv(file: Path) -> Iterator[Row]:
-    csv.field_size_limit(MAX_LINE_BYTES)
-    with _open_bytes(file) as stream:
-        text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
-        delimiter = "\t" if ".tsv" in file.suffixes else ","
-        reader = csv.DictReader(text, delimiter=delimiter, strict=True)
-        while True:
-            try:
-                fields = next(reader, None)
-            except csv.Error as error:
-                yield BadRow(f"{file}:{reader.line_num}", f"not valid CSV ({error})")
-                continue
-            except (EOFError, zlib.error, OSError) as error:
-                yield BadRow(f"{file}:{reader.line_num}", f"the file is damaged from here on ({error})")
-                return
-            if fields is None:
-                return
-            place = f"{file}:{reader.line_num}"
-            if None in fields or None in fields.values():
-                count = len(reader.fieldnames or ())
-                yield BadRow(place, f"the header names {count} columns, the row has more or fewer")
-            else:
-                yield RawRow(place, {name: _json_cell(cell) for name, cell in fields.items()})
-
-
-def _json_cell(cell: str) -> Any:
-    """Chats travel through CSV as JSON lists of messages; every other cell is text."""
-    if not cell.startswith('[{"'):
-        return cell
-    try:
-        return json.loads(cell)
-    except (ValueError, RecursionError):
-        return cell
-
-
-def _parquet(file: Path) -> Iterator[Row]:
-    try:
-        with pyarrow.parquet.ParquetFile(file) as table:
-            yield from _batches(file, table.iter_batches(batch_size=1024))
-    except pyarrow.ArrowInvalid as error:
-        raise DataError(f"{file}: not a readable Parquet file ({error})") from error
-
-
-def _arrow(file: Path) -> Iterator[Row]:
-    try:
-        with pyarrow.memory_map(str(file)) as stream:
-            try:
-                table = pyarrow.ipc.open_file(stream)
-                batches = (table.get_batch(index) for index in range(table.num_record_batches))
-            except pyarrow.ArrowInvalid:
-                stream.seek(0)
-                batches = iter(pyarrow.ipc.open_stream(stream))
-            yield from _batches(file, batches)
-    except pyarrow.ArrowInvalid as error:
-        raise DataError(f"{file}: not a readable Arrow file ({error})") from error
-
-
-def _batches(file: Path | str, batches: Iterator[Any]) -> Iterator[Row]:
-    number = 0
-    for batch in batches:
-        for fields in batch.to_pylist():
-            number += 1
-            yield RawRow(f"{file}:{number}", fields)
-
-
-_READERS: Sequence[tuple[str, Callable[[Path], Iterator[Row]]]] = (
-    (".jsonl", _json_lines),
-    (".ndjson", _json_lines),
-    (".json", _json),
-    (".csv", _csv),
-    (".tsv", _csv),
-    (".parquet", _parquet),
-    (".arrow", _arrow),
-)
-_TEXT = (_json_lines, _json, _csv)
-
-
-def _reader(file: Path) -> Callable[[Path], Iterator[Row]] | None:
-    name = file.name.lower()
-    compressed = name.endswith((".gz", ".zst"))
-    stem = name.rsplit(".", 1)[0] if compressed else name
-    for suffix, reader in _READERS:
-        if stem.endswith(suffix) and (not compressed or reader in _TEXT):
-            return reader
-    return None
-
-
-def _known_suffixes() -> str:
-    return ", ".join(suffix for suffix, _ in _READERS) + " (text also as .gz or .zst)"
+    return not hidden and file.is_file() and readers.is_known(file)

@@ -13,8 +13,13 @@ from typing import overload
 import numpy as np
 import numpy.typing as npt
 
+from dpo_scale.data.hashing import Hashes, sequence_hashes
+
 TokenIds = npt.NDArray[np.int32]
 Lengths = npt.NDArray[np.int64]
+
+_BLOCK_PAIRS = 8192
+"""Pairs hashed at once: bounds the memory of a pass over any amount of data."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,15 +43,18 @@ class TokenPairs(Sequence[TokenPair]):
         tokens: int32 [tokens], for each pair its prompt, chosen and rejected ids, end to end.
         lengths: int64 [pairs, 3], tokens of prompt, chosen and rejected.
         rows: where each pair came from.
+        hashes: see the property; None computes them when they are asked for.
     """
 
-    def __init__(self, tokens: TokenIds, lengths: Lengths, rows: Sequence[str]) -> None:
-        if lengths.shape != (len(rows), 3) or int(lengths.sum()) != len(tokens):
-            raise ValueError("tokens, lengths and rows do not describe the same pairs")
+    def __init__(self, tokens: TokenIds, lengths: Lengths, rows: Sequence[str], hashes: Hashes | None = None) -> None:
         self.tokens = tokens
         self.rows = rows
         self.lengths = lengths
-        self._starts = np.concatenate([[0], np.cumsum(lengths.sum(axis=1))])
+        self._starts = np.zeros(len(lengths) + 1, np.int64)
+        np.cumsum(lengths.sum(axis=1), out=self._starts[1:])
+        self._hashes = hashes
+        if lengths.shape != (len(rows), 3) or self._starts[-1] != len(tokens):
+            raise ValueError("tokens, lengths and rows do not describe the same pairs")
 
     @classmethod
     def from_pairs(cls, pairs: Iterable[TokenPair]) -> TokenPairs:
@@ -85,6 +93,19 @@ class TokenPairs(Sequence[TokenPair]):
         return (self[index] for index in range(len(self)))
 
     @property
+    def hashes(self) -> Hashes:
+        """uint64 [pairs, 3]: a hash of the tokens of prompt, chosen and rejected; none of them may be empty."""
+        if self._hashes is None:
+            hashes = np.zeros((len(self), 3), np.uint64)
+            for start in range(0, len(self), _BLOCK_PAIRS):
+                lengths = self.lengths[start : start + _BLOCK_PAIRS].reshape(-1)
+                first = self._starts[start]
+                tokens = self.tokens[first : first + lengths.sum()]
+                hashes[start : start + _BLOCK_PAIRS] = sequence_hashes(tokens, lengths).reshape(-1, 3)
+            self._hashes = hashes
+        return self._hashes
+
+    @property
     def num_tokens(self) -> int:
         """Tokens of all prompts, chosen and rejected completions, each prompt counted once."""
         return len(self.tokens)
@@ -96,6 +117,6 @@ class TokenPairs(Sequence[TokenPair]):
 
     def digest(self) -> str:
         """SHA-256 of ids and lengths: equal digests mean equal training input, in the same order."""
-        digest = hashlib.sha256(np.ascontiguousarray(self.lengths).tobytes())
-        digest.update(np.ascontiguousarray(self.tokens).tobytes())
+        digest = hashlib.sha256(np.ascontiguousarray(self.lengths).data)
+        digest.update(np.ascontiguousarray(self.tokens).data)
         return digest.hexdigest()

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +20,9 @@ import numpy as np
 import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
+from dpo_scale.data.hashing import Hashes
 from dpo_scale.data.report import DataReport, SourceReport, describe
+from dpo_scale.data.rows import Numbers
 from dpo_scale.data.sources import open_dataset, source_files
 from dpo_scale.data.token_pairs import Lengths, TokenIds, TokenPairs
 from dpo_scale.errors import UserError
@@ -26,19 +30,27 @@ from dpo_scale.files import fsync_folder, remembered_sha256, sha256_of_file
 from dpo_scale.recipe import DataSection, DataSource, cache_root
 
 _CODE = (
+    "rows.py",
+    "readers.py",
     "sources.py",
+    "row_values.py",
+    "completions.py",
+    "hashing.py",
     "preferences.py",
     "tokenization.py",
     "preparation.py",
     "report.py",
     "token_store.py",
 )
+_SECONDS_BEFORE_ABANDONED = 24 * 3600.0
 _SETTINGS = frozenset(
     {
         "max_length",
         "max_prompt_length",
         "max_completion_length",
         "truncation",
+        "completion_pairs",
+        "completion_margin",
         "on_bad_row",
         "on_no_preference",
     }
@@ -55,9 +67,10 @@ class _Column:
 
 _TOKENS = _Column("tokens.i32", "<i4")
 _LENGTHS = _Column("lengths.i64", "<i8")
+_HASHES = _Column("hashes.u64", "<u8")
 _ROW_FILES = _Column("row_files.i32", "<i4")
 _ROW_NUMBERS = _Column("row_numbers.i64", "<i8")
-_COLUMNS = (_TOKENS, _LENGTHS, _ROW_FILES, _ROW_NUMBERS)
+_COLUMNS = (_TOKENS, _LENGTHS, _HASHES, _ROW_FILES, _ROW_NUMBERS)
 
 
 class RowPlaces(Sequence[str]):
@@ -126,6 +139,8 @@ class TokenStore:
     @contextmanager
     def writer(self) -> Iterator[PairWriter]:
         """Collects pairs in a temporary folder that becomes the store when all went well."""
+        for abandoned in _abandoned(self.folder.parent):
+            shutil.rmtree(abandoned, ignore_errors=True)
         temporary = self.folder.with_name(f".{self.folder.name}.{uuid.uuid4().hex}")
         temporary.mkdir()
         writer = PairWriter(temporary)
@@ -139,6 +154,10 @@ class TokenStore:
                 if not (self.folder / "report.json").is_file():
                     raise
             fsync_folder(self.folder.parent)
+        except OSError as error:
+            raise UserError(
+                f"data.cache_dir: {self.folder.parent}: {error.strerror or error}; make room or choose another folder"
+            ) from error
         finally:
             writer.close()
             shutil.rmtree(temporary, ignore_errors=True)
@@ -152,14 +171,15 @@ class PairWriter:
         self._streams = {column: (folder / column.file).open("wb") for column in _COLUMNS}
         self._files: dict[str, int] = {}
 
-    def add(self, tokens: TokenIds, lengths: Lengths, places: Sequence[str]) -> None:
-        """Append pairs: flat token ids, [pairs, 3] lengths, and where each came from."""
-        split = [place.rpartition(":") for place in places]
+    def add(self, tokens: TokenIds, lengths: Lengths, hashes: Hashes, file: str, numbers: Numbers) -> None:
+        """Append pairs: flat token ids, [pairs, 3] lengths and hashes, and the rows of a file that they came from."""
+        if not len(lengths):
+            return
         self._append(_TOKENS, tokens)
         self._append(_LENGTHS, lengths)
-        files = [self._files.setdefault(name, len(self._files)) for name, _, _ in split]
-        self._append(_ROW_FILES, files)
-        self._append(_ROW_NUMBERS, [int(number) for _, _, number in split])
+        self._append(_HASHES, hashes)
+        self._append(_ROW_FILES, np.full(len(numbers), self._files.setdefault(file, len(self._files))))
+        self._append(_ROW_NUMBERS, numbers)
 
     def _append(self, column: _Column, values: npt.ArrayLike) -> None:
         self._streams[column].write(np.asarray(values, column.dtype).tobytes())
@@ -195,8 +215,8 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _open_pairs(folder: Path, names: Sequence[str]) -> TokenPairs:
-    tokens, lengths, files, numbers = (_map(folder, column) for column in _COLUMNS)
-    return TokenPairs(tokens, lengths.reshape(-1, 3), RowPlaces(names, files, numbers))
+    tokens, lengths, hashes, files, numbers = (_map(folder, column) for column in _COLUMNS)
+    return TokenPairs(tokens, lengths.reshape(-1, 3), RowPlaces(names, files, numbers), hashes.reshape(-1, 3))
 
 
 def _map(folder: Path, column: _Column) -> npt.NDArray[Any]:
@@ -204,6 +224,19 @@ def _map(folder: Path, column: _Column) -> npt.NDArray[Any]:
     if not file.stat().st_size:  # an empty file cannot be mapped
         return np.zeros(0, column.dtype)
     return np.asarray(np.memmap(file, column.dtype, "r"))
+
+
+def _abandoned(root: Path) -> list[Path]:
+    """Temporary folders of killed writers: those that nobody has written to for a day."""
+    before = time.time() - _SECONDS_BEFORE_ABANDONED
+    return [folder for folder in root.glob(".*") if folder.is_dir() and _last_write(folder) < before]
+
+
+def _last_write(folder: Path) -> float:
+    try:
+        return max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
+    except FileNotFoundError:  # its writer has just put it in place
+        return math.inf
 
 
 def _source_identity(source: DataSource, root: Path, seed: int) -> dict[str, Any]:
@@ -214,6 +247,7 @@ def _source_identity(source: DataSource, root: Path, seed: int) -> dict[str, Any
         "path": source.path,
         "columns": source.columns,
         "rows": source.rows,
-        "seed": None if source.rows is None else seed,
+        "weight": source.weight,
+        "seed": seed if source.is_drawn_from else None,
         "content": content or open_dataset(source.path)._fingerprint,
     }

@@ -6,7 +6,9 @@ boundary is where the tokens of the prompt alone stop being a prefix of both joi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +17,15 @@ import jinja2
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from dpo_scale.data.preferences import Message, PreferencePair
+from dpo_scale.data.preferences import PreferencePair
+from dpo_scale.data.row_values import Message
 from dpo_scale.data.token_pairs import TokenIds, TokenPair
 from dpo_scale.errors import DataError, UserError
 from dpo_scale.recipe import DataSection
 
 # Reasons why a pair is set aside, as the report names them.
 EQUAL = "chosen and rejected are equal"
+JUDGED_EQUAL = "chosen and rejected are judged equal, or within data.completion_margin"
 EMPTY_CHOSEN = "chosen is empty"
 EMPTY_REJECTED = "rejected is empty"
 EMPTY_PROMPT = "prompt is empty, and the tokenizer has no BOS to stand for it"
@@ -30,12 +34,30 @@ PROMPT_TOO_LONG = "prompt longer than the limit"
 COMPLETION_TOO_LONG = "completion longer than the limit"
 PAIR_TOO_LONG = "prompt and completion longer than data.max_length"
 TEMPLATE_FAILED = "chat template failed"
-NO_PREFERENCE = frozenset({EQUAL, EMPTY_CHOSEN, EMPTY_REJECTED, EQUAL_AFTER_CUT})
+NO_PREFERENCE = frozenset({EQUAL, JUDGED_EQUAL, EMPTY_CHOSEN, EMPTY_REJECTED, EQUAL_AFTER_CUT})
 # What was cut from a pair that stays.
 PROMPT_START_CUT = "start of the prompt cut"
 PROMPT_END_CUT = "end of the prompt cut"
 CHOSEN_CUT = "end of chosen cut"
 REJECTED_CUT = "end of rejected cut"
+
+# What transformers calls a template where there are several.
+DEFAULT_TEMPLATE, TOOL_TEMPLATE = "default", "tool_use"
+# Templates are programs: what they do to a row's values can fail in any of these ways.
+_TEMPLATE_ERRORS = (
+    jinja2.TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+_OWN_ARGUMENTS = {"messages", *inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters} - {
+    "documents",
+    "kwargs",
+}
+"""What a row cannot set as a variable of the template."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +106,14 @@ class PairTokenizer:
             )
         self.tokenizer = tokenizer
         self.data = data
-        self.template = chat_template(tokenizer, data)
+        self._templates = chat_templates(tokenizer, data.chat_template)
         self._adds_bos = _adds_bos(tokenizer)
+        self._special = tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+
+    @property
+    def template(self) -> str | None:
+        """The text of all templates that may be used, for keys of what they rendered."""
+        return json.dumps(self._templates, sort_keys=True) if self._templates else None
 
     def tokenize(self, pairs: Sequence[PreferencePair]) -> list[Kept | Dropped]:
         """Tokens of each pair, or why it is set aside, in the order given."""
@@ -139,10 +167,15 @@ class PairTokenizer:
 
     def _render(self, pair: PreferencePair) -> _Texts | Dropped:
         """The chat as the template writes it; special tokens are the template's business."""
-        if self.template is None:
+        if DEFAULT_TEMPLATE not in self._templates:
+            names = f" named {DEFAULT_TEMPLATE!r}, only {', '.join(self._templates)}" if self._templates else ""
             raise UserError(
-                f"{pair.row}: a chat, but the tokenizer has no chat template; set data.chat_template to a file with one"
+                f"{pair.row}: a chat, but the tokenizer has no chat template{names}; "
+                f"set data.chat_template to {'one of these or ' if names else ''}a file with one"
             )
+        refused = _OWN_ARGUMENTS & (pair.chat_template_kwargs or {}).keys()
+        if refused:
+            return Dropped(pair.row, TEMPLATE_FAILED, f"chat_template_kwargs cannot set {', '.join(sorted(refused))}")
         assert not isinstance(pair.prompt, str)
         assert not isinstance(pair.chosen, str)
         assert not isinstance(pair.rejected, str)
@@ -151,14 +184,14 @@ class PairTokenizer:
             prompt = self._apply(pair, pair.prompt, not continues, continues)
             chosen = self._apply(pair, pair.prompt + pair.chosen)
             rejected = self._apply(pair, pair.prompt + pair.rejected)
-        except (jinja2.TemplateError, ValueError, TypeError, KeyError) as error:
+        except _TEMPLATE_ERRORS as error:
             return Dropped(pair.row, TEMPLATE_FAILED, str(error).splitlines()[0] if str(error) else "")
         return _Texts(
             prompt=prompt,
             chosen=chosen,
             rejected=rejected,
             add_bos=False,
-            add_end=(_ends_open(chosen, pair.chosen), _ends_open(rejected, pair.rejected)),
+            add_end=(self._ends_open(chosen, pair.chosen), self._ends_open(rejected, pair.rejected)),
         )
 
     def _apply(
@@ -171,13 +204,21 @@ class PairTokenizer:
         text: str = self.tokenizer.apply_chat_template(
             [dict(message) for message in messages],
             tools=list(pair.tools) if pair.tools else None,
-            chat_template=self.template,
+            chat_template=self._templates.get(TOOL_TEMPLATE if pair.tools else "", self._templates[DEFAULT_TEMPLATE]),
             add_generation_prompt=generation_prompt,
             continue_final_message=continue_final,
             tokenize=False,
             **(pair.chat_template_kwargs or {}),
         )
         return text
+
+    def _ends_open(self, rendered: str, completion: tuple[Message, ...]) -> bool:
+        """Whether the template wrote no turn end behind the last message: no end would be learned."""
+        rendered = rendered.rstrip()
+        if rendered.endswith(self._special):
+            return False
+        last_line = _content(completion[-1]).strip().rpartition("\n")[2]
+        return rendered.endswith(last_line)  # a call of a tool has no text, and needs an end, too
 
     def _assemble(
         self, row: str, text: _Texts, prompt: TokenIds, chosen: TokenIds, rejected: TokenIds
@@ -202,16 +243,26 @@ class PairTokenizer:
         return bool(prompt[0] == self.tokenizer.bos_token_id)
 
 
-def chat_template(tokenizer: PreTrainedTokenizerBase, data: DataSection) -> str | None:
-    """The template's text: the file of the recipe, or the tokenizer's own."""
-    if data.chat_template is None:
-        own = tokenizer.chat_template
-        return own.get("default") if isinstance(own, dict) else own
+def chat_templates(tokenizer: PreTrainedTokenizerBase, wanted: str | None) -> Mapping[str, str]:
+    """Name -> text of the templates for chats: the tokenizer's own, or as `default` the one that is wanted.
+
+    Args:
+        wanted: `data.chat_template` of the recipe: a name of one of the tokenizer's templates, or a file.
+    """
+    own = tokenizer.chat_template
+    named: dict[str, str] = dict(own) if isinstance(own, dict) else {DEFAULT_TEMPLATE: own} if own else {}
+    if wanted is None:
+        return named
+    if wanted in named and Path(wanted).is_file():
+        raise DataError(f"data.chat_template: {wanted} is a template of the tokenizer and a file; write ./{wanted}")
+    if wanted in named:
+        return {DEFAULT_TEMPLATE: named[wanted]}
     try:
-        return Path(data.chat_template).read_text(encoding="utf-8")
+        return {DEFAULT_TEMPLATE: Path(wanted).read_text(encoding="utf-8")}
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
-            f"data.chat_template: {data.chat_template} cannot be read ({error}); give a file with a Jinja template"
+            f"data.chat_template: {wanted} cannot be read ({error}); give a file with a Jinja template, "
+            f"or one that the tokenizer has: {', '.join(named) or 'it has none'}"
         ) from error
 
 
@@ -221,6 +272,8 @@ def no_preference(pair: PreferencePair) -> str | None:
         return EMPTY_CHOSEN
     if _is_empty(pair.rejected):
         return EMPTY_REJECTED
+    if pair.judged_equal:
+        return JUDGED_EQUAL
     return EQUAL if pair.chosen == pair.rejected else None
 
 
@@ -241,12 +294,6 @@ def _content(message: Message) -> str:
         parts = [part.get("text", "") if isinstance(part, dict) else part for part in content]
         return "".join(part for part in parts if isinstance(part, str))
     return content if isinstance(content, str) else ""
-
-
-def _ends_open(rendered: str, completion: tuple[Message, ...]) -> bool:
-    """Whether the template wrote nothing behind the last message: no end would be learned."""
-    content = _content(completion[-1]).strip()
-    return bool(content) and rendered.rstrip().endswith(content)
 
 
 def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -63,6 +63,20 @@ def on_main(ranks: Ranks, action: Callable[[], T], error: type[UserError]) -> T:
     return result  # type: ignore[return-value]
 
 
+def by_main(ranks: Ranks, action: Callable[[], T]) -> T | None:
+    """Let the main rank act: its result there and None elsewhere; a mistake that it finds is raised on all ranks."""
+    result, mistake = None, None
+    if ranks.is_main:
+        try:
+            result = action()
+        except UserError as error:
+            mistake = error
+    mistake = ranks.gather_objects(mistake)[0]
+    if mistake is not None:
+        raise mistake
+    return result
+
+
 class MachineRanks(Protocol):
     """Ranks that know which of them comes first on its machine."""
 

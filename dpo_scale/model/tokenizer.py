@@ -138,9 +138,9 @@ def convert_sentencepiece(file: Path) -> PreTrainedTokenizerFast:
             pair=f"{bos} $A {bos} $B",
             special_tokens=[(bos, backend.token_to_id(bos))],
         )
-    template = file.parent / "chat_template.jinja"
-    if template.is_file():
-        settings["chat_template"] = template.read_text(encoding="utf-8")
+    templates = _template_files(file.parent)
+    if templates:
+        settings["chat_template"] = templates["default"] if templates.keys() == {"default"} else templates
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, clean_up_tokenization_spaces=False, **{**special, **settings}
     )
@@ -185,6 +185,13 @@ def _tokenizer_config(folder: Path) -> dict[str, Any]:
             is_token = isinstance(value, dict) and "content" in value
             settings[name] = value["content"] if is_token else value
     return settings
+
+
+def _template_files(folder: Path) -> dict[str, str]:
+    """Name -> text of the chat templates in files of their own."""
+    files = {"default": folder / "chat_template.jinja"}
+    files |= {file.stem: file for file in sorted(folder.glob("additional_chat_templates/*.jinja"))}
+    return {name: file.read_text(encoding="utf-8") for name, file in files.items() if file.is_file()}
 
 
 def _read_model(file: Path) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dpo_scale.model.log_probs import CHUNK_ELEMENTS
 from dpo_scale.operations.zero_memory import (
     Parameter,
     Unit,
@@ -70,8 +71,8 @@ class Device:
         return self.name == "cpu"
 
 
-GPU = Device("gpu", chunk_elements=2**27, gather_copies=1, reduce_copies=0)
-CPU = Device("cpu", chunk_elements=2**23, gather_copies=2, reduce_copies=1)
+GPU = Device("gpu", chunk_elements=CHUNK_ELEMENTS["cuda"], gather_copies=1, reduce_copies=0)
+CPU = Device("cpu", chunk_elements=CHUNK_ELEMENTS["cpu"], gather_copies=2, reduce_copies=1)
 """gloo, which CPU processes use, works on copies of its own."""
 
 
@@ -108,14 +109,18 @@ def head_memory(head: Head, dtype_bytes: int, device: Device) -> HeadMemory:
     on an fp32 copy of the weight, which in fp32 is the weight itself.
     """
     rows, weight = head.completion_tokens, head.vocabulary * head.hidden
-    chunk = min(rows, max(16, device.chunk_elements // head.vocabulary)) * head.vocabulary
+    in_a_chunk = min(rows, max(16, device.chunk_elements // head.vocabulary))
+    chunk, only = in_a_chunk * head.vocabulary, in_a_chunk == rows
     native = not device.is_cpu and dtype_bytes < 4
     converted = 4 * weight if dtype_bytes < 4 and not native else 0
     saved = rows * (head.hidden * dtype_bytes + 4 + 4 + 8 + 8)  # log-prob, log-sum-exp, target, predictor
-    forward = saved + converted + 2 * 4 * chunk
+    saved += 4 * chunk if only else 0  # an only chunk's logits are kept
+    forward = saved + converted + 2 * 4 * chunk - (4 * chunk if only else 0)
     held = saved + converted + rows * head.hidden * dtype_bytes + 4 * weight
     product = (dtype_bytes * chunk + 4 * weight) if native else 0
-    backward = held + max(2 * 4 * chunk, 4 * chunk + product)
+    # the gradient of the logits takes their place; of the chunk before it is still there
+    working = 4 * chunk if only else 2 * 4 * chunk
+    backward = held + max(working, 4 * chunk + product)
     return HeadMemory(saved, forward, max(backward, held + dtype_bytes * weight * (dtype_bytes < 4)))
 
 
@@ -175,7 +180,7 @@ def training_moments(
         Moment("backward of the head", resting, dtype_bytes * whole.backward[last], kept, head.backward),
         *reversed(backwards),
     ]
-    update = optimizer_step_bytes(parameters, zero, ranks, cpu=device.is_cpu)
+    update = optimizer_step_bytes(parameters, zero, ranks)
     moments.append(Moment("optimizer step", resting, update=update))
     return moments
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dpo_scale.data.layouts import Layout, MicroBatch, PromptCompletions, collate
 from dpo_scale.data.token_pairs import Lengths
@@ -81,6 +82,11 @@ def _units(model: nn.Module, layers: nn.ModuleList) -> tuple[Unit, ...]:
         own = ([Parameter(keys[id(p)], p.numel()) for p in module.parameters(recurse=False)] for module in of)
         return tuple(tuple(parameters) for parameters in own if parameters)
 
+    def of_layer(layer: nn.Module) -> tuple[tuple[Parameter, ...], ...]:
+        whole = modules(list(layer.modules()))
+        # one leaf to ZeRO-3, see `distributed.engines.mark_leaves`
+        return (sum(whole, ()),) if isinstance(layer, GradientCheckpointingLayer) else whole
+
     inside = {id(module) for module in layers.modules()}
     order = list(model.modules())
     first = next(number for number, module in enumerate(order) if module is layers)
@@ -89,7 +95,7 @@ def _units(model: nn.Module, layers: nn.ModuleList) -> tuple[Unit, ...]:
     after = [module for module in order[first:] if id(module) not in inside and module is not head]
     return (
         Unit("embedding", modules(before)),
-        *(Unit(f"layer {n}", modules(list(layer.modules())), recomputes=True) for n, layer in enumerate(layers)),
+        *(Unit(f"layer {n}", of_layer(layer), recomputes=True) for n, layer in enumerate(layers)),
         Unit("norm and head", modules([*after, head])),
     )
 

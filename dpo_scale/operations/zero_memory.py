@@ -245,7 +245,11 @@ def gradient_bytes(
     bucket: list[int] = []
     for number, unit in reversed(list(enumerate(units))):
         for module in reversed(unit.modules):
+            # a module's gradients are all there before the first of them is reduced
+            arriving = sum(p.elements for p in module)
+            peaks[number] = max(peaks[number], (tied + waiting + arriving) * dtype_bytes)
             for p in module:
+                arriving -= p.elements
                 uses_left[p.key] -= 1
                 if uses_left[p.key]:
                     tied += p.elements
@@ -254,7 +258,7 @@ def gradient_bytes(
                 if bucket and sum(bucket) + p.elements > zero.reduce_bucket_size:
                     size = sum(bucket)
                     copied = size * (copies + (len(bucket) > 1)) * dtype_bytes + -(-size // ranks) * GRADIENT_BYTES
-                    peaks[number] = max(peaks[number], (tied + waiting + p.elements) * dtype_bytes + copied)
+                    peaks[number] = max(peaks[number], (tied + waiting + arriving + p.elements) * dtype_bytes + copied)
                     bucket, waiting = [], 0
                 if sum(bucket) + p.elements > zero.reduce_bucket_size:
                     waiting += p.elements
@@ -265,15 +269,11 @@ def gradient_bytes(
     return tuple(peaks)
 
 
-def optimizer_step_bytes(parameters: Sequence[Parameter], zero: ZeroSettings, ranks: int, *, cpu: bool) -> int:
-    """What an update needs on the device beside the states: a sub-group's gradients end to end.
-
-    AdamW that is not fused, as on a CPU, makes two more of that size.
-    """
+def optimizer_step_bytes(parameters: Sequence[Parameter], zero: ZeroSettings, ranks: int) -> int:
+    """What an update by fused AdamW needs on the device beside the states: a sub-group's gradients end to end."""
     if zero.offload_optimizer != "none":
         return 0
-    piece = largest_sub_group(parameters, ranks, zero.sub_group_size)
-    return piece * GRADIENT_BYTES * (3 if cpu else 1)
+    return largest_sub_group(parameters, ranks, zero.sub_group_size) * GRADIENT_BYTES
 
 
 def pinned(size: int) -> int:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dpo_scale import __version__
+from dpo_scale.data.tokenization import DEFAULT_TEMPLATE, chat_templates
 from dpo_scale.model.tokenizer import load_tokenizer, save_tokenizer
 from dpo_scale.recipe import Recipe
 from dpo_scale.training.export import ModelFolder
@@ -28,7 +29,7 @@ def model_folder(recipe: Recipe, source_model: Path, trajectory_digest: str, ste
             source_model=source_model,
             trajectory_digest=trajectory_digest,
             tokenizer=Path(folder),
-            chat_template=template and Path(template).read_text(encoding="utf-8"),
+            chat_template=template and chat_templates(tokenizer, template)[DEFAULT_TEMPLATE],
             provenance={
                 "made_by": f"dpo_scale {__version__}",
                 "step": step,

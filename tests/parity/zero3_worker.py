@@ -139,7 +139,7 @@ def main() -> None:
         for rank_tokens in TOKEN_BUDGETS:
             with loading_for(runtime.accelerator, "policy"):
                 model = load_model(folder / f"policy_{head}", recipe.model)
-            optimizer = build_optimizer(model, recipe.optim, runtime.ranks.device)
+            optimizer = build_optimizer(model, recipe.optim)
             policy = PolicyEngine(runtime.accelerator, model, optimizer, recipe)
             policy.train()
             train(runtime, recipe, policy, reference, rank_tokens, folder / f"{head}_{rank_tokens}")

@@ -8,6 +8,7 @@ from pathlib import Path
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 SENTENCES = [
@@ -69,15 +70,34 @@ WORDS = ["ye", "yes", "no", "sa", "say", "▁yes", "▁no", "▁say", "ey"]
 
 def hand_byte_level() -> PreTrainedTokenizerFast:
     """Byte-level BPE with eight merges, ChatML symbols, and no BOS."""
+    return PreTrainedTokenizerFast(
+        tokenizer_object=_hand_byte_level(SPECIAL), eos_token="<|end|>", chat_template=CHATML
+    )
+
+
+def hand_tool_user() -> PreTrainedTokenizerFast:
+    """The same merges behind other ids, with `<|begin|>` in front of a text, and of a chat with its tools."""
+    backend = _hand_byte_level([*SPECIAL, "<|begin|>"])
+    backend.post_processor = TemplateProcessing(single="<|begin|> $A", special_tokens=[("<|begin|>", 3)])
+    tools = "{% for tool in tools or [] %}<|im_start|>tool {{ tool.function.name }}<|im_end|>{% endfor %}"
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<|begin|>",
+        eos_token="<|end|>",
+        chat_template="{{ bos_token }}" + tools + CHATML,
+    )
+
+
+def _hand_byte_level(special: list[str]) -> Tokenizer:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = [("y", "e"), ("ye", "s"), ("n", "o"), ("s", "a"), ("sa", "y")]
     merges += [("Ġ", "yes"), ("Ġ", "no"), ("Ġ", "say")]
-    pieces = [*SPECIAL, *alphabet, *("".join(merge) for merge in merges)]
+    pieces = [*special, *alphabet, *("".join(merge) for merge in merges)]
     backend = Tokenizer(models.BPE({piece: id_ for id_, piece in enumerate(pieces)}, merges))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(SPECIAL)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>", chat_template=CHATML)
+    backend.add_special_tokens(special)
+    return backend
 
 
 def hand_sentencepiece(folder: Path, model_type: str) -> Path:

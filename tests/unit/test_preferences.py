@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_scale.data.preferences import PreferencePair, RowError, check_columns, to_preferences
+from dpo_scale.data.preferences import PreferencePair, check_columns, to_preferences
+from dpo_scale.data.row_values import RowError
 from dpo_scale.data.sources import RawRow
 from dpo_scale.errors import DataError
 
@@ -180,11 +181,167 @@ def test_tools_documents_and_template_variables_travel_with_the_pair():
     assert pair.chat_template_kwargs == {"enable_thinking": False, "documents": [{"title": "T"}]}
 
 
-def test_completions_of_equal_merit_carry_no_preference():
-    pair = read({"prompt": "Q", "completions": ["a", "b"], "ranks": [1, 1]})
-    assert pair.chosen == pair.rejected
-    pair = read({"prompt": "Q", "response_1": "a", "response_2": "b", "preference": 0})
-    assert pair.chosen == pair.rejected
+def test_answers_of_equal_merit_are_marked_as_judged_equal():
+    for fields in (
+        {"prompt": "Q", "completions": ["a", "b"], "ranks": [1, 1]},
+        {"prompt": "Q", "response_1": "a", "response_2": "b", "preference": 0},
+    ):
+        pair = read(fields)
+        assert parts(pair) == ("Q", "a", "b")
+        assert pair.judged_equal
+    assert not read({"prompt": "Q", "completions": ["a", "b"], "ranks": [1, 2]}).judged_equal
+
+
+# --- which completions make pairs ----------------------------------------------------------------
+
+JUDGED = {"prompt": "Q", "completions": ["five", "nine", "eight", "two"], "scores": [5, 9, 8, 2]}
+
+
+@pytest.mark.parametrize(
+    ("choice", "margin", "expected"),
+    [
+        ("best_against_worst", 0.0, [("nine", "two")]),
+        ("best_against_worst", 6.9, [("nine", "two")]),
+        ("best_against_worst", 7.0, []),
+        (
+            "all_pairs",
+            0.0,
+            [
+                ("five", "two"),
+                ("nine", "five"),
+                ("nine", "eight"),
+                ("nine", "two"),
+                ("eight", "five"),
+                ("eight", "two"),
+            ],
+        ),
+        ("all_pairs", 3.0, [("nine", "five"), ("nine", "two"), ("eight", "two")]),
+        ("all_pairs", 7.0, []),
+        ("best_against_random", 6.0, [("nine", "two")]),
+        ("best_against_random", 7.0, []),
+    ],
+)
+def test_the_recipe_chooses_the_pairs_of_judged_completions(choice, margin, expected):
+    pairs = to_preferences(RawRow("rows.jsonl:7", JUDGED), None, choice, margin)
+    assert [(pair.chosen, pair.rejected) for pair in pairs if not pair.judged_equal] == expected
+    assert [pair.judged_equal for pair in pairs] == [False] * len(expected) or [True]
+    assert {pair.format for pair in pairs} == {f"ranked or scored completions, {choice.replace('_', ' ')}"}
+
+
+def test_ranks_count_from_the_best():
+    ranked = {"prompt": "Q", "completions": [{"text": "b", "rank": 2}, {"text": "a", "rank": 1}]}
+    assert parts(read(ranked)) == ("Q", "a", "b")
+
+
+def test_the_random_other_depends_on_the_content_and_on_nothing_else():
+    def rejected(index: int, place: str = "rows.jsonl:7") -> str:
+        fields = {**JUDGED, "completions": [f"{text} {index}" for text in JUDGED["completions"]]}
+        (pair,) = to_preferences(RawRow(place, fields), None, "best_against_random")
+        assert pair.chosen == f"nine {index}"
+        return pair.rejected.split()[0]
+
+    drawn = [rejected(index) for index in range(300)]
+    assert drawn == [rejected(index, f"other.parquet:{300 - index}") for index in range(300)]
+    counts = {text: drawn.count(text) for text in ("five", "eight", "two")}
+    assert sum(counts.values()) == 300
+    assert all(70 < count < 130 for count in counts.values()), counts  # 100 each, give or take 3.7 deviations
+
+
+def test_a_flood_of_pairs_from_one_row_is_refused():
+    many = {"prompt": "Q", "completions": list("ab" * 40), "scores": list(range(80))}
+    assert len(to_preferences(RawRow("rows.jsonl:7", many))) == 1
+    with pytest.raises(RowError, match="80 completions, which are too many for all_pairs"):
+        to_preferences(RawRow("rows.jsonl:7", many), None, "all_pairs")
+
+
+def test_completions_that_are_whole_chats_are_split_like_chats():
+    chats = [[user("Q"), assistant("no")], [user("Q"), assistant("yes")]]
+    pair = read({"completions": chats, "scores": [1, 2], "system": "S"})
+    assert parts(pair) == ((system("S"), *QUESTION), YES, NO)
+    assert pair.format == "ranked or scored completions, best against worst, with a system field"
+
+
+def test_columns_name_the_keys_inside_of_completions():
+    fields = {
+        "prompt": "Q",
+        "completions": [
+            {"content": "raw", "shown": "no", "helpfulness": 1, "rating": 9},
+            {"content": "raw", "shown": "yes", "helpfulness": 4, "rating": 0},
+        ],
+    }
+    named = {"completions.text": "shown", "completions.score": "helpfulness"}
+    assert parts(read(fields, named)) == ("Q", "yes", "no")
+    named = {"completions.text": "shown", "completions.rank": "helpfulness"}
+    assert parts(read(fields, named)) == ("Q", "no", "yes")
+
+
+# --- rows that can be read in two ways -----------------------------------------------------------
+
+WHOLE = {"prompt": "Q:", "chosen": "Q: yes", "rejected": "Q: no"}
+CHATS = {"chosen": [user("Q"), assistant("yes")], "rejected": [user("Q"), assistant("no")]}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"prompt": "Q", "chosen": "a", "rejected": "b", "completions": ["c", "d"], "scores": [1, 2]},
+            "by 'chosen' and 'rejected', or by 'completions'; name the fields of one",
+        ),
+        (WHOLE, "both begin with the prompt: are they whole texts, or answers that repeat it"),
+        ({**CHATS, "prompt": "R"}, "the prompt is text that the chats .* do not begin with"),
+        ({**CHATS, "prompt": [user("R")]}, "do not both begin with the messages of the prompt"),
+        ({"prompt": [user("Q")], "chosen": CHATS["chosen"], "rejected": [assistant("no")]}, "do not both begin"),
+        ({"system": "T", "prompt": [system("S"), user("Q")], "chosen": "a", "rejected": "b"}, "system message differ"),
+        (
+            {"prompt": "Q", "completions": [{"text": "a", "score": 1, "rank": 2}] * 2},
+            "'score' and 'rank' for a score or a rank, .* name one as 'completions.score'",
+        ),
+        (
+            {"prompt": "Q", "completions": [{"text": "a", "response": "b", "score": 1}] * 2},
+            "'text' and 'response' for its text; name one as 'completions.text'",
+        ),
+        ({"prompt": "Q", "completions": ["a", "b"], "scores": [1, 2], "ranks": [2, 1]}, "both 'scores' and 'ranks'"),
+    ],
+)
+def test_a_row_that_can_be_read_in_two_ways_is_refused_and_both_are_named(fields, message):
+    with pytest.raises(RowError, match=message):
+        read(fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "columns", "expected"),
+    [
+        ({**WHOLE, "completions": ["c"]}, {"prompt": "", "completions": ""}, ("Q:", " yes", " no")),
+        (WHOLE, {"prompt": "prompt"}, ("Q:", "Q: yes", "Q: no")),
+        ({**CHATS, "prompt": "R"}, {"prompt": ""}, (QUESTION, YES, NO)),
+        ({**CHATS, "prompt": None}, {"prompt": ""}, (QUESTION, YES, NO)),
+        (
+            {**JUDGED, "best": "a", "worst": "b"},
+            {"chosen": "best", "rejected": "worst"},
+            ("Q", "a", "b"),
+        ),
+        (
+            {**JUDGED, "chosen": "a", "rejected": "b"},
+            {"completions": "completions"},
+            ("Q", "nine", "two"),
+        ),
+    ],
+)
+def test_columns_say_which_of_two_readings_is_meant(fields, columns, expected):
+    assert parts(read(fields, columns)) == expected
+
+
+def test_a_prompt_as_text_may_be_any_common_message_or_hold_the_last():
+    chat = [system("S"), user("first"), assistant("a"), user("second")]
+    fields = {"chosen": [*chat, *YES], "rejected": [*chat, *NO]}
+    for prompt in ("first", " second\n", "[INST] second [/INST]", ""):
+        assert parts(read({**fields, "prompt": prompt})) == (tuple(chat), YES, NO)
+
+
+def test_the_same_chat_twice_is_two_equal_answers():
+    chat = [user("Q"), assistant("yes")]
+    assert parts(read({"chosen": chat, "rejected": chat})) == (QUESTION, YES, YES)
 
 
 @pytest.mark.parametrize(
@@ -202,6 +359,10 @@ def test_completions_of_equal_merit_carry_no_preference():
         ({"chosen": [{"role": "user"}], "rejected": [user("b")]}, "'chosen' has no 'content'"),
         ({"prompt": "Q", "chosen": "a\ud800", "rejected": "b"}, "lone surrogate at character 2"),
         ({"prompt": "Q", "chosen": "a", "rejected": "b", "tools": [{"\udfff": 1}]}, "'tools' is not valid Unicode"),
+        ({"prompt": "Q", "chosen": "a", "rejected": "b", "tools": [{"name": "t"}]}, "for chat templates, .* is text"),
+        ({"chosen": "a b", "rejected": "a c", "system": "S"}, "'system' makes a chat of a row, and this one is text"),
+        ({"prompt": "Q", "completions": ["a", "b"], "scores": [1]}, "a number for each of the 2 completions"),
+        ({"completions": ["a", "b"], "scores": [1, 2]}, "no field 'prompt', which ranked or scored completions need"),
         ({"chosen": [{"role": "user", "content": 3}], "rejected": []}, "content of a message of 'chosen' has to be"),
         ({"prompt": "Q", "completions": ["a"]}, "a list of two or more"),
         ({"prompt": "Q", "completions": ["a", "b"]}, "no score and no rank"),

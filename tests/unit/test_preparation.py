@@ -12,9 +12,9 @@ import pytest
 from rich.console import Console
 from small_tokenizers import byte_level
 
-from dpo_scale.data import preparation, token_store
+from dpo_scale.data import preparation, readers, token_pairs, token_store
 from dpo_scale.data.preparation import prepare_pairs
-from dpo_scale.data.report import DataReport, describe, overlap, pair_hashes
+from dpo_scale.data.report import DataReport, describe, overlap
 from dpo_scale.data.token_pairs import TokenPair, TokenPairs
 from dpo_scale.errors import DataError, UserError
 from dpo_scale.recipe import DataSection, DataSource
@@ -141,13 +141,13 @@ def test_held_out_pairs_that_are_trained_on_are_counted():
 
 
 def test_equal_tokens_and_only_those_have_equal_hashes(monkeypatch):
-    monkeypatch.setattr("dpo_scale.data.report._BLOCK_PAIRS", 7)
+    monkeypatch.setattr(token_pairs, "_BLOCK_PAIRS", 7)
     rng = np.random.default_rng(0)
     parts = [tuple(rng.integers(0, 2, rng.integers(1, 5)).tolist()) for _ in range(600)]
     pairs = TokenPairs.from_pairs(
         TokenPair(*(np.array(part, np.int32) for part in parts[i : i + 3]), "rows.jsonl:1") for i in range(0, 600, 3)
     )
-    hashes = pair_hashes(pairs).reshape(-1).tolist()
+    hashes = pairs.hashes.reshape(-1).tolist()
     assert len(set(zip(parts, hashes, strict=True))) == len(set(parts)) == len(set(hashes))
 
 
@@ -234,13 +234,13 @@ def test_a_tokenizer_without_an_end_token_is_refused(tmp_path, prepare):
 def tokenized_chunks(monkeypatch) -> list[int]:
     """Rows of each chunk that was really tokenized."""
     calls: list[int] = []
-    original = preparation._tokenize_chunk
+    original = preparation._tokenize_block
 
-    def counted(tokenizer, columns, rows):
-        calls.append(len(rows))
-        return original(tokenizer, columns, rows)
+    def counted(tokenizer, columns, block):
+        calls.append(len(block))
+        return original(tokenizer, columns, block)
 
-    monkeypatch.setattr(preparation, "_tokenize_chunk", counted)
+    monkeypatch.setattr(preparation, "_tokenize_block", counted)
     return calls
 
 
@@ -331,8 +331,8 @@ def test_worker_processes_give_what_this_process_gives(tmp_path, prepare, monkey
     rows[200] = row(rejected="")
     path = write(tmp_path / "rows.jsonl", *rows)
     alone, alone_report = prepare(path)
-    monkeypatch.setattr(preparation, "CHUNK_ROWS", 20)
-    monkeypatch.setattr(preparation, "INLINE_CHUNKS", 2)
+    monkeypatch.setattr(readers, "BLOCK_ROWS", 20)
+    monkeypatch.setattr(preparation, "INLINE_BLOCKS", 2)
     many, many_report = prepare(path, workers=2, cache_dir=str(tmp_path / "other"))
     assert many.digest() == alone.digest()
     assert [pair.row for pair in many] == [pair.row for pair in alone]
@@ -341,7 +341,7 @@ def test_worker_processes_give_what_this_process_gives(tmp_path, prepare, monkey
 
 def test_a_mistake_in_a_worker_process_reaches_the_user(tmp_path, prepare, monkeypatch):
     path = write(tmp_path / "rows.jsonl", *[row()] * 60, "{", *[row()] * 200)
-    monkeypatch.setattr(preparation, "CHUNK_ROWS", 20)
-    monkeypatch.setattr(preparation, "INLINE_CHUNKS", 2)
+    monkeypatch.setattr(readers, "BLOCK_ROWS", 20)
+    monkeypatch.setattr(preparation, "INLINE_BLOCKS", 2)
     with pytest.raises(DataError, match=f"{path}:61: not valid JSON"):
         prepare(path, workers=2)

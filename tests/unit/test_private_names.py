@@ -9,7 +9,9 @@ import inspect
 import re
 from pathlib import Path
 
+import deepspeed
 import pytest
+from deepspeed.comm.torch import TorchBackend
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from deepspeed.runtime.zero import parameter_offload, partition_parameters, stage3
@@ -75,3 +77,16 @@ def test_the_coordinators_cache_can_be_cleared() -> None:
     _clear_cache(cached)
     with pytest.raises(AssertionError, match="not where it was"):
         _clear_cache(lambda: None)
+
+
+def test_the_op_that_is_left_out_serves_inference_only() -> None:
+    """The table of ops is read in one place, and what it switches off there is called in one other."""
+    sources = Path(inspect.getfile(deepspeed)).parent.rglob("*.py")
+    readers = {path.name for path in sources if "ops.__compatible_ops__" in path.read_text(encoding="utf-8")}
+    assert readers == {"torch.py"}
+    users = [
+        name
+        for name, method in inspect.getmembers(TorchBackend, inspect.isfunction)
+        if "shm_" in inspect.getsource(method)
+    ]
+    assert set(users) == {"__init__", "inference_all_reduce"}

@@ -64,47 +64,7 @@ def pieces(tokenizer, outcome: Kept) -> tuple[list[str], ...]:
     return tuple(tokenizer.convert_ids_to_tokens(part.tolist()) for part in (pair.prompt, pair.chosen, pair.rejected))
 
 
-# --- golden tables: three ways to write text and chats, four tokenizers --------------------------
-
-TURN_BYTES = ["<|im_start|>", *"user", "Ċ", "say", "<|im_end|>", "Ċ"]
-TURN_PIECES = ["<|im_start|>", "▁", *"user", "<0x0A>", "say", "<|im_end|>", "▁", "<0x0A>"]
-OPEN_BYTES = ["<|im_start|>", "a", "s", "s", "i", "s", "t", "a", "n", "t", "Ċ"]
-OPEN_PIECES = ["<|im_start|>", "▁", "a", "s", "s", "i", "s", "t", "a", "n", "t", "<0x0A>"]
-TABLES = {
-    ("strings", "byte_level"): (
-        ["say", ":"],
-        ["Ġyes", "<|end|>"],
-        ["Ġno", "Ġ", "Ã", "©", "<|end|>"],
-    ),
-    ("strings", "bpe"): (
-        ["<s>", "▁say", ":"],
-        ["▁yes", "</s>"],
-        ["▁no", "▁", "<0xC3>", "<0xA9>", "</s>"],
-    ),
-    ("strings", "unigram"): (
-        ["<s>", "▁say", ":"],
-        ["▁yes", "</s>"],
-        ["▁no", "▁", "<0xC3>", "<0xA9>", "</s>"],
-    ),
-    ("chat", "byte_level"): (
-        TURN_BYTES + OPEN_BYTES,
-        ["yes", "<|im_end|>", "Ċ"],
-        ["no", "Ġ", "Ã", "©", "<|im_end|>", "Ċ"],
-    ),
-    ("chat", "bpe"): (
-        TURN_PIECES + OPEN_PIECES,
-        ["yes", "<|im_end|>", "▁", "<0x0A>"],
-        ["no", "▁", "<0xC3>", "<0xA9>", "<|im_end|>", "▁", "<0x0A>"],
-    ),
-    ("chat", "unigram"): (
-        TURN_PIECES + OPEN_PIECES,
-        ["yes", "<|im_end|>", "▁", "<0x0A>"],
-        ["no", "▁", "<0xC3>", "<0xA9>", "<|im_end|>", "▁", "<0x0A>"],
-    ),
-}
-TOOLS_TEMPLATE = (
-    "{% if tools %}<|im_start|>{% for tool in tools %}{{ tool.function.name }}:{% endfor %}<|im_end|>{% endif %}"
-)
+# --- every format, three tokenizers --------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -113,30 +73,6 @@ def hand(tmp_path_factory):
     names = {name: hand_sentencepiece(folder / name, name) for name in ("bpe", "unigram")}
     loaded = {name: load_tokenizer(str(path)) for name, path in names.items()}
     return {"byte_level": hand_byte_level(), **loaded}
-
-
-@pytest.mark.parametrize("name", ["byte_level", "bpe", "unigram"])
-@pytest.mark.parametrize("form", ["strings", "chat"])
-def test_tokens_are_those_of_the_table(hand, form, name):
-    pair = strings() if form == "strings" else chat("yes", "no é")
-    outcome = kept(hand[name], pair)
-    assert pieces(hand[name], outcome) == TABLES[form, name]
-    assert not outcome.boundary_moved
-    assert outcome.cuts == ()
-
-
-@pytest.mark.parametrize("name", ["byte_level", "bpe", "unigram"])
-def test_tools_stand_where_the_template_writes_them(hand, name):
-    tokenizer = hand[name]
-    own_template = tokenizer.chat_template
-    tokenizer.chat_template = TOOLS_TEMPLATE + own_template
-    try:
-        outcome = kept(tokenizer, chat("yes", "no é", tools=(TOOL,)))
-    finally:
-        tokenizer.chat_template = own_template
-    prompt, chosen, rejected = TABLES["chat", name]
-    announced = ["<|im_start|>", "say" if name == "byte_level" else "▁say", ":", "<|im_end|>"]
-    assert pieces(tokenizer, outcome) == (announced + prompt, chosen, rejected)
 
 
 @pytest.mark.parametrize("name", ["byte_level", "bpe", "unigram"])
@@ -218,34 +154,89 @@ def test_a_prompt_that_vanishes_into_the_completion_needs_bos(hand):
     assert pieces(hand["bpe"], kept(hand["bpe"], strings("")))[0] == ["<s>"]
 
 
-THINKING = (  # as Qwen3 does: thoughts of earlier turns are left out, the last turn always has some
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-    "{% if m.role == 'assistant' and loop.last %}"
-    "<think>\n{{ m.reasoning_content or '' }}\n</think>\n\n{% endif %}"
-    "{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n"
-    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
-    "{% endif %}"
-)
+# Behaves as Qwen3's does: thoughts before the last question are left out, an answer behind it always has a block of
+# thoughts, calls of tools keep theirs, and `enable_thinking: false` puts an empty block into the prompt.
+THINKING = """
+{%- if tools %}<|im_start|>system
+tools:{% for tool in tools %} {{ tool.function.name }}{% endfor %}<|im_end|>
+{% endif %}
+{%- set ns = namespace(last_question=0) %}
+{%- for m in messages %}{% if m.role == 'user' %}{% set ns.last_question = loop.index0 %}{% endif %}{% endfor %}
+{%- for m in messages %}
+{%- set thought = m.reasoning_content or '' %}{% set content = m.content or '' %}
+{%- if '</think>' in content %}
+{%- set thought = content.split('</think>')[0].split('<think>')[-1] %}
+{%- set content = content.split('</think>')[-1] %}
+{%- endif %}
+{{- '<|im_start|>' + ('user' if m.role == 'tool' else m.role) + '\\n' }}
+{%- if m.role == 'assistant' and loop.index0 > ns.last_question and (loop.last or thought) %}
+{{- '<think>\\n' + thought.strip('\\n') + '\\n</think>\\n\\n' + content.lstrip('\\n') }}
+{%- else %}{{ content.lstrip('\\n') }}{% endif %}
+{%- for call in m.tool_calls or [] %}<tool_call>{{ call.function.name }}</tool_call>{% endfor %}
+{{- '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{{- '<|im_start|>assistant\\n' }}
+{%- if enable_thinking is defined and enable_thinking is false %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}
+{%- endif %}"""
+EMPTY_THOUGHT = "<think>\n\n</think>\n\n"
+FIRST = "<|im_start|>user\nsay<|im_end|>\n"
+
+
+def thoughtful(prompt: tuple, chosen: tuple, **more) -> tuple[str, str, str]:
+    """Prompt, chosen and rejected as the template above writes them; nothing moved, nothing cut."""
+    tokenizer = byte_level(THINKING)
+    pair = PreferencePair(prompt, chosen, answer("no"), "rows.jsonl:1", "chat", **more)
+    outcome = kept(tokenizer, pair, max_length=1000)
+    assert not outcome.boundary_moved
+    return tuple(tokenizer.decode(part) for part in (outcome.pair.prompt, outcome.pair.chosen, outcome.pair.rejected))
 
 
 @pytest.mark.parametrize(
-    ("variables", "thought"), [(None, "<think>\n\n</think>\n\n"), ({"enable_thinking": False}, "")]
+    "written", [{"content": "<think>\nplan\n</think>\n\nyes"}, {"content": "yes", "reasoning_content": "plan"}]
 )
-def test_thoughts_are_scored_where_the_template_leaves_them_to_the_model(variables, thought):
-    tokenizer = byte_level(THINKING)
-    history = ({**answer("first")[0], "reasoning_content": "hidden"}, USER)
-    pair = replace(chat(chat_template_kwargs=variables), prompt=(USER, *history))
-    outcome = kept(tokenizer, pair, max_length=1000)
-    prompt = tokenizer.decode(outcome.pair.prompt)
-    assert "hidden" not in prompt
-    assert tokenizer.decode(outcome.pair.chosen) == f"{thought}yes<|im_end|>\n"
-    assert prompt.endswith("assistant\n" + ("" if thought else "<think>\n\n</think>\n\n"))
-    assert not outcome.boundary_moved
+def test_thoughts_of_the_answer_are_scored(written):
+    assert thoughtful((USER,), ({"role": "assistant", **written},)) == (
+        FIRST + "<|im_start|>assistant\n",
+        "<think>\nplan\n</think>\n\nyes<|im_end|>\n",
+        EMPTY_THOUGHT + "no<|im_end|>\n",
+    )
+
+
+def test_without_thinking_the_empty_thought_belongs_to_the_prompt():
+    prompt, chosen, rejected = thoughtful((USER,), answer("yes"), chat_template_kwargs={"enable_thinking": False})
+    assert prompt == FIRST + "<|im_start|>assistant\n" + EMPTY_THOUGHT
+    assert (chosen, rejected) == ("yes<|im_end|>\n", "no<|im_end|>\n")
+
+
+def test_thoughts_of_earlier_turns_are_left_out_as_the_template_says():
+    history = (USER, {"role": "assistant", "content": "<think>\nhidden\n</think>\n\nfirst"}, USER)
+    prompt, chosen, _ = thoughtful(history, answer("yes"))
+    assert prompt == FIRST + "<|im_start|>assistant\nfirst<|im_end|>\n" + FIRST + "<|im_start|>assistant\n"
+    assert chosen == EMPTY_THOUGHT + "yes<|im_end|>\n"
+
+
+def test_thoughts_before_a_call_of_a_tool_stay_while_its_question_is_the_last():
+    call = {"role": "assistant", "content": "", "reasoning_content": "look", "tool_calls": [TOOL]}
+    prompt, _, _ = thoughtful((USER, call, {"role": "tool", "content": "42"}), answer("yes"), tools=(TOOL,))
+    assert prompt == (
+        "<|im_start|>system\ntools: say<|im_end|>\n"
+        + FIRST
+        + "<|im_start|>assistant\n<think>\nlook\n</think>\n\n<tool_call>say</tool_call><|im_end|>\n"
+        + "<|im_start|>user\n42<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_an_answer_of_several_turns_has_thoughts_in_the_last_alone():
+    turns = (*answer("<think>\ngone\n</think>\n\nfirst"), USER, *answer("<think>\nkept\n</think>\n\nyes"))
+    _, chosen, _ = thoughtful((USER,), turns)
+    expected = "first<|im_end|>\n" + FIRST + "<|im_start|>assistant\n<think>\nkept\n</think>\n\nyes<|im_end|>\n"
+    assert chosen == expected
 
 
 def test_a_template_whose_prompt_is_no_prefix_is_cut_at_the_common_tokens_and_counted():
-    opened = THINKING.replace("{% if enable_thinking", "<think>plan{% if enable_thinking")
+    opened = THINKING.replace("{%- if enable_thinking", "{{- '<think>plan' }}{%- if enable_thinking")
+    assert opened != THINKING
     tokenizer = byte_level(opened)
     outcome = kept(tokenizer, chat(), max_length=1000)
     assert outcome.boundary_moved
@@ -266,10 +257,92 @@ def test_a_chat_needs_a_template_and_the_file_wins(tmp_path):
         kept(tokenizer, chat(), chat_template=str(tmp_path / "absent.jinja"))
 
 
-def test_a_template_that_refuses_a_row_says_why():
-    tokenizer = byte_level("{{ raise_exception('roles must alternate') }}")
-    (outcome,) = PairTokenizer(tokenizer, section()).tokenize([chat()])
-    assert outcome == Dropped("rows.jsonl:1", tokenization.TEMPLATE_FAILED, "roles must alternate")
+NAMED = {"default": "D{{ messages[-1].content }}", "tool_use": "T{{ messages[-1].content }}", "rag": "R"}
+
+
+def test_a_tokenizer_with_several_templates_uses_the_one_for_tools_or_the_one_that_is_named():
+    tokenizer = byte_level()
+    tokenizer.chat_template = NAMED | {"rag": "R{{ messages[-1].content }}{{ documents }}"}
+
+    def first(pair: PreferencePair, **settings) -> str:
+        return tokenizer.decode(kept(tokenizer, pair, **settings).pair.prompt)[0]
+
+    assert first(chat()) == "D"
+    assert first(chat(tools=(TOOL,))) == "T"
+    assert first(chat(chat_template_kwargs={"documents": [{"title": "t"}]}), chat_template="rag") == "R"
+    assert first(chat(tools=(TOOL,)), chat_template="rag") == "R"
+
+
+def test_templates_that_may_be_used_are_part_of_the_key():
+    def key(templates: dict[str, str], name: str | None = None) -> str | None:
+        tokenizer = byte_level()
+        tokenizer.chat_template = templates
+        return PairTokenizer(tokenizer, section(chat_template=name)).template
+
+    keys = [key(NAMED), key(NAMED, "rag"), key(NAMED, "tool_use"), key(NAMED | {"tool_use": "U"})]
+    assert len(set(keys)) == 4
+    assert key(NAMED, "rag") == key({"rag": "R"}, "rag")
+
+
+def test_a_template_that_is_not_there_or_not_chosen_is_named_with_those_that_are(tmp_path, monkeypatch):
+    tokenizer = byte_level()
+    tokenizer.chat_template = {"rag": "R", "tool_use": "T"}
+    with pytest.raises(UserError, match=r"no chat template named 'default', only rag, tool_use; set data\.chat"):
+        kept(tokenizer, chat())
+    with pytest.raises(DataError, match=r"data\.chat_template: rga cannot be read .* has: rag, tool_use"):
+        kept(tokenizer, chat(), chat_template="rga")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rag").write_text("F{{ messages[-1].content }}")
+    with pytest.raises(DataError, match=r"rag is a template of the tokenizer and a file; write \./rag"):
+        kept(tokenizer, chat(), chat_template="rag")
+    assert tokenizer.decode(kept(tokenizer, chat(), chat_template="./rag").pair.chosen) == "yes<|end|>"
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ 1 // 0 }}", "integer division or modulo by zero"),
+        ("{{ messages[9].content.x }}", "list object has no element 9"),
+        ("{{ 'a' + 1 }}", "can only concatenate str"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "maximum recursion depth exceeded"),
+    ],
+)
+def test_a_template_that_fails_on_a_row_says_why(template, reason):
+    (outcome,) = PairTokenizer(byte_level(template), section()).tokenize([chat()])
+    assert isinstance(outcome, Dropped)
+    assert outcome.reason == tokenization.TEMPLATE_FAILED
+    assert reason in outcome.detail
+
+
+def test_a_row_cannot_set_the_arguments_of_the_template_call():
+    pair = chat(chat_template_kwargs={"tokenize": True, "add_generation_prompt": False})
+    (outcome,) = PairTokenizer(byte_level(), section()).tokenize([pair])
+    expected = "chat_template_kwargs cannot set add_generation_prompt, tokenize"
+    assert outcome == Dropped("rows.jsonl:1", tokenization.TEMPLATE_FAILED, expected)
+
+
+CALL = ({"role": "assistant", "content": "", "tool_calls": [TOOL]},)
+
+
+@pytest.mark.parametrize(
+    ("end", "completion", "expected"),
+    [
+        ("", answer("yes"), "yes<|end|>"),
+        ("", answer("one\ntwo"), "one\ntwo<|end|>"),
+        ("\n", answer("yes"), "yes\n<|end|>"),
+        ("<|im_end|>\n", answer("yes"), "yes<|im_end|>\n"),
+        ("<|end|>", answer("yes"), "yes<|end|>"),
+        ("[/A]", answer("yes"), "yes[/A]"),
+        ("", CALL, "call:say<|end|>"),
+        ("<|im_end|>", CALL, "call:say<|im_end|>"),
+    ],
+)
+def test_an_end_is_always_scored_the_templates_own_or_the_tokenizers(end, completion, expected):
+    template = "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls %}call:{{ c.function.name }}{% endfor %}"
+    tokenizer = byte_level(template + f"{{{{ {end!r} }}}}" + "{% endfor %}")
+    outcome = kept(tokenizer, replace(chat(), chosen=completion))
+    assert tokenizer.decode(outcome.pair.chosen) == expected
 
 
 @pytest.mark.parametrize(
@@ -280,6 +353,7 @@ def test_a_template_that_refuses_a_row_says_why():
         (strings(rejected=""), tokenization.EMPTY_REJECTED),
         (chat(rejected=" "), tokenization.EMPTY_REJECTED),
         (replace(chat(), chosen=()), tokenization.EMPTY_CHOSEN),
+        (replace(strings(), judged_equal=True), tokenization.JUDGED_EQUAL),
     ],
 )
 def test_a_pair_without_a_preference_is_set_aside(pair, reason):

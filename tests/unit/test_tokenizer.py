@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,6 @@ from transformers import AutoTokenizer
 from dpo_scale.errors import UserError
 from dpo_scale.model.tokenizer import load_tokenizer, save_tokenizer, tokenizer_files
 
-HH = Path(os.environ.get("DPO_SCALE_DATA", "../shared/data")) / "hh_harmless_1500.jsonl.gz"
 TEXTS = [
     "",
     " ",
@@ -84,10 +82,8 @@ def test_any_text_gives_the_ids_of_sentencepiece(tmp_path_factory):
     check()
 
 
-def test_real_dialogues_give_the_ids_of_sentencepiece(tmp_path):
-    if not HH.is_file():
-        pytest.skip(f"{HH} is not there; DPO_SCALE_DATA names its folder")
-    with gzip.open(HH, "rt", encoding="utf-8") as lines:
+def test_real_dialogues_give_the_ids_of_sentencepiece(tmp_path, hh_pairs_path):
+    with gzip.open(hh_pairs_path, "rt", encoding="utf-8") as lines:
         texts = [json.loads(line)["chosen"] for line in lines]
     folder = train_sentencepiece(tmp_path, "bpe")
     tokenizer, oracle = load_tokenizer(str(folder)), processor(folder)
@@ -130,6 +126,21 @@ def test_tokenizer_config_next_to_a_bare_model_is_heeded(tmp_path):
     assert tokenizer.eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>") == 3
     assert tokenizer("the")["input_ids"][0] != tokenizer.bos_token_id
     assert tokenizer.chat_template == "{{ messages }}"
+
+
+def test_several_chat_templates_next_to_a_bare_model_keep_their_names(tmp_path):
+    folder = train_sentencepiece(tmp_path / "source", "bpe")
+    (folder / "chat_template.jinja").write_text("plain")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
+    expected = {"default": "plain", "tool_use": "tools"}
+    tokenizer = load_tokenizer(str(folder))
+    assert tokenizer.chat_template == expected
+    target = tmp_path / "target"
+    target.mkdir()
+    save_tokenizer(tokenizer, str(folder), target)
+    (target / "config.json").write_bytes((folder / "config.json").read_bytes())
+    assert AutoTokenizer.from_pretrained(target).chat_template == expected
 
 
 @pytest.mark.parametrize("model_type", ["bpe", "unigram"])

@@ -123,7 +123,7 @@ def test_offload_moves_states_and_doubles_the_gradients() -> None:
     assert only_optimizer.device["weights"] == 2 * 1024
     on_disk = states(parameters, replace(zero, offload_optimizer="nvme", offload_param="nvme"), 4, 2, cpu=False)
     assert sum(on_disk.nvme.values()) == (2 + 4 + 8 + 4) * 1024
-    assert optimizer_step_bytes(parameters, zero, 4, cpu=False) == 0
+    assert optimizer_step_bytes(parameters, zero, 4) == 0
 
 
 def test_hpz_holds_a_second_copy_of_the_weights_within_the_node() -> None:

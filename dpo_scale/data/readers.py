@@ -1,0 +1,357 @@
+"""Kinds of files -> blocks of rows, in bounded memory whatever the file holds."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+
+from dpo_scale.data.rows import Block, Unreadable
+from dpo_scale.errors import DataError
+
+MAX_ROW_BYTES = 64 * 2**20
+"""Longest accepted row of a text file; a longer one is unreadable (no text, or a compression bomb)."""
+BLOCK_ROWS = 512
+BLOCK_BYTES = 4 * 2**20
+"""A block ends at the row that goes beyond this."""
+JSON_PIECE = 2**20
+"""Characters of a JSON list that are read at once."""
+
+Numbered = tuple[int, Any, int]
+"""Line or row, content, and about how many bytes it takes."""
+
+DAMAGED = "the file is damaged from here on"
+_DAMAGE = (EOFError, zlib.error, OSError)
+
+
+def read_file(file: Path) -> Iterator[Block]:
+    """The rows of a file in their order. Raises DataError for a file that is not what its name says."""
+    reader = _reader(file)
+    if reader is None:
+        raise DataError(f"{file}: unknown kind of file; known: {known_suffixes()}")
+    try:
+        yield from reader(file)
+    except OSError as error:
+        raise DataError(f"{file}: {error.strerror or error}; check the file") from error
+
+
+def count_rows(file: Path) -> int:
+    """How many rows `read_file` gives, without parsing those of JSON Lines or decoding those of Parquet."""
+    if _reader(file) is _parquet:
+        with _open_parquet(file) as table:
+            return int(table.metadata.num_rows)
+    return sum(len(block) for block in read_file(file))
+
+
+def is_known(file: Path) -> bool:
+    """Whether the name is that of a kind of file with rows."""
+    return _reader(file) is not None
+
+
+def known_suffixes() -> str:
+    """The kinds of files, for messages."""
+    return ", ".join(suffix for suffix, _ in _READERS) + " (text also as .gz or .zst)"
+
+
+def table_blocks(file: str, batches: Iterator[pyarrow.RecordBatch]) -> Iterator[Block]:
+    """Arrow batches as blocks of bounded size, numbered from 1; ends with the reason where they cannot be read."""
+    number = 1
+    while True:
+        try:
+            batch = next(batches, None)
+        except (pyarrow.ArrowException, OSError) as error:
+            yield Block(file, np.array([number], np.int64), [Unreadable(f"{DAMAGED} ({error})")])
+            return
+        if batch is None:
+            return
+        rows = max(1, min(BLOCK_ROWS, BLOCK_BYTES * len(batch) // max(1, batch.nbytes)))
+        for start in range(0, len(batch), rows):
+            part = np.arange(start, min(start + rows, len(batch)))
+            # Taken, not sliced: a slice would carry the whole batch to another process.
+            yield Block(file, number + part, batch.take(pyarrow.array(part)))
+        number += len(batch)
+
+
+def _text_blocks(file: Path, rows: Iterable[Numbered]) -> Iterator[Block]:
+    numbers: list[int] = []
+    contents: list[Any] = []
+    size = 0
+    for number, content, bytes_ in rows:
+        numbers.append(number)
+        contents.append(content)
+        size += bytes_
+        if len(numbers) == BLOCK_ROWS or size > BLOCK_BYTES:
+            yield Block(str(file), np.array(numbers, np.int64), contents)
+            numbers, contents, size = [], [], 0
+    if numbers:
+        yield Block(str(file), np.array(numbers, np.int64), contents)
+
+
+def _too_long() -> str:
+    return f"the row is longer than {MAX_ROW_BYTES >> 20} MiB"
+
+
+@contextmanager
+def _open_bytes(file: Path) -> Iterator[IO[bytes]]:
+    """The bytes of a file, decompressed as its name says."""
+    if file.suffix == ".gz":
+        with gzip.GzipFile(file, "rb") as unzipped:
+            yield io.BufferedReader(unzipped)  # a small buffer: what it holds is lost at a damage
+    elif file.suffix == ".zst":
+        with pyarrow.input_stream(str(file), compression="zstd") as compressed:
+            yield io.BufferedReader(compressed)
+    else:
+        with file.open("rb", buffering=2**18) as stream:
+            yield stream
+
+
+# --- JSON --------------------------------------------------------------------------------------
+
+
+def _json_lines(file: Path) -> Iterator[Block]:
+    with _open_bytes(file) as stream:
+        yield from _text_blocks(file, _lines(stream))
+
+
+def _lines(stream: IO[bytes]) -> Iterator[Numbered]:
+    number = 0
+    while True:
+        number += 1
+        try:
+            line = stream.readline(MAX_ROW_BYTES + 1)
+            if len(line) > MAX_ROW_BYTES:
+                while line and not line.endswith(b"\n"):
+                    line = stream.readline(MAX_ROW_BYTES)
+                yield number, Unreadable(_too_long()), 0
+                continue
+        except _DAMAGE as error:
+            yield number, Unreadable(f"{DAMAGED} ({error})"), 0
+            return
+        if not line:
+            return
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        if not line.isspace() and line:
+            yield number, line, len(line)
+
+
+def _json(file: Path) -> Iterator[Block]:
+    """A list of objects, or (many files named .json are) one object a line."""
+    with _open_bytes(file) as stream:
+        try:
+            start = stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+        except _DAMAGE as error:
+            raise DataError(f"{file}: the file is damaged ({error})") from error
+    if start != b"[":
+        yield from _json_lines(file)
+        return
+    with _open_bytes(file) as stream:
+        yield from _text_blocks(file, _list_items(stream))
+
+
+def _list_items(stream: IO[bytes]) -> Iterator[Numbered]:
+    """The values of a list, read one by one: the list may be larger than the memory."""
+    number = 1
+    try:
+        window = _Window(stream)
+        window.take("[")
+        if window.peek() == "]":
+            return
+        while True:
+            value, size = window.value()
+            yield number, value, size
+            number += 1
+            if window.peek() != ",":
+                break
+            window.take(",")
+        window.take("]")
+        if window.peek():
+            raise json.JSONDecodeError("text behind the end of the list", window.piece, window.at)
+    except json.JSONDecodeError as error:
+        yield number, Unreadable(f"not valid JSON from here on ({error.msg})"), 0
+    except RecursionError:
+        yield number, Unreadable("JSON nested too deeply, not readable from here on"), 0
+    except (ValueError, *_DAMAGE) as error:  # not UTF-8, an integer of thousands of digits, a damaged archive
+        yield number, Unreadable(f"not readable from here on ({error})"), 0
+
+
+class _Window:
+    """A piece of a JSON text that slides over it; grows only as far as one value needs."""
+
+    _decoder = json.JSONDecoder()
+    _space = re.compile(r"[ \t\n\r]*")
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
+        self.piece, self.at = "", 0
+
+    def _more(self) -> bool:
+        new = self._text.read(max(JSON_PIECE, len(self.piece) - self.at))
+        self.piece, self.at = self.piece[self.at :] + new, 0
+        return bool(new)
+
+    def peek(self) -> str:
+        """The next character that is not a space; empty at the end."""
+        while True:
+            match = self._space.match(self.piece, self.at)
+            assert match is not None
+            self.at = match.end()
+            if self.at < len(self.piece):
+                return self.piece[self.at]
+            if not self._more():
+                return ""
+
+    def take(self, character: str) -> None:
+        """Go past a character. Raises JSONDecodeError where another one stands."""
+        if self.peek() != character:
+            raise json.JSONDecodeError(f"expected {character!r}", self.piece, self.at)
+        self.at += 1
+
+    def value(self) -> tuple[Any, int]:
+        """Go past a value; returns it and the number of its characters."""
+        self.peek()
+        while True:
+            try:
+                value, end = self._decoder.raw_decode(self.piece, self.at)
+            except json.JSONDecodeError:
+                if len(self.piece) - self.at > MAX_ROW_BYTES:
+                    raise ValueError(_too_long()) from None
+                if not self._more():
+                    raise
+                continue
+            if end < len(self.piece) or not self._more():  # a number at the end of a piece may go on
+                size, self.at = end - self.at, end
+                return value, size
+
+
+# --- CSV ---------------------------------------------------------------------------------------
+
+
+def _csv(file: Path) -> Iterator[Block]:
+    csv.field_size_limit(MAX_ROW_BYTES)
+    with _open_bytes(file) as stream:
+        yield from _text_blocks(file, _csv_rows(file, stream))
+
+
+class _Lines:
+    """Lines of a text, no more of them to one row than a row may hold."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
+        self.characters = 0
+        """Characters read since the row began."""
+
+    def __iter__(self) -> Iterator[str]:
+        while line := self._text.readline(MAX_ROW_BYTES + 1):
+            self.characters += len(line)
+            if self.characters > MAX_ROW_BYTES:
+                raise ValueError(_too_long())
+            yield line
+
+
+def _csv_rows(file: Path, stream: IO[bytes]) -> Iterator[Numbered]:
+    lines = _Lines(stream)
+    # The name says it all: "rows.tsv", "rows.tsv.gz".
+    reader = csv.reader(lines, delimiter="\t" if ".tsv" in file.suffixes else ",", strict=True)
+    header: list[str] | None = None
+    while True:
+        lines.characters = 0
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            yield reader.line_num, Unreadable(f"not valid CSV ({error})"), 0
+            continue
+        except (ValueError, *_DAMAGE) as error:
+            yield reader.line_num + 1, Unreadable(f"{DAMAGED} ({error})"), 0
+            return
+        if cells is None:
+            return
+        if header is None:
+            header = cells
+            repeated = {name for name in header if header.count(name) > 1}
+            if repeated:
+                raise DataError(f"{file}: the header names {', '.join(sorted(repeated))} twice; rename a column")
+        elif len(cells) == len(header):
+            fields = {name: _json_cell(cell) for name, cell in zip(header, cells, strict=True)}
+            yield reader.line_num, fields, sum(map(len, cells))
+        elif cells:
+            reason = f"the header names {len(header)} columns, the row has {len(cells)}"
+            yield reader.line_num, Unreadable(reason), 0
+
+
+def _json_cell(cell: str) -> Any:
+    """Chats travel through CSV as JSON lists of messages; every other cell is text."""
+    if not cell.startswith('[{"'):
+        return cell
+    try:
+        return json.loads(cell)
+    except (ValueError, RecursionError):
+        return cell
+
+
+# --- columns -----------------------------------------------------------------------------------
+
+
+@contextmanager
+def _open_parquet(file: Path) -> Iterator[pyarrow.parquet.ParquetFile]:
+    try:
+        table = pyarrow.parquet.ParquetFile(file)
+    except pyarrow.ArrowInvalid as error:
+        raise DataError(f"{file}: not a readable Parquet file ({error})") from error
+    with table:
+        yield table
+
+
+def _parquet(file: Path) -> Iterator[Block]:
+    with _open_parquet(file) as table:
+        groups = [table.metadata.row_group(index) for index in range(table.num_row_groups)]
+        row_bytes = max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=0)
+        rows = max(1, min(2 * BLOCK_ROWS, BLOCK_BYTES // max(1, row_bytes)))
+        yield from table_blocks(str(file), table.iter_batches(batch_size=rows))
+
+
+def _arrow(file: Path) -> Iterator[Block]:
+    try:
+        with pyarrow.memory_map(str(file)) as stream:
+            try:
+                table = pyarrow.ipc.open_file(stream)
+                batches = (table.get_batch(index) for index in range(table.num_record_batches))
+            except pyarrow.ArrowInvalid:
+                stream.seek(0)
+                batches = iter(pyarrow.ipc.open_stream(stream))
+            yield from table_blocks(str(file), batches)
+    except pyarrow.ArrowInvalid as error:
+        raise DataError(f"{file}: not a readable Arrow file ({error})") from error
+
+
+_READERS: Sequence[tuple[str, Callable[[Path], Iterator[Block]]]] = (
+    (".jsonl", _json_lines),
+    (".ndjson", _json_lines),
+    (".json", _json),
+    (".csv", _csv),
+    (".tsv", _csv),
+    (".parquet", _parquet),
+    (".arrow", _arrow),
+)
+_TEXT = (_json_lines, _json, _csv)
+
+
+def _reader(file: Path) -> Callable[[Path], Iterator[Block]] | None:
+    name = file.name.lower()
+    compressed = name.endswith((".gz", ".zst"))
+    stem = name.rsplit(".", 1)[0] if compressed else name
+    for suffix, reader in _READERS:
+        if stem.endswith(suffix) and (not compressed or reader in _TEXT):
+            return reader
+    return None
