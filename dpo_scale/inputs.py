@@ -35,10 +35,13 @@ class Data:
         return cost_model(self.model_config)
 
 
-def prepare_data(recipe: Recipe, ranks: MachineRanks, console: Console) -> Data:
-    """Resolve the model, read and tokenize the data once a machine, and check what can be checked without weights."""
+def prepare_data(recipe: Recipe, ranks: MachineRanks, console: Console, *, weights: bool = True) -> Data:
+    """Resolve the model, read and tokenize the data once a machine, and check what can be checked without weights.
+
+    `weights` says whether those of a hub model are fetched, for a run that follows.
+    """
     settings = recipe.model
-    folder = once_a_machine(ranks, lambda: resolve_folder(settings.path, settings.revision))
+    folder = once_a_machine(ranks, lambda: resolve_folder(settings.path, settings.revision, weights=weights))
     config = load_config(folder, trust_remote_code=settings.trust_remote_code)
     tokenizer = load_tokenizer(settings.tokenizer or str(folder), trust_remote_code=settings.trust_remote_code)
 
