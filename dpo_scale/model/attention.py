@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -284,15 +285,18 @@ def _by_segment(
     sliding_window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """One scaled dot-product attention a segment."""
+    """One scaled dot-product attention a segment.
+
+    Each tensor is split once: the backward pass of a split is one concatenation, that of a slice a whole row of zeros.
+    """
     repeats = query_BNTD.shape[1] // key_BGTD.shape[1]
     if repeats > 1:
         key_BGTD = key_BGTD.repeat_interleave(repeats, dim=1)
         value_BGTD = value_BGTD.repeat_interleave(repeats, dim=1)
+    queries = query_BNTD.split([segment.num_queries for segment in segments.segments], dim=2)
+    keys, values = _keys_of_segments(key_BGTD, segments), _keys_of_segments(value_BGTD, segments)
     outputs = []
-    for segment in segments.segments:
-        query = query_BNTD[:, :, segment.start : segment.stop]
-        key, value = _keys_of(key_BGTD, segment), _keys_of(value_BGTD, segment)
+    for segment, query, key, value in zip(segments.segments, queries, keys, values, strict=True):
         windowed = sliding_window is not None and segment.num_keys > sliding_window
         if softcap:
             mask_QK = _causal_mask(segment, sliding_window, query.device)
@@ -308,11 +312,14 @@ def _by_segment(
     return torch.cat(outputs, dim=1)
 
 
-def _keys_of(states_BNTD: Tensor, segment: Segment) -> Tensor:
-    own = states_BNTD[:, :, segment.start : segment.stop]
-    if segment.prefix_stop == segment.prefix_start:
-        return own
-    return torch.cat([states_BNTD[:, :, segment.prefix_start : segment.prefix_stop], own], dim=2)
+def _keys_of_segments(states_BNTD: Tensor, segments: Segments) -> list[Tensor]:
+    """The keys or values of each segment, its prefix first."""
+    spans = [[(s.prefix_start, s.prefix_stop), (s.start, s.stop)] for s in segments.segments]
+    bounds = sorted({bound for pair in spans for span in pair for bound in span})
+    pieces = states_BNTD.split([stop - start for start, stop in pairwise(bounds)], dim=2)
+    place = {bound: n for n, bound in enumerate(bounds)}
+    parts = [[piece for start, stop in pair for piece in pieces[place[start] : place[stop]]] for pair in spans]
+    return [part[0] if len(part) == 1 else torch.cat(part, dim=2) for part in parts]
 
 
 def _causal_mask(segment: Segment, sliding_window: int | None, device: torch.device) -> Tensor:

@@ -1,8 +1,8 @@
 """Token ids -> log-probs of completion tokens. The one path that scoring, training and evaluation share.
 
 The LM head runs on the hidden states that predict completion tokens and on nothing else, in chunks, inside one
-autograd function. Matrix products accumulate in fp32 and everything after them is fp32. The [tokens, vocabulary]
-matrix never exists.
+autograd function. Matrix products accumulate in fp32 and everything after them is fp32. Of the [tokens, vocabulary]
+matrix no more than a chunk exists at once.
 
 Shape suffixes: B rows, T tokens of a row, C completion tokens, c those of a chunk, V vocabulary, H hidden.
 """
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from dpo_scale.data.layouts import MicroBatch
 
-CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**27}
-"""Logits that exist at once, by device type: 32 MiB and 512 MiB of fp32."""
+CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**27}
+"""Logits in a chunk, by device type: 64 MiB and 512 MiB of fp32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,19 +70,22 @@ class ChunkedLogProbs(torch.autograd.Function):
         logps_C = hidden_CH.new_empty(len(targets_C), dtype=dtype)
         lse_C = torch.empty_like(logps_C)
         head = _Head(weight_VH, bias_V, transform)
-        for rows in _chunks(len(targets_C), len(weight_VH), hidden_CH.device):
+        chunks = _chunks(len(targets_C), len(weight_VH), hidden_CH.device)
+        for rows in chunks:
             logits_cV = head.logits(hidden_CH[rows])
             lse_C[rows] = torch.logsumexp(logits_cV, dim=1)
             logps_C[rows] = logits_cV.gather(1, targets_C[rows, None])[:, 0] - lse_C[rows]
+        # An only chunk is kept: it costs no more memory than its like in the backward pass, and saves a product there.
+        kept_CV = logits_cV if len(chunks) == 1 and any(ctx.needs_input_grad) else None
         # The weight is saved as the parameter that it is: ZeRO-3 gathers it again before the backward pass.
-        ctx.save_for_backward(hidden_CH, weight_VH, bias_V, targets_C, lse_C)
+        ctx.save_for_backward(hidden_CH, weight_VH, bias_V, targets_C, lse_C, kept_CV)
         ctx.transform = transform
         return logps_C
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         (grad_C,) = grad_outputs
-        hidden_CH, weight_VH, bias_V, targets_C, lse_C = ctx.saved_tensors
+        hidden_CH, weight_VH, bias_V, targets_C, lse_C, kept_CV = ctx.saved_tensors
         head = _Head(weight_VH, bias_V, ctx.transform)
         grad_hidden_CH = torch.empty_like(hidden_CH)
         wants_weight = ctx.needs_input_grad[1]
@@ -90,12 +93,13 @@ class ChunkedLogProbs(torch.autograd.Function):
         grad_weight_VH = torch.zeros_like(weight_VH, dtype=grad_C.dtype) if wants_weight else None
         grad_bias_V = None if bias_V is None else torch.zeros_like(bias_V, dtype=grad_C.dtype)
         for rows in _chunks(len(targets_C), len(weight_VH), hidden_CH.device):
-            logits_cV = head.logits(hidden_CH[rows])
+            logits_cV = head.logits(hidden_CH[rows]) if kept_CV is None else kept_CV
+            out = logits_cV if kept_CV is None and not ctx.transform.softcap else torch.empty_like(logits_cV)
             # d logp / d logits = one_hot(target) - softmax(logits)
-            grad_cV = (logits_cV - lse_C[rows, None]).exp_().mul_(-grad_C[rows, None])
+            grad_cV = torch.sub(logits_cV, lse_C[rows, None], out=out).exp_().mul_(-grad_C[rows, None])
             grad_cV.scatter_add_(1, targets_C[rows, None], grad_C[rows, None])
             grad_cV = ctx.transform.backward(grad_cV, logits_cV)
-            del logits_cV
+            del logits_cV, out
             grad_hidden_CH[rows] = head.back_to_hidden(grad_cV)
             if grad_weight_VH is not None:
                 head.add_weight_grad(grad_weight_VH, grad_cV, hidden_CH[rows])

@@ -36,7 +36,7 @@ def is_decayed(parameter: nn.Parameter) -> bool:
     return len(getattr(parameter, "ds_shape", parameter.shape)) > 1
 
 
-def build_optimizer(model: nn.Module, optim: OptimSection, device: torch.device) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, optim: OptimSection) -> torch.optim.Optimizer:
     """AdamW with decoupled weight decay (Loshchilov & Hutter 2019, arXiv 1711.05101) in two groups."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups: list[dict[str, Any]] = [
@@ -51,7 +51,7 @@ def build_optimizer(model: nn.Module, optim: OptimSection, device: torch.device)
         lr=optim.learning_rate,
         betas=optim.betas,
         eps=optim.eps,
-        fused=device.type == "cuda",
+        fused=True,
     )
 
 

@@ -25,7 +25,7 @@ from rich.table import Table
 
 HERE = Path(__file__).resolve().parent
 PACKAGES = ("dpo_scale", "torch", "transformers", "accelerate", "deepspeed", "trl", "datasets")
-console = Console(width=140, highlight=False)
+console = Console(width=150, highlight=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +118,7 @@ class Running:
         shutil.rmtree(folder / "run", ignore_errors=True)
         side.job.save(folder / "job.json")
         command = [sys.executable, str(HERE / side.script), stage, str(folder / "job.json"), str(self._results)]
-        port = _free_port()
+        port = free_port()
         self._done, say_done = os.pipe()
         wait_turn, self._turn = os.pipe()
         self._processes = []
@@ -157,9 +157,22 @@ class Running:
         os.close(self._turn)
         return Block(tuple(Measured.load(self._results / f"rank-{rank}.json") for rank in range(len(codes))))
 
+    def keep(self, folder: Path) -> None:
+        """Copy the profile that the side left."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("profile.txt", "trace.json.gz"):
+            shutil.copy(self._results / name, folder / name)
+
     def kill(self) -> None:
         for process in self._processes:
             process.kill()
+
+
+def remove_caches(job: Job) -> None:
+    """Forget the reference log-probs of a job, ours and those that TRL keeps with its data set."""
+    folder = Path(job.recipe).parent
+    for cache in ("reference", "datasets"):
+        shutil.rmtree(folder / cache, ignore_errors=True)
 
 
 def score(side: Side, machine: Machine) -> Block:
@@ -167,6 +180,16 @@ def score(side: Side, machine: Machine) -> Block:
     running = Running(side, "score", machine)
     try:
         return running.finish()
+    finally:
+        running.kill()
+
+
+def profile(side: Side, machine: Machine, folder: Path) -> None:
+    """A few steps of one of our sides under torch's profiler, whose table and trace go to the folder."""
+    running = Running(side, "profile", machine)
+    try:
+        running.finish()
+        running.keep(folder)
     finally:
         running.kill()
 
@@ -308,7 +331,7 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])

@@ -138,11 +138,14 @@ def balance(bench: Bench) -> list[dict[str, Any]]:
     uneven = even.copy()
     uneven[::BALANCE_PAIRS] = 10 * np.array(MEDIAN_LENGTHS)
     machine = Machine(2, bench.options.device, bench.options.threads)
-    return [
+    entries = [
         entry
         for case, lengths in (("even lengths", even), ("one pair of ten times the median", uneven))
         for entry in bench.measure(case, lengths.astype(int), step_pairs=BALANCE_PAIRS, machine=machine)
     ]
+    for entry in entries:
+        entry["throughput_kept"] = entry["tokens_per_second"] / entries[0]["tokens_per_second"]
+    return entries
 
 
 def by_number_of_pairs(bench: Bench) -> list[dict[str, Any]]:
@@ -179,6 +182,8 @@ def main() -> None:
             title, measure = CASES[name]
             entries = measure(bench)
             keys, columns = (tuple(entries[0]),) * 2 if name == "pairs" else (KEYS, COLUMNS)
+            if name == "balance":
+                keys, columns = (*KEYS, "throughput_kept"), (*COLUMNS, "tokens/s kept")
             show(f"{title}; {bench.machine}", columns, [[entry[key] for key in keys] for entry in entries])
             results += [{"table": name, **entry} for entry in entries]
             write_json(options.json, results, options)

@@ -1,8 +1,9 @@
 """Our side of a comparison: the trainer's own stages, with a clock at the end of every optimizer step.
 
-    python side_dpo_scale.py train|score JOB RESULTS
+    python side_dpo_scale.py train|score|profile JOB RESULTS
 
-Checkpoints and the exported model are left out: files are not measured.
+Checkpoints and the exported model are left out: files are not measured. `profile` is `train` under torch's profiler: it
+leaves a table of operations in RESULTS/profile.txt, and a trace for chrome://tracing beside it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from measuring import Job, Measured, memory_mib, peak_memory_mib
+from torch.profiler import ProfilerActivity
 
 from dpo_scale import stages
 from dpo_scale.console import Console
@@ -22,15 +25,41 @@ from dpo_scale.distributed.engines import PolicyEngine
 from dpo_scale.recipe import load_recipe
 from dpo_scale.reference import session
 from dpo_scale.training import loop
+from dpo_scale.watch import Watch
+
+
+class Profile:
+    """torch's profiler over three steps, once ZeRO-3 knows the order of the modules."""
+
+    FIRST, LAST = 4, 7
+
+    def __init__(self, results: Path) -> None:
+        self.results = results
+        device = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
+        self.profiler = torch.profiler.profile(activities=[ProfilerActivity.CPU, *device])
+
+    def end_step(self, steps: int) -> None:
+        if steps == self.FIRST:
+            self.profiler.start()
+        elif steps == self.LAST:
+            self.profiler.stop()
+            order = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+            table = self.profiler.key_averages().table(sort_by=order, row_limit=40, max_name_column_width=60)
+            (self.results / "profile.txt").write_text(table)
+            self.profiler.export_chrome_trace(str(self.results / "trace.json.gz"))
 
 
 def main(stage: str, job: Job, results: Path) -> None:
     measured = Measured(baseline_mib=memory_mib())
 
+    profile = Profile(results) if stage == "profile" and os.environ["RANK"] == "0" else None
+
     class Timed(PolicyEngine):
         def step(self) -> bool:
             applied = super().step()
             measured.end_step()
+            if profile is not None:
+                profile.end_step(len(measured.ends))
             return applied
 
     plain_score = session.score
@@ -47,10 +76,12 @@ def main(stage: str, job: Job, results: Path) -> None:
     loop.Run.commit = lambda run: None  # type: ignore[method-assign]
     loop.Run.export = lambda run: None  # type: ignore[method-assign]
     recipe = load_recipe(job.recipe)
-    getattr(stages, stage)(recipe, Console(is_main=False))
+    watch = Watch(None, int(os.environ["RANK"]), lambda message, *, cause: print(message))
+    run = stages.score if stage == "score" else stages.train
+    run(recipe, Console(is_main=False), watch)
 
     log = Path(recipe.run.output_dir) / "metrics.jsonl"
-    if stage == "train" and log.exists():
+    if stage != "score" and log.exists():
         lines = [json.loads(line) for line in log.read_text().splitlines()]
         measured.losses = [line["loss"] for line in lines if "loss" in line]
         measured.tokens = lines[-1]["tokens"]

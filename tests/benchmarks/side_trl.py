@@ -104,7 +104,7 @@ def _settings(job: Job) -> Any:
         gradient_accumulation_steps=rank_pairs // micro_batch,
         max_steps=job.steps,
         train_sampling_strategy="sequential",
-        optim="adamw_torch_fused" if torch.cuda.is_available() else "adamw_torch",
+        optim="adamw_torch_fused",
         learning_rate=job.learning_rate,
         lr_scheduler_type="constant",
         weight_decay=0.0,

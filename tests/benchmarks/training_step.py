@@ -26,6 +26,7 @@ from comparison import (
     add_common_arguments,
     console,
     largest_loss_gap,
+    profile,
     score,
     show,
     train_in_turns,
@@ -49,6 +50,7 @@ OURS = ("shared", "packed", "padded")
 COLUMNS = (
     "side",
     "pairs/s",
+    "tokens/s",
     "slowest",
     "fastest",
     "step s",
@@ -72,6 +74,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rank-tokens", type=int, default=16384)
     parser.add_argument("--trl-micro-batch", type=int, help="pairs; without it, all that a rank has of a step")
     parser.add_argument("--activation-checkpointing", action="store_true")
+    parser.add_argument("--profile", type=Path, help="folder for torch's profile of our first side")
     return parser.parse_args()
 
 
@@ -115,6 +118,9 @@ def compare(
     for side in sides:
         with console.status(f"reference log-probs: {side.name}"):
             score(side, machine)
+    if options.profile is not None:
+        with console.status("profile"):
+            profile(sides[0], machine, options.profile / f"{name}-{processes}")
     groups = [[side] for side in sides] if options.apart else [sides]
     blocks: dict[str, list[Block]] = {side.name: [] for side in sides}
     for repeat in range(options.repeats):
@@ -124,7 +130,8 @@ def compare(
                     blocks[name_of_side].append(block)
 
     times = {side: StepTimes.of(blocks[side], options.warm_up, options.step_pairs) for side in options.sides}
-    work = _plain_work(model, tokenizer, rows[options.step_pairs * options.warm_up :])
+    lengths = _lengths(tokenizer, rows[options.step_pairs * options.warm_up :])
+    work = float(layout_costs(lengths, "packed", cost_model(AutoConfig.from_pretrained(model))).work.sum())
     entries = []
     for side in options.sides:
         time = times[side]
@@ -134,6 +141,7 @@ def compare(
             "threads": machine.threads,
             "side": side,
             "pairs_per_second": time.pairs_per_second,
+            "tokens_per_second": float(lengths.sum()) / sum(time.seconds),
             "slowest": time.slowest,
             "fastest": time.fastest,
             "step_seconds": median(time.seconds),
@@ -158,6 +166,7 @@ def _show(entries: list[dict[str, Any]], title: str) -> None:
     keys = (
         "side",
         "pairs_per_second",
+        "tokens_per_second",
         "slowest",
         "fastest",
         "step_seconds",
@@ -174,11 +183,10 @@ def _show(entries: list[dict[str, Any]], title: str) -> None:
     show(title, columns, [[entry.get(key) for key in keys] for entry in entries])
 
 
-def _plain_work(model: Path, tokenizer: PreTrainedTokenizerFast, rows: list[Row]) -> float:
-    """Multiply-accumulates of the plain forward of some pairs."""
+def _lengths(tokenizer: PreTrainedTokenizerFast, rows: list[Row]) -> np.ndarray:
+    """Tokens of prompt, chosen and rejected with their end tokens, int [pairs, 3]."""
     texts = [[row.prompt, row.chosen, row.rejected] for row in rows]
-    lengths = np.array([[len(ids) for ids in tokenizer(three)["input_ids"]] for three in texts]) + [0, 1, 1]
-    return float(layout_costs(lengths, "packed", cost_model(AutoConfig.from_pretrained(model))).work.sum())
+    return np.array([[len(ids) for ids in tokenizer(three)["input_ids"]] for three in texts]) + [0, 1, 1]
 
 
 def _mfu(work: float, seconds: float, processes: int) -> float | None:

@@ -338,6 +338,8 @@ def check(case: Case, folder: Path, tally: Tally) -> None:
         train=[str(path)], on_bad_row=case.on_bad_row, workers=1, cache_dir=str(folder / "store"), max_length=10_000
     )
     tally.cases += 1
+    if tally.cases % 1000 == 0:
+        print(f"{tally.cases:,} files", file=sys.stderr, flush=True)
     began = time.monotonic()
     try:
         with _time_limit(SECONDS_PER_CASE):

@@ -15,9 +15,12 @@ import torch
 import yaml
 from plain_dpo import assert_same_gradients, gradients, plain_losses
 from safetensors.torch import load_file
-from tiny_llamas import plain_llama, random_pairs
+from tiny_llamas import plain_llama, plain_mixture, random_pairs
+from torch import nn
 
-HEADS, TOKEN_BUDGETS, GLOBAL_PAIRS = ("untied", "tied"), (400, 31), [5, 3, 5, 3]
+CASES = [("untied", 400), ("untied", 31), ("tied", 400), ("tied", 31), ("mixture", 31)]
+"""Kind of model and token budget; those that are not untied recompute their activations."""
+GLOBAL_PAIRS = [5, 3, 5, 3]
 POLICY, REFERENCE = 1, 2
 TOLERANCE = 1e-5
 RECIPE: dict[str, Any] = {
@@ -54,9 +57,9 @@ ACCELERATE = {
 def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of one launch that trained every case."""
     folder = tmp_path_factory.mktemp("zero3")
-    for head in HEADS:
+    for kind in dict(CASES):
         for role, seed in (("policy", POLICY), ("reference", REFERENCE)):
-            plain_llama(seed, tied=head == "tied", dtype=torch.float32).save_pretrained(folder / f"{role}_{head}")
+            plain_model(kind, seed).save_pretrained(folder / f"{role}_{kind}")
     (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
     (folder / "zero3.json").write_text(json.dumps(DEEPSPEED))
     deepspeed_config = {"deepspeed_config_file": str(folder / "zero3.json"), "zero3_init_flag": True}
@@ -78,10 +81,15 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def one_process(head: str, members: list[list[int]]) -> list[tuple[float, float, dict[str, torch.Tensor]]]:
+def plain_model(kind: str, seed: int) -> nn.Module:
+    """The model of a kind and a seed, with nothing of ours."""
+    return plain_mixture(seed) if kind == "mixture" else plain_llama(seed, tied=kind == "tied", dtype=torch.float32)
+
+
+def one_process(kind: str, members: list[list[int]]) -> list[tuple[float, float, dict[str, torch.Tensor]]]:
     """Loss, gradient norm and gradients of each step of plain DPO with torch's AdamW, given each step's pairs."""
     pairs, optim = random_pairs(), RECIPE["optim"]
-    policy, reference = (plain_llama(seed, tied=head == "tied", dtype=torch.float32) for seed in (POLICY, REFERENCE))
+    policy, reference = (plain_model(kind, seed) for seed in (POLICY, REFERENCE))
     matrices = [parameter for parameter in policy.parameters() if parameter.ndim > 1]
     vectors = [parameter for parameter in policy.parameters() if parameter.ndim == 1]
     optimizer = torch.optim.AdamW(
@@ -102,17 +110,16 @@ def one_process(head: str, members: list[list[int]]) -> list[tuple[float, float,
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("rank_tokens", TOKEN_BUDGETS)
-@pytest.mark.parametrize("head", HEADS)
-def test_two_ranks_train_as_one_process(head: str, rank_tokens: int, launched: Path) -> None:
-    case = launched / f"{head}_{rank_tokens}"
+@pytest.mark.parametrize(("kind", "rank_tokens"), CASES)
+def test_two_ranks_train_as_one_process(kind: str, rank_tokens: int, launched: Path) -> None:
+    case = launched / f"{kind}_{rank_tokens}"
     steps = json.loads(case.with_suffix(".json").read_text())
     gathered = load_file(case.with_suffix(".safetensors"))
     members = [[*chain(*step["pairs"])] for step in steps]
     assert [len(indices) for indices in members] == GLOBAL_PAIRS
     assert sorted(chain(*members)) == sorted([*range(8)] * 2), "every pair once an epoch"
 
-    expected_steps = one_process(head, members)
+    expected_steps = one_process(kind, members)
     assert max(norm for _, norm, _ in expected_steps) > RECIPE["optim"]["max_grad_norm"], "clipping is at work"
     for number, (loss, norm, expected) in enumerate(expected_steps):
         actual = {name.split("/")[1]: gradient for name, gradient in gathered.items() if name.startswith(f"{number}/")}
@@ -126,7 +133,7 @@ def test_two_ranks_train_as_one_process(head: str, rank_tokens: int, launched: P
 @pytest.mark.launch
 def test_the_cases_have_what_they_are_for(launched: Path) -> None:
     """One micro-batch a rank, and several with filler among them."""
-    whole, split = (json.loads((launched / f"untied_{tokens}.json").read_text()) for tokens in TOKEN_BUDGETS)
+    whole, split = (json.loads((launched / f"untied_{tokens}.json").read_text()) for tokens in (400, 31))
     assert [step["micro_batches"] for step in whole] == [1, 1, 1, 1]
     assert all(step["fillers"] == 0 for step in whole)
     assert max(step["micro_batches"] for step in split) > 1

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from dpo_scale.data.token_pairs import TokenPair, TokenPairs
 from dpo_scale.model.attention import ATTENTION, register
@@ -51,6 +51,25 @@ def tiny_llama(
 def plain_llama(seed: int, **settings: object) -> LlamaForCausalLM:
     """The model of a seed with the library's plain attention, and nothing of ours."""
     return tiny_llama(seed, attention="eager", **settings)  # type: ignore[arg-type]
+
+
+def plain_mixture(seed: int) -> MixtralForCausalLM:
+    """A small mixture of experts in fp32 with the library's plain attention; tokens differ in their experts."""
+    config = MixtralConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=512,
+        initializer_range=0.3,
+        attn_implementation="eager",
+    )
+    torch.manual_seed(seed)
+    return MixtralForCausalLM(config)
 
 
 def our_llama(seed: int, **settings: object) -> CompletionLogProbs:

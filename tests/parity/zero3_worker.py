@@ -1,7 +1,7 @@
 """Trains tiny Llamas under ZeRO-3 as the program does, and writes what happened; started by accelerate launch.
 
-Usage: zero3_worker.py RECIPE FOLDER. FOLDER holds `policy_HEAD` and `reference_HEAD` for each head, and receives
-`HEAD_TOKENS.json` and `HEAD_TOKENS.safetensors` for each head and each token budget.
+Usage: zero3_worker.py RECIPE FOLDER. FOLDER holds `policy_KIND` and `reference_KIND` for each kind of model, and
+receives `KIND_TOKENS.json` and `KIND_TOKENS.safetensors` for each case.
 """
 
 from __future__ import annotations
@@ -24,16 +24,17 @@ from dpo_scale.data.planning import CostModel, Schedule, StepPlan, layout_costs,
 from dpo_scale.data.token_pairs import TokenPairs
 from dpo_scale.distributed.engines import PolicyEngine, ReferenceEngine, loading_for
 from dpo_scale.distributed.runtime import Runtime, start, stop
-from dpo_scale.model.loading import load_model, register_attention
+from dpo_scale.model.loading import checkpoint_activations, load_model, register_attention
 from dpo_scale.objectives import reduce_log_probs
 from dpo_scale.recipe import Recipe, load_recipe
 from dpo_scale.training.metrics import MetricSums
 from dpo_scale.training.optimizer import build_optimizer
 from dpo_scale.training.step import ReferenceLogps, pair_batches, run_step
 
-HEADS = ("untied", "tied")
-TOKEN_BUDGETS = (400, 31)
-"""One micro-batch a rank; and up to two, some of them filler."""
+CASES = {"untied": (400, 31), "tied": (400, 31), "mixture": (31,)}
+"""Kind of model -> token budgets: one micro-batch a rank; and up to two, some of them filler."""
+CHECKPOINTED = ("tied", "mixture")
+"""Kinds whose layers are computed again in the backward pass."""
 GLOBAL_PAIRS, EPOCHS, SEED = 5, 2, 2
 """Of 8 pairs: every second step is partial. With this seed the first of those takes two micro-batches and a filler."""
 
@@ -134,15 +135,17 @@ def main() -> None:
     recipe, folder = load_recipe(sys.argv[1]), Path(sys.argv[2])
     runtime = start(recipe)
     register_attention(recipe.model, runtime.ranks.device)
-    for head in HEADS:
-        reference = score(runtime, recipe, folder / f"reference_{head}", random_pairs())
-        for rank_tokens in TOKEN_BUDGETS:
+    for kind, budgets in CASES.items():
+        reference = score(runtime, recipe, folder / f"reference_{kind}", random_pairs())
+        for rank_tokens in budgets:
             with loading_for(runtime.accelerator, "policy"):
-                model = load_model(folder / f"policy_{head}", recipe.model)
-            optimizer = build_optimizer(model, recipe.optim, runtime.ranks.device)
+                model = load_model(folder / f"policy_{kind}", recipe.model)
+            if kind in CHECKPOINTED:
+                checkpoint_activations(model)
+            optimizer = build_optimizer(model, recipe.optim)
             policy = PolicyEngine(runtime.accelerator, model, optimizer, recipe)
             policy.train()
-            train(runtime, recipe, policy, reference, rank_tokens, folder / f"{head}_{rank_tokens}")
+            train(runtime, recipe, policy, reference, rank_tokens, folder / f"{kind}_{rank_tokens}")
             policy.engine.destroy()
     stop()
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dpo_scale.training import interruption
-from dpo_scale.training.interruption import SIGNALS, Interruption, StopRequestedError, agree, heed
+from dpo_scale.training.interruption import SIGNALS, Interruption, StopRequestedError, StopTime, agree, heed
 
 WORKER = """
 import hashlib, sys, time
@@ -126,6 +126,34 @@ def test_all_ranks_stop_in_mid_pass_where_one_was_asked_to(tmp_path: Path) -> No
     (tmp_path / "STOP").touch()
     with pytest.raises(StopRequestedError):
         heed(stopping, OneOfTwo(is_main=False, others=[0, 0]))
+
+
+def test_a_stop_takes_the_longest_step_and_the_last_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", raising=False)
+    needed = StopTime()
+    for seconds in (12.0, 3.0):
+        needed.step_took(seconds)
+    for seconds in (40.0, 10.0):
+        needed.commit_took(seconds)
+    assert needed.seconds == 22.0
+    assert needed.warning() == ""
+    needed.commit_took(20.0)
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "33")
+    assert needed.warning() == ""
+    monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT")
+    assert "leaves 30 s, and a step with its commit takes 32 s" in needed.warning()
+    assert needed.warning() == ""  # said once
+
+
+def test_a_commit_is_due_so_many_minutes_after_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(interruption.time, "monotonic", lambda: now[0])
+    clock = StopTime()
+    now[0] += 121
+    assert clock.is_commit_due(2.0)
+    assert not clock.is_commit_due(None)
+    clock.commit_took(1.0)
+    assert not clock.is_commit_due(2.0)
 
 
 @dataclass

@@ -155,6 +155,40 @@ def test_the_matrix_of_tokens_by_vocabulary_never_exists(monkeypatch: pytest.Mon
     assert chunked.elements == 100 * vocabulary
 
 
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func in (torch.ops.aten.mm.default, torch.ops.aten.addmm_.default)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("chunk_tokens", "expected_products"), [(NUM_TOKENS, 3), (NUM_TOKENS // 2, 2 * 4)])
+def test_the_logits_of_an_only_chunk_are_computed_once(
+    chunk_tokens: int, expected_products: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits, gradient of hidden states, gradient of the weight; several chunks compute their logits again."""
+    monkeypatch.setitem(log_probs.CHUNK_ELEMENTS, "cpu", chunk_tokens * VOCABULARY)
+    hidden, weight, _, targets, grad = _operands(torch.float32, bias=False)
+    with Products() as actual:
+        ChunkedLogProbs.apply(hidden, weight, None, targets, LogitTransform()).backward(grad)
+    assert actual.count == expected_products
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_an_only_chunk_gives_the_same_gradients(transform: LogitTransform, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(log_probs.CHUNK_ELEMENTS, "cpu", NUM_TOKENS * VOCABULARY)
+    hidden, weight, bias_V, targets, grad = _operands(torch.float64, bias=True)
+    _, expected_gradients = _oracle(hidden, weight, bias_V, targets, grad, transform)
+    ChunkedLogProbs.apply(hidden, weight, bias_V, targets, transform).backward(grad.double())
+    for leaf, expected in zip((hidden, weight, bias_V), expected_gradients, strict=True):
+        assert torch.allclose(leaf.grad, expected, rtol=1e-10, atol=1e-12)  # type: ignore[union-attr, arg-type]
+
+
 def _load(folder: Path, model_type: str, **settings: Any) -> nn.Module:
     save_tiny_model(folder, model_type, **settings)
     register("sdpa")

@@ -11,8 +11,6 @@ from torch import nn
 from dpo_scale.recipe import OptimSection
 from dpo_scale.training.optimizer import build_optimizer, learning_rate, set_learning_rate
 
-CPU = torch.device("cpu")
-
 
 def _rates(num_steps: int, **settings: object) -> list[float]:
     optim = OptimSection.model_validate({"learning_rate": 1.0, **settings})
@@ -72,7 +70,7 @@ EXPECTED_DECAY = {
 
 def test_decay_spares_norms_and_biases() -> None:
     model = _model()
-    optimizer = build_optimizer(model, OptimSection(weight_decay=0.1), CPU)
+    optimizer = build_optimizer(model, OptimSection(weight_decay=0.1))
     assert _decay_of_names(model, optimizer) == EXPECTED_DECAY
 
 
@@ -82,7 +80,7 @@ def test_decay_goes_by_the_true_shape_of_a_sharded_parameter() -> None:
     for parameter in model.parameters():
         parameter.ds_shape = parameter.shape  # type: ignore[attr-defined]
         parameter.data = torch.empty(0)
-    optimizer = build_optimizer(model, OptimSection(weight_decay=0.1), CPU)
+    optimizer = build_optimizer(model, OptimSection(weight_decay=0.1))
     assert _decay_of_names(model, optimizer) == EXPECTED_DECAY
 
 
@@ -90,7 +88,7 @@ def test_frozen_parameters_and_empty_groups_are_left_out() -> None:
     model = _model()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name == "linear.weight")
-    optimizer = build_optimizer(model, OptimSection(weight_decay=0.1), CPU)
+    optimizer = build_optimizer(model, OptimSection(weight_decay=0.1))
     assert _decay_of_names(model, optimizer) == {"linear.weight": 0.1}
     assert len(optimizer.param_groups) == 1
 
@@ -99,7 +97,7 @@ def test_the_optimizer_is_adamw_with_the_recipes_numbers() -> None:
     optim = OptimSection(learning_rate=1e-3, weight_decay=0.1, betas=(0.8, 0.9), eps=1e-6)
     parameter = nn.Parameter(torch.tensor([[2.0]]))
     holder = nn.ParameterList([parameter])
-    optimizer = build_optimizer(holder, optim, CPU)
+    optimizer = build_optimizer(holder, optim)
     set_learning_rate(optimizer.param_groups, 0.5)
     parameter.grad = torch.tensor([[3.0]])
     optimizer.step()
@@ -109,6 +107,6 @@ def test_the_optimizer_is_adamw_with_the_recipes_numbers() -> None:
 
 
 def test_the_rate_is_set_in_every_group() -> None:
-    optimizer = build_optimizer(_model(), OptimSection(), CPU)
+    optimizer = build_optimizer(_model(), OptimSection())
     set_learning_rate(optimizer.param_groups, 0.125)
     assert [group["lr"] for group in optimizer.param_groups] == [0.125, 0.125]

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from dpo_scale.data.preferences import PreferencePair, check_columns, to_preferences
 from dpo_scale.data.row_values import RowError
-from dpo_scale.data.sources import RawRow
+from dpo_scale.data.rows import RawRow
 from dpo_scale.errors import DataError
 
 
@@ -165,6 +165,14 @@ def test_sharegpt_messages_and_null_fields_are_read_as_chat_messages():
         {"prompt": "conversations"},
     )
     assert parts(pair) == (QUESTION, YES, NO)
+
+
+def test_parts_of_text_are_joined_and_other_parts_refused():
+    parted = {"role": "user", "content": [{"type": "text", "text": "first, "}, {"text": "then"}, " more"]}
+    image = {"role": "user", "content": [{"type": "image", "url": "a.png"}]}
+    assert parts(read({"prompt": [parted], "chosen": "yes", "rejected": "no"}))[0] == (user("first, then more"),)
+    with pytest.raises(RowError, match=r"a message of 'prompt' has a part that is not text \('image'\)"):
+        read({"prompt": [image], "chosen": "yes", "rejected": "no"})
 
 
 def test_tools_documents_and_template_variables_travel_with_the_pair():

@@ -8,7 +8,7 @@ from small_tokenizers import byte_level
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dpo_scale.data.preferences import to_preferences
-from dpo_scale.data.sources import RawRow
+from dpo_scale.data.rows import RawRow
 from dpo_scale.data.tokenization import Kept, PairTokenizer
 from dpo_scale.recipe import DataSection
 
