@@ -21,6 +21,10 @@ from dpo_scale.files import write_atomically
 from dpo_scale.operations.figures import DASHES, FIGURES, RUNS, figure_json, lengths_json, x_values
 from dpo_scale.operations.run_records import RunRecords, column, read_run
 
+SHOWN_SAMPLES, SHOWN_PROMPT, SHOWN_COMPLETION = 3, 40, 60
+"""Pairs, and tokens of their prompts and completions, that are shown in full."""
+SPACES = str.maketrans({"Ġ": " ", "▁": " ", "Ċ": "\n", "ĉ": "\t"})
+"""How vocabularies spell white space."""
 AXES = {"steps": "steps", "hours": "wall clock", "tokens": "tokens"}
 AXIS_TITLES = {"steps": "optimizer steps", "hours": "hours since the first start", "tokens": "tokens"}
 
@@ -176,6 +180,22 @@ def _data_blocks(run: RunRecords) -> Iterator[dict[str, Any]]:
     first = [[place] for source in sources for place in source.get("first_places", {}).values()]
     if first:
         yield {"title": "Rows set aside", "note": "The first for each reason.", "table": Table(first)}
+    samples = [
+        (pair.get("row", ""), [(side, *_sample(pair.get(side, {}))) for side in ("chosen", "rejected")])
+        for pair in run.data.get("train", {}).get("samples", [])[:SHOWN_SAMPLES]
+    ]
+    if samples:
+        note = "As the model reads them: the end of the prompt, and marked what is scored."
+        yield {"title": "Training pairs", "note": note, "samples": samples}
+
+
+def _sample(sequence: Mapping[str, Any]) -> tuple[str, str]:
+    """The end of a prompt and the beginning of its completion as text, from tokens and which of them are scored."""
+    tokens = [str(token).translate(SPACES) for token in sequence.get("tokens", ())]
+    boundary = len(tokens) - sum(sequence.get("scored", ()))
+    prompt, completion = tokens[:boundary], tokens[boundary:]
+    more = "..." if len(completion) > SHOWN_COMPLETION else ""
+    return "".join(prompt[-SHOWN_PROMPT:]), "".join(completion[:SHOWN_COMPLETION]) + more
 
 
 def _hygiene(data: Mapping[str, Any], sets: Sequence[str]) -> Iterator[tuple[str, list[str]]]:

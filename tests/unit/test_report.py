@@ -110,6 +110,8 @@ def test_a_page_shows_the_run(run: RunRecords) -> None:
         "node-2",
         "beta: 5.0",
         "2.13.0",
+        "chosen:  may I?<mark> certainly&lt;/s&gt;</mark>",
+        "rejected:  may I? certainly<mark>&lt;/s&gt;</mark>",
     ):
         assert expected in text, expected
 
