@@ -183,9 +183,8 @@ class PairTokenizer:
         assert not isinstance(pair.prompt, str)
         assert not isinstance(pair.chosen, str)
         assert not isinstance(pair.rejected, str)
-        continues = pair.prompt[-1]["role"] == "assistant"
         try:
-            prompt = self._apply(pair, pair.prompt, not continues, continues)
+            prompt = self._apply(pair, pair.prompt, generation_prompt=True)
             chosen = self._apply(pair, pair.prompt + pair.chosen)
             rejected = self._apply(pair, pair.prompt + pair.rejected)
         except _TEMPLATE_ERRORS as error:
@@ -198,19 +197,12 @@ class PairTokenizer:
             add_end=(self._ends_open(chosen, pair.chosen), self._ends_open(rejected, pair.rejected)),
         )
 
-    def _apply(
-        self,
-        pair: PreferencePair,
-        messages: tuple[Message, ...],
-        generation_prompt: bool = False,
-        continue_final: bool = False,
-    ) -> str:
+    def _apply(self, pair: PreferencePair, messages: tuple[Message, ...], *, generation_prompt: bool = False) -> str:
         text: str = self.tokenizer.apply_chat_template(
             [dict(message) for message in messages],
             tools=list(pair.tools) if pair.tools else None,
             chat_template=self._templates.get(TOOL_TEMPLATE if pair.tools else "", self._templates[DEFAULT_TEMPLATE]),
             add_generation_prompt=generation_prompt,
-            continue_final_message=continue_final,
             tokenize=False,
             **(pair.chat_template_kwargs or {}),
         )

@@ -296,10 +296,13 @@ CHATS = {"chosen": [user("Q"), assistant("yes")], "rejected": [user("Q"), assist
             {"prompt": "Q", "chosen": "a", "rejected": "b", "completions": ["c", "d"], "scores": [1, 2]},
             "by 'chosen' and 'rejected', or by 'completions'; name the fields of one",
         ),
-        (WHOLE, "both begin with the prompt: are they whole texts, or answers that repeat it"),
-        ({**CHATS, "prompt": "R"}, "the prompt is text that the chats .* do not begin with"),
-        ({**CHATS, "prompt": [user("R")]}, "do not both begin with the messages of the prompt"),
-        ({"prompt": [user("Q")], "chosen": CHATS["chosen"], "rejected": [assistant("no")]}, "do not both begin"),
+        (WHOLE, "both begin with it: are they whole texts, or answers that repeat it"),
+        ({**CHATS, "prompt": "R"}, "ambiguous prompt; it is text that the chats .* do not begin with"),
+        ({**CHATS, "prompt": [user("R")]}, "not both with the messages of the prompt"),
+        (
+            {"prompt": [user("Q")], "chosen": CHATS["chosen"], "rejected": [assistant("no")]},
+            "not both with the messages",
+        ),
         ({"system": "T", "prompt": [system("S"), user("Q")], "chosen": "a", "rejected": "b"}, "system message differ"),
         (
             {"prompt": "Q", "completions": [{"text": "a", "score": 1, "rank": 2}] * 2},
