@@ -195,6 +195,7 @@ class Run:
             file = MetricsFile(self.folder.path / "metrics.jsonl", self.state.step)
         track = self.runtime.accelerator.log
         self.records = Records(self.ranks, self.console, file, lambda values, step: track(values, step=step))
+        self.records.go_on(self.state)
         self.committed_step = self.state.step or None
         self.stop_time = StopTime()
 
@@ -364,6 +365,7 @@ class Run:
         started = time.monotonic()
         self.reference.commit()
         self.records.settle()
+        self.state = replace(self.state, unlogged=self.records.unlogged())
         settings = self.recipe.checkpoint
         path = save(
             Path(self.recipe.run.output_dir) / "checkpoints",
