@@ -216,6 +216,7 @@ class Run:
             file = MetricsFile(self.folder.path / "metrics.jsonl", self.state.step)
         track = self.runtime.accelerator.log
         self.records = Records(self.ranks, self.console, file, lambda values, step: track(values, step=step))
+        self.records.go_on(self.state)
         self.committed_step = self.state.step or None
         self.stop_time = StopTime()
 
@@ -385,6 +386,7 @@ class Run:
         started = time.monotonic()
         self.reference.commit()
         self.records.settle()
+        self.state = replace(self.state, unlogged=self.records.unlogged())
         settings = self.recipe.checkpoint
         snapshot = engine_state.snapshot(self.policy.engine)
         with self.console.progress("Saving the checkpoint", snapshot.stored_bytes, BYTES) as bar:

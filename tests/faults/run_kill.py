@@ -148,6 +148,7 @@ def make_runs(folder: Path) -> launching.Launcher:
         "reference": {"rank_tokens": 250},
         "batch": {"global_pairs": 8, "rank_tokens": 300},
         "evaluate": {"every_steps": 8},
+        "track": {"every_steps": 3},
         "checkpoint": {"every_steps": STEPS_A_CHECKPOINT},
         "run": {**base.base["run"], "epochs": 4},
     }
