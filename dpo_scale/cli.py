@@ -18,7 +18,12 @@ USER_ERROR = 2
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code: 0, or 2 for a mistake that the user can mend."""
     parser = _parser()
-    options = parser.parse_args(arguments)
+    options, rest = parser.parse_known_args(arguments)
+    # argparse takes positionals in one go only: settings behind an option are left over
+    if rest and not ("overrides" in options and all("=" in word for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides += rest
     try:
         code: int = options.run(options)
     except UserError as error:
@@ -41,8 +46,11 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser("check", help="recipe, data, tokenizer and paths, without loading weights")
     check.add_argument("recipe", type=Path)
     check.add_argument("overrides", nargs="*", metavar="section.field=value")
+    check.add_argument("--rows", type=_count, help="read only this many rows of each source (default: all)")
+    check.add_argument("--config_file", help="as given to accelerate launch; default: what it would take by itself")
     check.set_defaults(run=_check)
 
+    _add_plan_command(commands.add_parser("plan", help="memory, steps and hours of a run, before anything is booked"))
     _add_status_command(commands)
     doctor = commands.add_parser(
         "doctor",
@@ -68,6 +76,32 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_cache_commands(commands.add_parser("cache", help="the stores of reference log-probs"))
     return parser
+
+
+def _add_plan_command(plan: argparse.ArgumentParser) -> None:
+    plan.add_argument("recipe", type=Path)
+    plan.add_argument("overrides", nargs="*", metavar="section.field=value")
+    plan.add_argument("--nodes", type=_count, default=1)
+    plan.add_argument("--gpus-per-node", type=_count, default=8)
+    plan.add_argument("--gpu-memory", type=float, default=80.0, metavar="GIB", help="of each GPU (default: 80)")
+    plan.add_argument("--host-memory", type=float, default=1024.0, metavar="GIB", help="of each node (default: 1024)")
+    plan.add_argument("--ds-config", type=Path, metavar="FILE", help="DeepSpeed JSON (default: ds_configs/zero3.json)")
+    plan.add_argument("--pairs", type=_count, help="plan without data: this many pairs, with the two means below")
+    plan.add_argument("--prompt-tokens", type=_count, metavar="MEAN")
+    plan.add_argument("--completion-tokens", type=_count, metavar="MEAN")
+    plan.add_argument("--mfu", type=float, default=0.4, help="share of the peak while computing (default: 0.4)")
+    plan.add_argument(
+        "--peak-tflops", type=float, default=989.0, help="dense bf16 peak of a GPU (default: 989, an H100)"
+    )
+    plan.add_argument("--network", type=float, default=400.0, metavar="GBPS", help="of a node, GB/s (default: 400)")
+    plan.set_defaults(run=_plan)
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
 
 
 def _add_status_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -123,8 +157,14 @@ def _demo(options: argparse.Namespace) -> int:
 def _check(options: argparse.Namespace) -> int:
     from dpo_scale.operations.check import check
 
-    check(load_recipe(options.recipe, options.overrides))
+    check(load_recipe(options.recipe, options.overrides), options.rows, options.config_file)
     return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from dpo_scale.operations.plan_command import run_plan
+
+    return run_plan(load_recipe(options.recipe, options.overrides), options)
 
 
 def _status(options: argparse.Namespace) -> int:

@@ -19,7 +19,8 @@ from pathlib import Path
 from rich import filesize
 from rich.console import Console as RichConsole
 from rich.console import RenderableType
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.text import Text
 
 SECONDS_BETWEEN_LINES = 15.0
 """Silence that a progress line ends where the output is no terminal."""
@@ -113,6 +114,14 @@ class ProgressBar:
         return f"{self._done:,}{f' of {self._total:,}' if self._total else ''} {self._unit}"
 
 
+class _Time(ProgressColumn):
+    """What a bar has taken, and what is left where that is known."""
+
+    def render(self, task: Task) -> Text:
+        left = task.time_remaining if task.total else None
+        return Text(duration(task.elapsed or 0) + (f", {duration(left)} left" if left else ""), "cyan")
+
+
 class Console:
     """The main rank's voice; silent on all others. Its clock times the stages on every rank."""
 
@@ -155,10 +164,7 @@ class Console:
                 BarColumn(),
                 TextColumn("{task.fields[amount]}"),
                 TextColumn("{task.fields[note]}", style="dim"),
-                TimeElapsedColumn(),
-                TextColumn("+"),
-                TimeRemainingColumn(),
-                TextColumn("left"),
+                _Time(),
                 console=self.rich,
                 transient=True,
             )

@@ -36,8 +36,8 @@ def run_stage(name: str) -> NoReturn:
     watch = Watch(words.attempt, int(rank), words)
     try:
         recipe = _recipe_of_arguments(name)
+        words.run = Path(recipe.run.output_dir), name
         words.console = _console_of_run(recipe, name, is_main=rank == "0")
-        words.status = Path(recipe.run.output_dir), name
         watch.expect(recipe.run.stall_after and 60 * recipe.run.stall_after)
         faulthandler.enable()  # what a crash below Python leaves, and what kill -USR2 asks for, goes to the log
         faulthandler.register(signal.SIGUSR2)
@@ -46,7 +46,7 @@ def run_stage(name: str) -> NoReturn:
         if code:
             words.tell_launcher("stopped as it was asked to, which is no fault; the same command goes on")
     except UserError as error:
-        words(f"error: {error}", cause=True, users_mistake=True)
+        words(f"error: {error}", cause=True, reason=_first_line(error), users_mistake=True)
         code = USER_ERROR
     except BaseException as error:  # the last words of a rank, whatever ended it
         if isinstance(error, SystemExit):
@@ -68,10 +68,14 @@ def _end_of_rank(error: BaseException, rank: str, watch: Watch, words: LastWords
         words(died(gone), cause=True)
         return CRASH
     if isinstance(error, OSError) and error.filename is not None:
-        words(f"error: rank {rank}: {error.filename}: {error.strerror}", cause=True, users_mistake=True)
+        words(f"error: rank {rank}: {error.filename}: {error.strerror}", cause=True)
         return USER_ERROR
-    words(f"rank {rank} failed: {type(error).__name__}: {error}\n{report}", cause=True)
+    words(f"rank {rank} failed:\n{report}", cause=True, reason=f"{type(error).__name__}: {_first_line(error)}")
     return CRASH
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), "")
 
 
 def _stage(name: str) -> Callable[[Recipe, Console, Watch], int]:
@@ -90,19 +94,20 @@ def _recipe_of_arguments(name: str) -> Recipe:
 
 def _console_of_run(recipe: Recipe, name: str, *, is_main: bool) -> Console:
     rank = os.environ.get("RANK", "0")
+    folder = Path(os.environ.get("DPO_SCALE_LOGS") or Path(recipe.run.output_dir) / "logs")
     try:
-        return route_output(Path(recipe.run.output_dir) / "logs" / f"{name}-rank-{rank}.log", is_main=is_main)
+        return route_output(folder / f"{name}-rank-{rank}.log", is_main=is_main)
     except OSError as error:
         raise UserError(f"run.output_dir: {error.filename}: {error.strerror}") from error
 
 
 class LastWords:
-    """Why a rank ends: in its log, on the console, in the closing words of the launcher and in the run's status."""
+    """Why a rank ends: in its log, on the console, in the run's status, and in the closing words of the launcher."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self.status: tuple[Path, str] | None = None
-        """The run's folder and the stage's name, once they are known."""
+        self.run: tuple[Path, str] | None = None
+        """The run's folder and the stage, once they are known."""
         error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
         self._error_file = None if error_file is None else Path(error_file)
 
@@ -111,17 +116,19 @@ class LastWords:
         """A folder of this launch, shared by its ranks on this machine."""
         return None if self._error_file is None else self._error_file.parent.parent
 
-    def __call__(self, message: str, *, cause: bool, users_mistake: bool = False) -> None:
-        """Say it. A cause is said once a machine: the first rank that fails speaks, the others follow it down."""
+    def __call__(self, message: str, *, cause: bool, reason: str = "", users_mistake: bool = False) -> None:
+        """Say it. A cause is said once a machine: the first rank that fails speaks, the others follow it down.
+
+        `reason` is its one line for the run's status; the message's first one if there is none.
+        """
         with suppress(OSError):  # a full disk
             print(message, file=sys.stderr, flush=True)
         if cause and not self._is_first():
             return
         if cause:
             self.tell_launcher(message)
-            if self.status is not None and self.status[1] in status.FILES:
-                reason = message.removeprefix("error: ").splitlines()[0]
-                status.record_failure(*self.status, reason, users_mistake=users_mistake)
+        if cause and self.run is not None and self.run[1] in status.FILES:
+            status.record_failure(*self.run, reason or message.splitlines()[0], users_mistake=users_mistake)
         self.console.is_main = True
         self.console.say(message)
 

@@ -14,16 +14,15 @@ from dpo_scale.recipe import Recipe
 from dpo_scale.reference.session import Reference
 from dpo_scale.training import locks, loop
 from dpo_scale.training.interruption import STOPPED, Interruption, StopRequestedError, heed
-from dpo_scale.training.run_folder import RunFolder, flatten
+from dpo_scale.training.run_folder import RunFolder
 from dpo_scale.training.status import StatusFile
 from dpo_scale.watch import Watch
 
 
 def train(recipe: Recipe, console: Console, watch: Watch) -> int:
     """Reference scoring, training, evaluation, export."""
-    started = runtime.start(recipe)
+    started = runtime.start(recipe, console.say)
     folder = _take_folder(recipe, started.ranks, console)
-    started.accelerator.init_trackers("dpo_scale", {name: str(value) for name, value in flatten(recipe).items()})
     status = StatusFile(folder.path if folder else None, "train")
     code = loop.train(recipe, started, console, folder, status, watch)
     watch.close()
@@ -35,12 +34,13 @@ def train(recipe: Recipe, console: Console, watch: Watch) -> int:
 
 def score(recipe: Recipe, console: Console, watch: Watch) -> int:
     """Reference log-probs of training and held-out pairs, into the store; resumable."""
-    started = runtime.start(recipe)
+    started = runtime.start(recipe, console.say)
     run = Path(recipe.run.output_dir)
     lock = by_main(started.ranks, lambda: locks.take(run / ".score.lock"))
     status = StatusFile(run if started.ranks.is_main else None, "score")
     status.enter("preparing data")
     data = prepare_data(recipe, started.ranks, console)
+    status.enter("scoring")
     interruption = Interruption(run, None, watch.started)
 
     def between_batches() -> None:
@@ -54,11 +54,10 @@ def score(recipe: Recipe, console: Console, watch: Watch) -> int:
     except StopRequestedError:
         reference.release()
         reason = interruption.reason() or "another rank"
-        status.stop(reason, 0)
-        console.say(
-            f"Stopped by {reason}: {reference.store.folder} holds what was scored; the same command goes on from there"
-        )
+        status.stop(reason)
+        console.say(f"Stopped by {reason}: {reference.store.folder} holds what was scored; the same command goes on")
         interruption.consume_file()
+        started.ranks.barrier()  # a rank that leaves takes the launch down, the main one too
         return STOPPED
     status.finish()
     console.say(f"Done: {reference.rows_computed:,} rows scored, in {reference.store.folder}")
@@ -69,7 +68,7 @@ def score(recipe: Recipe, console: Console, watch: Watch) -> int:
 
 def evaluate(recipe: Recipe, console: Console, watch: Watch) -> int:
     """Held-out metrics of the run's newest checkpoint, or of model.path where there is none."""
-    started = runtime.start(recipe)
+    started = runtime.start(recipe, console.say)
     if not recipe.data.evaluate:
         raise UserError("data.evaluate: no held-out data to evaluate on")
     loop.evaluate_only(recipe, started, console, _take_folder(recipe, started.ranks, console), watch)

@@ -33,5 +33,5 @@ def launcher(tmp_path_factory: pytest.TempPathFactory) -> Launcher:
 
 @pytest.fixture(scope="session")
 def undisturbed(launcher: Launcher) -> Launched:
-    """Two epochs on two ranks, ten steps, from nothing to an exported model."""
-    return launcher("undisturbed")
+    """Two epochs on two ranks, ten steps, from nothing to an exported model, tracked by TensorBoard too."""
+    return launcher("undisturbed", ["track.to=[tensorboard]"])

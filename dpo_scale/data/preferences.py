@@ -153,7 +153,7 @@ def _form(row: _Row, raw_fields: Mapping[str, Any]) -> str:
             return meant[0]
         candidates = ", or by ".join(" and ".join(map(repr, names)) for names in whole.values())
         raise RowError(
-            f"ambiguous; the row can be read by {candidates}; name the fields of one in data columns, "
+            f"ambiguous fields; the row can be read by {candidates}; name the fields of one in data columns, "
             "or hide the others with an empty name"
         )
     if whole:
@@ -205,7 +205,9 @@ def _with_context(
         chosen, rejected = as_messages(chosen, "assistant"), as_messages(rejected, "assistant")
         own = [message.get("content") for message in prompt[:1] if message["role"] == "system"]
         if system and own and own != [system]:
-            raise RowError("ambiguous; field 'system' and the chat's own system message differ; hide or remove one")
+            raise RowError(
+                "ambiguous system message; field 'system' and the chat's own system message differ; hide or remove one"
+            )
         if system and not own:
             prompt = ({"role": "system", "content": system}, *prompt)
         name += ", with a system field"
@@ -236,7 +238,7 @@ def _name_of_strings(row: _Row, prompt: str, chosen: str, rejected: str) -> str:
     if "prompt" in row.columns:
         return "prompt, chosen and rejected strings, both repeat the prompt"
     raise RowError(
-        "ambiguous; chosen and rejected both begin with the prompt: are they whole texts, or answers that repeat it? "
+        "ambiguous prompt; chosen and rejected both begin with it: are they whole texts, or answers that repeat it? "
         "in data columns, prompt: '' says whole texts, and prompt: prompt says answers"
     )
 
@@ -294,8 +296,8 @@ def _as_chat(prompt: Text, chosen: Text, rejected: Text) -> tuple[Text, Text, Te
         return prompt, chosen[size:], rejected[size:], "chats, prompt given and in both"
     if prompt and prompt[-1]["role"] != "assistant" and (_begins_a_chat(chosen) or _begins_a_chat(rejected)):
         raise RowError(
-            "ambiguous; chosen and rejected are chats of their own, or answers that begin with a turn of the user: "
-            "they do not both begin with the messages of the prompt; prompt: '' in data columns hides it"
+            "ambiguous prompt; chosen and rejected begin with a turn of the user but not both with the messages of the "
+            "prompt: are they whole chats, or answers? prompt: '' in data columns hides the prompt"
         )
     return prompt, chosen, rejected, "prompt, chosen and rejected messages"
 
@@ -312,7 +314,7 @@ def _check_prompt_is_theirs(prompt: str, common: Text) -> None:
     holds_last = isinstance(last, str) and bool(last.strip()) and last.strip() in prompt
     if prompt.strip() and not is_one and not holds_last:
         raise RowError(
-            "ambiguous; the prompt is text that the chats in chosen and rejected do not begin with: is it a turn in "
+            "ambiguous prompt; it is text that the chats in chosen and rejected do not begin with: is it a turn in "
             "front of them, or a note? prompt: '' in data columns hides it"
         )
 

@@ -97,11 +97,24 @@ def _message(name: str, message: dict[str, Any]) -> Message:
         raise RowError(f"a message of {name!r} has no 'role'")
     if "content" not in message and "tool_calls" not in message:
         raise RowError(f"a message of {name!r} has no 'content'")
-    if not isinstance(message.get("content", ""), (str, list)):
+    if isinstance(message.get("content"), list):
+        # A template for text alone would print such a list as Python does.
+        message["content"] = "".join(_part(name, part) for part in message["content"])
+    if not isinstance(message.get("content", ""), str):
         raise RowError(f"the content of a message of {name!r} has to be text, not {describe(message['content'])}")
     for string in _strings(message):
         text(name, string)
     return message
+
+
+def _part(name: str, part: Any) -> str:
+    """The text of one part of a message's content."""
+    if isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
+        part = part["text"]
+    if not isinstance(part, str):
+        kind = repr(part["type"]) if isinstance(part, dict) and "type" in part else describe(part)
+        raise RowError(f"a message of {name!r} has a part that is not text ({kind}); only text is trained on")
+    return part
 
 
 def _strings(value: Any) -> list[str]:

@@ -7,6 +7,7 @@ boundary is where the tokens of the prompt alone stop being a prefix of both joi
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -143,7 +144,10 @@ class PairTokenizer:
             backend.no_truncation()
             backend.no_padding()
             encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
-            return [np.array(encoding.ids, np.int32) for encoding in encodings]
+            lists = [encoding.ids for encoding in encodings]
+            ends = list(itertools.accumulate(map(len, lists), initial=0))
+            flat = np.fromiter(itertools.chain.from_iterable(lists), np.int32, ends[-1])
+            return [flat[start:end] for start, end in itertools.pairwise(ends)]
         ids = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         return [np.array(row, np.int32) for row in ids]
 
@@ -179,9 +183,8 @@ class PairTokenizer:
         assert not isinstance(pair.prompt, str)
         assert not isinstance(pair.chosen, str)
         assert not isinstance(pair.rejected, str)
-        continues = pair.prompt[-1]["role"] == "assistant"
         try:
-            prompt = self._apply(pair, pair.prompt, not continues, continues)
+            prompt = self._apply(pair, pair.prompt, generation_prompt=True)
             chosen = self._apply(pair, pair.prompt + pair.chosen)
             rejected = self._apply(pair, pair.prompt + pair.rejected)
         except _TEMPLATE_ERRORS as error:
@@ -194,19 +197,12 @@ class PairTokenizer:
             add_end=(self._ends_open(chosen, pair.chosen), self._ends_open(rejected, pair.rejected)),
         )
 
-    def _apply(
-        self,
-        pair: PreferencePair,
-        messages: tuple[Message, ...],
-        generation_prompt: bool = False,
-        continue_final: bool = False,
-    ) -> str:
+    def _apply(self, pair: PreferencePair, messages: tuple[Message, ...], *, generation_prompt: bool = False) -> str:
         text: str = self.tokenizer.apply_chat_template(
             [dict(message) for message in messages],
             tools=list(pair.tools) if pair.tools else None,
             chat_template=self._templates.get(TOOL_TEMPLATE if pair.tools else "", self._templates[DEFAULT_TEMPLATE]),
             add_generation_prompt=generation_prompt,
-            continue_final_message=continue_final,
             tokenize=False,
             **(pair.chat_template_kwargs or {}),
         )
@@ -217,7 +213,7 @@ class PairTokenizer:
         rendered = rendered.rstrip()
         if rendered.endswith(self._special):
             return False
-        last_line = _content(completion[-1]).strip().rpartition("\n")[2]
+        last_line = completion[-1].get("content", "").strip().rpartition("\n")[2]
         return rendered.endswith(last_line)  # a call of a tool has no text, and needs an end, too
 
     def _assemble(
@@ -282,18 +278,9 @@ def _is_empty(completion: str | tuple[Message, ...]) -> bool:
     if isinstance(completion, str):
         return not completion.strip()
     return not any(
-        message.get("tool_calls") or message.get("reasoning_content") or _content(message).strip()
+        message.get("tool_calls") or message.get("reasoning_content") or message.get("content", "").strip()
         for message in completion
     )
-
-
-def _content(message: Message) -> str:
-    """The text of a message, its parts joined where it has several."""
-    content = message.get("content", "")
-    if isinstance(content, list):
-        parts = [part.get("text", "") if isinstance(part, dict) else part for part in content]
-        return "".join(part for part in parts if isinstance(part, str))
-    return content if isinstance(content, str) else ""
 
 
 def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:

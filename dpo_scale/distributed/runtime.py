@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -13,18 +15,22 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.commands.config.config_args import default_config_file
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
+from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs, ProjectConfiguration
 
 from dpo_scale.distributed import zero_config
+from dpo_scale.distributed.build_locks import build_root, own_ninja_first, wait_for_builds
 from dpo_scale.distributed.ops import leave_out_unused_ops
+from dpo_scale.distributed.patience import work_and_wait
 from dpo_scale.errors import RecipeError, UserError
 from dpo_scale.recipe import Recipe
 from dpo_scale.shipped_files import shipped_file
 
 T = TypeVar("T")
 
+logger = logging.getLogger(__name__)
+
 TIMEOUT = timedelta(minutes=60)
-"""Longest wait in a collective: one rank may read and tokenize data while the others wait."""
+"""Longest wait in a collective; work that may take longer is waited for outside of them (patience.py)."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,13 @@ class Ranks:
         dist.all_gather_object(values, value)
         return values
 
+    def on_local_mains(self, work: Callable[[], None]) -> None:
+        """Work that one rank of every machine does while the others wait, however long it takes."""
+        flags = self.gather_objects(self.is_local_main)
+        workers = [rank for rank, is_local_main in enumerate(flags) if is_local_main]
+        store = dist.distributed_c10d._get_default_store()
+        work_and_wait(store, self.rank, workers, work)
+
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""
         box = torch.tensor(int(flag), device=self.device)
@@ -78,13 +91,19 @@ class Runtime:
     ranks: Ranks
 
 
-def start(recipe: Recipe) -> Runtime:
+def start(recipe: Recipe, say: Callable[[str], None] = logger.warning) -> Runtime:
     """Join the process group and set up Accelerate with one DeepSpeed plugin a role.
 
     Raises UserError where the launcher or the device cannot do what the recipe asks.
     """
     policy_path = policy_config_path()
-    policy = zero_config.policy_config(zero_config.read_policy_config(policy_path), recipe)
+    zero_config.check_launcher(os.environ, policy_path)
+    policy = zero_config.fit_to_node(
+        zero_config.policy_config(zero_config.read_policy_config(policy_path), recipe),
+        policy_path,
+        own_folder=zero_config.own_folder(recipe, "policy"),
+        ranks_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+    )
     reference = zero_config.reference_config(
         zero_config.read_reference_config(
             shipped_file(f"ds_configs/reference_{_OFFLOAD_FILES[recipe.reference.offload]}.json")
@@ -92,6 +111,9 @@ def start(recipe: Recipe) -> Runtime:
         recipe,
         reference_nvme_folder(recipe),
     )
+    own_ninja_first()
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        wait_for_builds(build_root(), say)
     leave_out_unused_ops()
     # Without a named backend Accelerate believes, on CPUs, that every rank is alone.
     backend = "nccl" if torch.cuda.is_available() else "gloo"
@@ -105,7 +127,9 @@ def start(recipe: Recipe) -> Runtime:
         kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=TIMEOUT)],
         step_scheduler_with_optimizer=False,
         log_with=_trackers(recipe) or None,
-        project_dir=recipe.run.output_dir,
+        project_config=ProjectConfiguration(
+            project_dir=recipe.run.output_dir, logging_dir=str(Path(recipe.run.output_dir) / "trackers")
+        ),
     )
     assert accelerator.num_processes == dist.get_world_size(), "Accelerate and torch disagree"
     _check_precision(recipe)
@@ -138,12 +162,11 @@ def default_launch_file() -> str | None:
 
 
 def reference_nvme_folder(recipe: Recipe) -> str | None:
-    """A folder on NVMe that only this job's reference uses: DeepSpeed empties it when it starts."""
+    """A folder on NVMe that only this run's reference uses: DeepSpeed empties it when it starts."""
     if recipe.reference.offload != "nvme":
         return None
     assert recipe.reference.nvme_path is not None
-    job = os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID") or "job"
-    return str(Path(recipe.reference.nvme_path) / f"dpo_scale-{job}" / "reference")
+    return str(Path(recipe.reference.nvme_path) / zero_config.own_folder(recipe, "reference"))
 
 
 def missing_trackers(names: list[str]) -> list[str]:

@@ -6,7 +6,9 @@ Pure functions of dicts: a number stated by the file that does not own it is an 
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,23 @@ OWNED_BY_THE_RECIPE = {
 }
 """Key of a DeepSpeed JSON -> the recipe's key for the same thing."""
 
+LAUNCHERS_TWINS = {
+    "ACCELERATE_MIXED_PRECISION": ("mixed_precision", "the recipe (model.dtype)"),
+    "ACCELERATE_GRADIENT_CLIPPING": ("gradient_clipping", "the recipe (optim.max_grad_norm)"),
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("gradient_accumulation_steps", "the recipe (batch.rank_tokens)"),
+    "ACCELERATE_DEEPSPEED_ZERO_STAGE": ("zero_stage", "zero_optimization.stage"),
+    "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": (
+        "offload_optimizer_device",
+        "zero_optimization.offload_optimizer.device",
+    ),
+    "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": ("offload_param_device", "zero_optimization.offload_param.device"),
+    "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": (
+        "zero3_save_16bit_model",
+        "nobody (the export needs it not)",
+    ),
+}
+"""What `accelerate launch` sets where its configuration or its command line states a field -> the field, its owner."""
+
 
 def read_policy_config(path: Path) -> Config:
     """A DeepSpeed JSON for the policy. Raises RecipeError for a file that is no ZeRO-3 config or states owned keys."""
@@ -43,6 +62,65 @@ def read_policy_config(path: Path) -> Config:
     if mistakes:
         raise RecipeError("\n".join(mistakes))
     return {key: value for key, value in config.items() if key not in OWNED_BY_THE_RECIPE}
+
+
+def check_launcher(environment: Mapping[str, str], path: Path) -> None:
+    """Refuse numbers that the launcher's configuration states and does not own; `path` is the DeepSpeed JSON.
+
+    Raises RecipeError naming both places of each.
+    """
+    mistakes = []
+    for variable, (field, owner) in LAUNCHERS_TWINS.items():
+        value = environment.get(variable, "no")
+        if value not in ("no", "auto", "none", "false"):
+            place = f"{path} ({owner})" if owner.startswith("zero_") else owner
+            mistakes.append(
+                f"{field}: {value} in the configuration or the options of accelerate launch belongs to {place}; "
+                "remove it there"
+            )
+    if mistakes:
+        raise RecipeError("\n".join(mistakes))
+
+
+def fit_to_node(config: Config, path: Path, *, own_folder: str, ranks_per_node: int) -> Config:
+    """A policy's configuration with what depends on where it runs; `path` is its file, for messages.
+
+    Its folder on NVMe becomes `own_folder` inside the one it names: DeepSpeed empties it when the engine is built, so
+    no other run or role may use it. A secondary partition (hpZ) of `auto` becomes the ranks of one node. Raises
+    RecipeError for a folder that this node lacks and a partition that does not divide a node.
+    """
+    config = copy.deepcopy(config)
+    zero = config["zero_optimization"]
+    mistakes = []
+    for name in ("offload_optimizer", "offload_param"):
+        offload = zero.get(name, {})
+        if offload.get("device") != "nvme":
+            continue
+        folder = offload.get("nvme_path")
+        if folder is None or not Path(folder).is_dir():
+            mistakes.append(
+                f"{path}: zero_optimization.{name}.nvme_path: {folder or 'not set'}: no such folder on this node; "
+                "name one on its NVMe disk"
+            )
+            continue
+        offload["nvme_path"] = str(Path(folder) / own_folder)
+    size = zero.get("zero_hpz_partition_size", 1)
+    if size == "auto":
+        zero["zero_hpz_partition_size"] = ranks_per_node
+    elif ranks_per_node % size:
+        mistakes.append(
+            f"{path}: zero_optimization.zero_hpz_partition_size is {size}, and the launcher starts {ranks_per_node} "
+            'ranks on a node; "auto" takes that number'
+        )
+    if mistakes:
+        raise RecipeError("\n".join(mistakes))
+    return config
+
+
+def own_folder(recipe: Recipe, role: str) -> str:
+    """Where a role of a run keeps shards below a node's NVMe folder: the same at each start, and nobody else's."""
+    run = hashlib.sha256(str(Path(recipe.run.output_dir).absolute()).encode()).hexdigest()[:12]
+    return f"dpo_scale-{run}/{role}"
 
 
 def policy_config(base: Config, recipe: Recipe) -> Config:

@@ -26,8 +26,16 @@ DTYPES = {
 }
 
 
-def resolve_folder(path: str, revision: str | None, setting: str = "model.path") -> Path:
+WEIGHTS = ["*.safetensors", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack"]
+"""Files of a hub model that only a run needs."""
+NEVER_NEEDED = ["*.gguf", "*.onnx", "original/*"]
+
+
+def resolve_folder(path: str, revision: str | None, setting: str = "model.path", *, weights: bool = True) -> Path:
     """The local folder of a model: the path itself, or the snapshot of a hub model in the hub's own cache.
+
+    Args:
+        weights: whether a hub model's weights are fetched too, which may take hours.
 
     Raises UserError for a name that is neither.
     """
@@ -43,7 +51,8 @@ def resolve_folder(path: str, revision: str | None, setting: str = "model.path")
     looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
     if not looks_local:
         try:
-            return Path(snapshot_download(path, revision=revision, ignore_patterns=["*.gguf", "*.onnx", "original/*"]))
+            ignored = NEVER_NEEDED if weights else [*NEVER_NEEDED, *WEIGHTS]
+            return Path(snapshot_download(path, revision=revision, ignore_patterns=ignored))
         except (HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError) as error:
             raise UserError(
                 f"{setting}: {path!r} is no folder here, and the hub says: {str(error).splitlines()[0]}"

@@ -16,10 +16,15 @@ from plotly.offline import get_plotlyjs
 
 from dpo_scale import __version__
 from dpo_scale.console import duration
+from dpo_scale.errors import UserError
 from dpo_scale.files import write_atomically
 from dpo_scale.operations.figures import DASHES, FIGURES, RUNS, figure_json, lengths_json, x_values
 from dpo_scale.operations.run_records import RunRecords, column, read_run
 
+SHOWN_SAMPLES, SHOWN_PROMPT, SHOWN_COMPLETION = 3, 40, 60
+"""Pairs, and tokens of their prompts and completions, that are shown in full."""
+SPACES = str.maketrans({"Ġ": " ", "▁": " ", "Ċ": "\n", "ĉ": "\t"})
+"""How vocabularies spell white space."""
 AXES = {"steps": "steps", "hours": "wall clock", "tokens": "tokens"}
 AXIS_TITLES = {"steps": "optimizer steps", "hours": "hours since the first start", "tokens": "tokens"}
 
@@ -36,7 +41,7 @@ class Table:
 def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
     """Write the report of one run (default: RUN/report.html) or of several over each other (report.html here).
 
-    Raises UserError for a folder that holds no run, OSError for a file that cannot be written.
+    Raises UserError for a folder that holds no run, and for a file that cannot be written.
     """
     runs = [read_run(folder) for folder in folders]
     target = out or (folders[0] / "report.html" if len(runs) == 1 else Path("report.html"))
@@ -45,7 +50,10 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
     def write(temporary: Path) -> None:
         temporary.write_bytes(page)
 
-    write_atomically(target, write)
+    try:
+        write_atomically(target, write)
+    except OSError as error:
+        raise UserError(f"{target}: {error.strerror}; name another file with --out") from error
     return target
 
 
@@ -168,14 +176,26 @@ def _data_blocks(run: RunRecords) -> Iterator[dict[str, Any]]:
     heads = {"train": "training", "evaluate": "held out"}
     rows = [[name, *cells] for name, cells in _hygiene(run.data, sets)]
     yield {"title": "Hygiene", "table": Table(rows, ["", *(heads[name] for name in sets)], numeric=True)}
-    first = [
-        [f"{source['path']}: {reason}", place]
-        for name in sets
-        for source in run.data[name].get("sources", [])
-        for reason, place in source.get("first_places", {}).items()
-    ]
+    sources = [source for name in sets for source in run.data[name].get("sources", [])]
+    first = [[place] for source in sources for place in source.get("first_places", {}).values()]
     if first:
-        yield {"title": "First rows that were set aside", "table": Table(first)}
+        yield {"title": "Rows set aside", "note": "The first for each reason.", "table": Table(first)}
+    samples = [
+        (pair.get("row", ""), [(side, *_sample(pair.get(side, {}))) for side in ("chosen", "rejected")])
+        for pair in run.data.get("train", {}).get("samples", [])[:SHOWN_SAMPLES]
+    ]
+    if samples:
+        note = "As the model reads them: the end of the prompt, and marked what is scored."
+        yield {"title": "Training pairs", "note": note, "samples": samples}
+
+
+def _sample(sequence: Mapping[str, Any]) -> tuple[str, str]:
+    """The end of a prompt and the beginning of its completion as text, from tokens and which of them are scored."""
+    tokens = [str(token).translate(SPACES) for token in sequence.get("tokens", ())]
+    boundary = len(tokens) - sum(sequence.get("scored", ()))
+    prompt, completion = tokens[:boundary], tokens[boundary:]
+    more = "..." if len(completion) > SHOWN_COMPLETION else ""
+    return "".join(prompt[-SHOWN_PROMPT:]), "".join(completion[:SHOWN_COMPLETION]) + more
 
 
 def _hygiene(data: Mapping[str, Any], sets: Sequence[str]) -> Iterator[tuple[str, list[str]]]:

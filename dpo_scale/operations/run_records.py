@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,7 @@ def _metrics(path: Path, unreadable: list[str]) -> list[dict[str, Any]]:
 def _attempts(lines: Sequence[Line]) -> tuple[Attempt, ...]:
     starts = [index for index, line in enumerate(lines) if line.get("event") == "start"]
     found = []
-    for index, following in zip(starts, [*starts[1:], len(lines)], strict=True):
+    for index, following in pairwise([*starts, len(lines)]):
         start, rest = lines[index], list(lines[index + 1 : following])
         end = next((line for line in rest if line.get("event") == "end"), None)
         if end is not None:

@@ -48,6 +48,7 @@ _MAX_PART_BYTES = 64 << 20
 _MAX_OPEN_PARTS = 256
 """Far below the 65,530 memory maps that Linux grants a process: a store may have more parts."""
 _FOLDER_DIGITS = 32
+_PAIRS_IN_A_BLOCK = 2**16
 
 
 class MissingRowsError(LookupError):
@@ -84,21 +85,24 @@ def row_keys(sequences: Iterable[TokenIds], num_prompt_tokens: Iterable[int]) ->
 def pair_row_keys(pairs: TokenPairs) -> Keys:
     """Keys of the chosen and of the rejected sequence of each pair, uint8 [pairs, 2, 16].
 
-    About 5 microseconds a pair of 480 tokens: every start computes them all.
+    About 5 microseconds for a pair of 480 tokens: every start computes all of them.
     """
     ids = np.ascontiguousarray(pairs.tokens, dtype="<i4").data.cast("B")
-    ends = (np.cumsum(pairs.lengths) * 4).reshape(-1, 3).tolist()
-    digests: list[bytes] = []
+    keys = bytearray()  # not an object a key: there may be tens of millions
     start = 0
-    for num_prompt, (end_prompt, end_chosen, end) in zip(pairs.lengths[:, 0].tolist(), ends, strict=True):
-        chosen = _hash_of_length(num_prompt)
-        chosen.update(ids[start:end_prompt])
-        rejected = chosen.copy()
-        chosen.update(ids[end_prompt:end_chosen])
-        rejected.update(ids[end_chosen:end])
-        digests += (chosen.digest(), rejected.digest())
-        start = end
-    return _as_keys(digests).reshape(-1, 2, KEY_BYTES)
+    for block in range(0, len(pairs), _PAIRS_IN_A_BLOCK):
+        lengths = pairs.lengths[block : block + _PAIRS_IN_A_BLOCK]
+        ends = (start + 4 * np.cumsum(lengths)).reshape(-1, 3).tolist()
+        for num_prompt, (end_prompt, end_chosen, end) in zip(lengths[:, 0].tolist(), ends, strict=True):
+            chosen = _hash_of_length(num_prompt)
+            chosen.update(ids[start:end_prompt])
+            rejected = chosen.copy()
+            chosen.update(ids[end_prompt:end_chosen])
+            rejected.update(ids[end_chosen:end])
+            keys += chosen.digest()
+            keys += rejected.digest()
+            start = end
+    return np.frombuffer(keys, np.uint8).reshape(-1, 2, KEY_BYTES)
 
 
 class ReferenceStore:

@@ -64,6 +64,8 @@ class RunState:
     resumes: int = 0
     evaluated_step: int | None = None
     """Step of the last held-out pass that was finished."""
+    unlogged: tuple[float, ...] = ()
+    """Sums of the metrics over all ranks since the last logged line."""
     origin: str = ""
     """The checkpoint that run.resume named, if the run went on from one."""
     tracker_run_ids: Mapping[str, str] = field(default_factory=dict)
@@ -102,7 +104,8 @@ class Commit:
         counters = dict(fields["counters"])
         scale = counters.pop("loss_scale")
         fields["counters"] = EngineCounters(**counters, loss_scale=None if scale is None else LossScale(**scale))
-        fields["run"] = RunState(**fields["run"])
+        run = fields["run"]
+        fields["run"] = RunState(**{**run, "unlogged": tuple(run["unlogged"])})
         fields["parameters"] = {name: tuple(dims) for name, dims in fields["parameters"].items()}
         fields["files"] = tuple(FileRecord(**file) for file in fields["files"])
         return cls(**fields)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
@@ -75,6 +75,15 @@ def evaluate(
             bar.advance(1)
     policy.train(True)
     return sums.reduce(ranks, prefix="eval/")
+
+
+BEST: dict[str, Callable[[float, float], float]] = {"eval/loss": min, "eval/rewards/accuracy": max}
+"""Metrics whose best value is kept over a run, and which of two is better."""
+
+
+def best_of(before: Mapping[str, float], metrics: Mapping[str, float]) -> dict[str, float]:
+    """The best values so far, a further held-out pass included."""
+    return {name: better(before.get(name, metrics[name]), metrics[name]) for name, better in BEST.items()}
 
 
 def describe(metrics: dict[str, float]) -> str:

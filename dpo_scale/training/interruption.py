@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
@@ -76,6 +77,42 @@ class Interruption:
     def consume_file(self) -> None:
         """Remove the STOP file, so that the next start does not stop at once."""
         self._file.unlink(missing_ok=True)
+
+
+class StopTime:
+    """How long a stop takes, as steps and commits so far tell, beside the time that the launcher grants."""
+
+    def __init__(self) -> None:
+        self._step = self._commit = 0.0
+        self._warned = False
+        self._committed_at = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """The longest step and the last commit."""
+        return self._step + self._commit
+
+    def step_took(self, seconds: float) -> None:
+        self._step = max(self._step, seconds)
+
+    def commit_took(self, seconds: float) -> None:
+        self._commit, self._committed_at = seconds, time.monotonic()
+
+    def is_commit_due(self, every_minutes: float | None) -> bool:
+        """Whether the last commit is so long ago."""
+        return every_minutes is not None and time.monotonic() - self._committed_at > 60 * every_minutes
+
+    def warning(self) -> str:
+        """Once, if the launcher would kill a run that stops before it has committed; else nothing."""
+        granted = float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30"))
+        if self._warned or self.seconds < granted:
+            return ""
+        self._warned = True
+        return (
+            f"A SIGTERM leaves {granted:.0f} s, and a step with its commit takes {self.seconds:.0f} s: export "
+            f"TORCH_ELASTIC_SHUTDOWN_TIMEOUT={math.ceil(2 * self.seconds)}, or a preemption costs the work since the "
+            "last commit"
+        )
 
 
 def heed(interruption: Interruption, ranks: Ranks) -> None:

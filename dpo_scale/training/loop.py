@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,10 @@ from dpo_scale.recipe import Recipe
 from dpo_scale.reference.scoring import ReferenceRows
 from dpo_scale.reference.session import Reference
 from dpo_scale.training.checkpoints import RunState, digest_of, save
-from dpo_scale.training.evaluation import describe, evaluate
+from dpo_scale.training.evaluation import best_of, describe, evaluate
 from dpo_scale.training.export import export_engine
 from dpo_scale.training.guards import NumericalError, check_first_step, explain_non_finite, first_step_gap
-from dpo_scale.training.interruption import STOPPED, Interruption, StopRequestedError, agree, heed
+from dpo_scale.training.interruption import STOPPED, Interruption, StopRequestedError, StopTime, agree, heed
 from dpo_scale.training.metrics import MetricsFile, MetricSums
 from dpo_scale.training.optimizer import build_optimizer, learning_rate, set_learning_rate
 from dpo_scale.training.provenance import model_folder
@@ -40,6 +41,7 @@ from dpo_scale.training.resume import resume
 from dpo_scale.training.run_folder import RunFolder, trajectory_of
 from dpo_scale.training.status import StatusFile
 from dpo_scale.training.step import PairBatch, StepOutput, pair_batches, run_step
+from dpo_scale.training.trackers import new_run_ids, start_trackers
 from dpo_scale.watch import Watch
 
 STEPS_PREPARED_AHEAD = 2
@@ -69,13 +71,14 @@ def train(
     reference = Reference(recipe, runtime, data, console, between_batches)
     by_main(ranks, lambda: folder.keep_reference(reference.fingerprint) if folder is not None else None)
     needed = reference.rows(data.train), reference.rows(data.evaluate)
-    step, reached = 0, "before training"
+    reached = "before training"
     try:
         if recipe.reference.schedule == "upfront":
             status.enter("scoring")
             reference.score_all(*needed)
         status.enter("loading")
         run = _start(recipe, runtime, console, data, reference, needed, folder, watch, between_batches)
+        run.start_trackers()
         status.enter("training", run.state.step)
         if run.train(interruption, status):
             status.enter("exporting", run.state.step)
@@ -85,23 +88,22 @@ def train(
             return 0
         run.records.end(run.state, "stopped", console.clock.seconds)
         if step := run.state.step:
+            status.advance(step)
             reached = f"after step {step}, which is committed"
     except StopRequestedError:  # while the reference was scored
         reference.release()
     reason = interruption.reason() or "another rank"
-    status.stop(reason, step)
+    status.stop(reason)
     console.say(f"Stopped by {reason} {reached}; the same command goes on from there")
     interruption.consume_file()
+    ranks.barrier()  # a rank that leaves takes the launch down, the main one too
     return STOPPED
 
 
 def evaluate_only(recipe: Recipe, runtime: Runtime, console: Console, folder: RunFolder | None, watch: Watch) -> None:
     """Evaluate the newest checkpoint, or the starting weights where there is none. Collective."""
     data = prepare_data(recipe, runtime.ranks, console)
-
-    def between_batches() -> None:
-        watch.moved("a micro-batch of scoring or evaluation")
-
+    between_batches = partial(watch.moved, "a micro-batch of the held-out pass")
     reference = Reference(recipe, runtime, data, console, between_batches)
     needed = reference.rows(data.train), reference.rows(data.evaluate)
     reference.score_all(needed[1])
@@ -214,9 +216,16 @@ class Run:
             file = MetricsFile(self.folder.path / "metrics.jsonl", self.state.step)
         track = self.runtime.accelerator.log
         self.records = Records(self.ranks, self.console, file, lambda values, step: track(values, step=step))
-        self.committed_at = time.monotonic()
+        self.records.go_on(self.state)
         self.committed_step = self.state.step or None
-        self.longest_step, self.last_commit = 0.0, 0.0  # seconds
+        self.stop_time = StopTime()
+
+    def start_trackers(self) -> None:
+        """Start the trackers, each where it was left. Collective."""
+        ids = dict(self.state.tracker_run_ids) or self.ranks.gather_objects(new_run_ids(self.recipe))[0]
+        self.state = replace(self.state, tracker_run_ids=ids)
+        for name in start_trackers(self.runtime.accelerator, self.recipe, ids, self.state.step):
+            self.console.say(f"track.to: {name} begins another run; wandb and tensorboard go on with theirs")
 
     def train(self, interruption: Interruption, status: StatusFile) -> bool:
         """Train; True at the end of the plan, False after a request to stop. Both leave a checkpoint."""
@@ -245,10 +254,11 @@ class Run:
                 last = self.state.step == num_steps
                 if last or self.state.step % recipe.track.every_steps == 0:
                     self._record(rate, output.grad_norm)
-                self.longest_step = max(self.longest_step, time.monotonic() - started)
+                self.stop_time.step_took(time.monotonic() - started)
                 self._evaluate_if_due()
-                ask = bool(interruption.reason(self.longest_step + self.last_commit))
-                stop, commit = agree(self.ranks, stop=ask, commit=self._commit_is_due())
+                ask = bool(interruption.reason(self.stop_time.seconds))
+                overdue = self.stop_time.is_commit_due(recipe.checkpoint.every_minutes)
+                stop, commit = agree(self.ranks, stop=ask, commit=overdue)
                 due = _is_due(self.state.step, recipe.checkpoint.every_steps)
                 if commit or stop or last or due:
                     self.commit()
@@ -309,6 +319,7 @@ class Run:
             half = self.recipe.model.dtype == "float16"
             explain_non_finite(plan.step + 1, batches, output, self.data.train, self.ranks, may_rescale=half)
             self.state = replace(self.state, skipped_steps=self.state.skipped_steps + 1)
+            self.console.say(f"step {plan.step + 1:>5}  the gradient overflows float16: again, with a lower loss scale")
         else:
             raise NumericalError(f"step {plan.step + 1}: the gradient overflows float16 at every loss scale")
         if plan.step == 0 and self.reference.is_the_policys_start:
@@ -363,13 +374,11 @@ class Run:
             pad_id=self.data.pad_id,
             between_batches=self.between_batches,
         )
-        self.records.write(self.state.step, metrics)
+        best = best_of(self.state.best, metrics)
+        self.state = replace(self.state, best=best)
+        self.records.write(self.state.step, {**metrics, **{f"best/{name}": value for name, value in best.items()}})
         self.console.say(f"step {self.state.step:>5}  {describe(metrics)}")
         self.records.pause(time.monotonic() - started)
-
-    def _commit_is_due(self) -> bool:
-        minutes = self.recipe.checkpoint.every_minutes
-        return minutes is not None and time.monotonic() - self.committed_at > 60 * minutes
 
     def commit(self) -> None:
         """Write a checkpoint of the current state. Collective."""
@@ -377,6 +386,7 @@ class Run:
         started = time.monotonic()
         self.reference.commit()
         self.records.settle()
+        self.state = replace(self.state, unlogged=self.records.unlogged())
         settings = self.recipe.checkpoint
         snapshot = engine_state.snapshot(self.policy.engine)
         with self.console.progress("Saving the checkpoint", snapshot.stored_bytes, BYTES) as bar:
@@ -390,10 +400,12 @@ class Run:
                 keep_last=settings.keep_last,
                 keep_every=settings.keep_every,
             )
-        self.committed_at, self.committed_step = time.monotonic(), self.state.step
-        self.last_commit = self.committed_at - started
-        self.records.pause(self.last_commit)
-        self.console.say(f"Committed {path} in {self.last_commit:.1f} s")
+        seconds, self.committed_step = time.monotonic() - started, self.state.step
+        self.stop_time.commit_took(seconds)
+        self.records.pause(seconds)
+        self.console.say(f"Committed {path} in {seconds:.1f} s")
+        if warning := self.stop_time.warning():
+            self.console.say(warning)
 
     def export(self) -> None:
         """Write RUN/model, a Hugging Face folder. Collective."""

@@ -6,7 +6,7 @@ import json
 import os
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -76,6 +76,17 @@ class MetricSums:
     def __iadd__(self, other: MetricSums) -> MetricSums:
         self._sums += other._sums
         return self
+
+    def total(self, ranks: Summing) -> tuple[float, ...]:
+        """The sums over all ranks so far, to go on from with `start_from`; collective.
+
+        Sums of fp32 values in float64 are exact, so it does not matter which rank goes on with them.
+        """
+        return tuple(ranks.sum(self._sums.clone()).tolist())
+
+    def start_from(self, total: Sequence[float]) -> None:
+        """Go on, on one rank, with what all had summed up."""
+        self._sums += self._sums.new_tensor(total)
 
     def reduce(self, ranks: Summing, prefix: str = "") -> dict[str, float]:
         """Means over all pairs of all ranks since the last call, and the margin; collective."""

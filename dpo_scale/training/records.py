@@ -103,6 +103,15 @@ class Records:
         self.restart(state)
         return seconds
 
+    def unlogged(self) -> tuple[float, ...]:
+        """The sums of the interval so far, for a checkpoint. Collective."""
+        return self._sums.total(self._ranks)
+
+    def go_on(self, state: RunState) -> None:
+        """Take up the interval that a resumed run was in."""
+        if self._file is not None and state.unlogged:
+            self._sums.start_from(state.unlogged)
+
     def settle(self) -> None:
         """Make the lines of metrics.jsonl durable."""
         if self._file is not None:

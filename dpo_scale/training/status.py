@@ -87,18 +87,19 @@ class StatusFile:
         self._wrote = 0.0
         self.enter("starting")
 
-    def enter(self, stage: str, step: int | None = None) -> None:
+    def enter(self, stage: str, step: int = 0) -> None:
         """Another stage begins, such as `training`."""
-        self._write(replace(self._status, stage=stage, step=self._status.step if step is None else step))
+        self._write(replace(self._status, stage=stage, step=step))
 
     def advance(self, step: int) -> None:
-        """A step is done; noted at most every quarter of a minute."""
+        """A step is done; noted at most every quarter of a minute, or with what is noted next."""
+        self._status = replace(self._status, step=step)
         if time.monotonic() - self._wrote > SECONDS_BETWEEN_STEPS:
-            self._write(replace(self._status, step=step))
+            self._write(self._status)
 
-    def stop(self, reason: str, step: int) -> None:
+    def stop(self, reason: str) -> None:
         """The run ends before its plan does, as it was asked to."""
-        self._write(replace(self._status, state="stopped", reason=reason, step=step))
+        self._write(replace(self._status, state="stopped", reason=reason))
 
     def finish(self) -> None:
         """All is done."""
@@ -110,7 +111,7 @@ class StatusFile:
             _write(self._folder, self._command, status)
 
 
-def record_failure(folder: Path, command: str, reason: str, *, users_mistake: bool) -> None:
+def record_failure(folder: Path, command: str, reason: str, *, users_mistake: bool = False) -> None:
     """Note why a launch failed; any of its ranks may call it, and the first one is believed.
 
     Does nothing where another launch works in the folder: the failure is then that this one may not.

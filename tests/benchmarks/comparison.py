@@ -118,7 +118,7 @@ class Running:
         shutil.rmtree(folder / "run", ignore_errors=True)
         side.job.save(folder / "job.json")
         command = [sys.executable, str(HERE / side.script), stage, str(folder / "job.json"), str(self._results)]
-        port = _free_port()
+        port = free_port()
         self._done, say_done = os.pipe()
         wait_turn, self._turn = os.pipe()
         self._processes = []
@@ -331,7 +331,7 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])

@@ -113,6 +113,16 @@ def peak_memory_mib() -> float:
     return _status_kib("VmHWM") / 1024
 
 
+def reset_peak_memory() -> None:
+    """Let `peak_memory_mib` begin anew."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def _status_kib(key: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(key + ":"):

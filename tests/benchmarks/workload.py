@@ -108,6 +108,13 @@ def train_tokenizer(rows: Sequence[Row]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END, pad_token=END)
 
 
+def train_tokenizer_of_words() -> PreTrainedTokenizerFast:
+    """A tokenizer with thousands of invented words that are one token each."""
+    syllables = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
+    text = "".join(f" {a}{b}" for a in syllables for b in syllables)
+    return train_tokenizer([Row(text, text, text)])
+
+
 def make_model(folder: Path, tokenizer: PreTrainedTokenizerFast, vocabulary: int, shape: str, dtype: str) -> Path:
     """A random Llama; a vocabulary beyond the tokenizer's only makes the embedding and the head larger."""
     if not (folder / "config.json").exists():
@@ -159,9 +166,7 @@ def pairs_to_measure(path: Path | None, count: int | None) -> tuple[PreTrainedTo
     if path is not None:
         rows = read_pairs(path)
         return train_tokenizer(rows), sample(rows, count)
-    syllables = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
-    text = "".join(f" {a}{b}" for a in syllables for b in syllables)
-    tokenizer = train_tokenizer([Row(text, text, text)])
+    tokenizer = train_tokenizer_of_words()
     return tokenizer, list(make_pairs(words(tokenizer), long_tailed_lengths(count or 1000)))
 
 

@@ -148,6 +148,7 @@ def make_runs(folder: Path) -> launching.Launcher:
         "reference": {"rank_tokens": 250},
         "batch": {"global_pairs": 8, "rank_tokens": 300},
         "evaluate": {"every_steps": 8},
+        "track": {"every_steps": 3},
         "checkpoint": {"every_steps": STEPS_A_CHECKPOINT},
         "run": {**base.base["run"], "epochs": 4},
     }
@@ -177,7 +178,7 @@ def kill_and_compare(launcher: launching.Launcher, undisturbed: Path, moments: S
         kills=kills,
         seconds=time.monotonic() - started,
         same_weights=_weights(done.folder) == _weights(undisturbed),
-        wrong_lines=_wrong_lines(undisturbed, done.folder),
+        wrong_lines=wrong_lines(undisturbed, done.folder),
     )
 
 
@@ -192,7 +193,8 @@ def _exact(run: Path) -> list[dict[str, Any]]:
     return [{key: line[key] for key in EXACT if key in line} for line in lines if {"loss", "eval/loss"} & line.keys()]
 
 
-def _wrong_lines(expected_run: Path, actual_run: Path) -> list[str]:
+def wrong_lines(expected_run: Path, actual_run: Path) -> list[str]:
+    """How the logged numbers of two runs differ, to the last bit."""
     expected, actual = _exact(expected_run), _exact(actual_run)
     wrong = [f"{a} instead of {e}" for e, a in zip(expected, actual, strict=False) if a != e]
     return wrong + [f"{len(actual)} lines instead of {len(expected)}"] * (len(actual) != len(expected))

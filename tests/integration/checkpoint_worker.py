@@ -40,6 +40,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "persistent_tied": {"persistence": 10_000_000, "tied": True, "dtype": "bfloat16"},
     "sub_groups_hpz": {"dtype": "bfloat16", "sub_group_size": 3000, "hpz": True},
     "cpu_adam": {"offload": True, "cpu_adam": True},
+    "shards": {"hidden": 512, "intermediate": 1400, "layers": 5},
     "nvme": {"offload": True, "cpu_adam": True, "nvme": True, "sub_group_size": 300_000},
 }
 
@@ -75,12 +76,12 @@ class NextToken(nn.Module):
 def make_source(folder: Path, settings: dict[str, Any]) -> None:
     """A random model folder with odd sizes, so that shards are padded."""
     torch.manual_seed(0)
-    hidden = 3072 if settings.get("nvme") else 21
+    hidden = 3072 if settings.get("nvme") else settings.get("hidden", 21)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=hidden,
-        intermediate_size=33,
-        num_hidden_layers=2,
+        intermediate_size=settings.get("intermediate", 33),
+        num_hidden_layers=settings.get("layers", 2),
         num_attention_heads=3,
         num_key_value_heads=1,
         head_dim=8,
@@ -273,9 +274,45 @@ def failing_write(engine: Any, folder: Path, ranks: GlooRanks) -> dict[str, Any]
     return {"messages": ranks.gather_objects(message), "before": before, "after": after}
 
 
+SHARD_BYTES = 16_000_000
+
+
+def export_memory(folder: Path, settings: dict[str, Any], ranks: GlooRanks) -> dict[str, Any]:
+    """What exporting a model of several shards adds to the memory of each rank, at its peak, in shards."""
+    if ranks.is_main:
+        make_source(folder / "source", settings)
+    dist.barrier()
+    engine = make_engine(folder, settings)
+    train(engine, 0, 1)
+    model_folder = export.ModelFolder(folder / "source", digest_of({"of": "the worker"}))
+
+    def to(name: str) -> None:
+        export.export_engine(engine, folder / name, model_folder, ranks, step=1, max_shard_bytes=SHARD_BYTES)
+
+    to("warm_up")
+    Path("/proc/self/clear_refs").write_text("5")  # begins another peak
+    before = memory("VmRSS")
+    to("live")
+    live = ranks.gather_objects((memory("VmHWM") - before) / SHARD_BYTES)
+    path = save(engine, folder, 1, ranks)
+    if ranks.is_main:
+        export.export_checkpoint(path, folder / "offline", source_model=folder / "source", max_shard_bytes=SHARD_BYTES)
+    dist.barrier()
+    engine.destroy()
+    return {"peak_in_shards": live, "shards": len(list((folder / "live").glob("*.safetensors")))}
+
+
+def memory(field: str) -> int:
+    """Bytes, from the kernel."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field + ":"))
+
+
 def run(variant: str, root: Path, ranks: GlooRanks) -> dict[str, Any]:
     settings, folder = VARIANTS[variant], root / variant
     report: dict[str, Any] = {}
+    if variant == "shards":
+        return export_memory(folder, settings, ranks)
     if ranks.world_size == 2:
         if ranks.is_main:
             make_source(folder / "source", settings)

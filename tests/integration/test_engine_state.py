@@ -40,7 +40,7 @@ def report(folder: Path, variant: str, ranks: int) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
-    launch(folder, 2, *ON_TWO)
+    launch(folder, 2, *ON_TWO, "shards")
     launch(folder, 3, *ON_OTHERS)
     launch(folder, 1, *ON_OTHERS)
     return folder
@@ -74,7 +74,13 @@ def test_slices_hold_what_deepspeed_itself_gathers(runs: Path, variant: str) -> 
         assert torch.equal(actual, expected.flatten()), name
 
 
-@pytest.mark.parametrize("variant", ON_TWO)
+def test_an_export_of_several_shards_adds_far_less_than_one_to_any_ranks_memory(runs: Path) -> None:
+    found = report(runs, "shards", 2)
+    assert found["shards"] == 4
+    assert max(found["peak_in_shards"]) < 1.0, found
+
+
+@pytest.mark.parametrize("variant", [*ON_TWO, "shards"])
 def test_live_and_offline_exports_are_the_same_bytes(runs: Path, variant: str) -> None:
     live, offline = runs / variant / "live", runs / variant / "offline"
     assert sorted(path.name for path in live.iterdir()) == sorted(path.name for path in offline.iterdir())

@@ -25,6 +25,32 @@ CHATML = (
     "{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# Behaves as Qwen3's does: thoughts before the last question are left out, an answer behind it always has a block of
+# thoughts, calls of tools keep theirs, and `enable_thinking: false` puts an empty block into the prompt.
+THINKING = """
+{%- if tools %}<|im_start|>system
+tools:{% for tool in tools %} {{ tool.function.name }}{% endfor %}<|im_end|>
+{% endif %}
+{%- set ns = namespace(last_question=0) %}
+{%- for m in messages %}{% if m.role == 'user' %}{% set ns.last_question = loop.index0 %}{% endif %}{% endfor %}
+{%- for m in messages %}
+{%- set thought = m.reasoning_content or '' %}{% set content = m.content or '' %}
+{%- if '</think>' in content %}
+{%- set thought = content.split('</think>')[0].split('<think>')[-1] %}
+{%- set content = content.split('</think>')[-1] %}
+{%- endif %}
+{{- '<|im_start|>' + ('user' if m.role == 'tool' else m.role) + '\\n' }}
+{%- if m.role == 'assistant' and loop.index0 > ns.last_question and (loop.last or thought) %}
+{{- '<think>\\n' + thought.strip('\\n') + '\\n</think>\\n\\n' + content.lstrip('\\n') }}
+{%- else %}{{ content.lstrip('\\n') }}{% endif %}
+{%- for call in m.tool_calls or [] %}<tool_call>{{ call.function.name }}</tool_call>{% endfor %}
+{{- '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{{- '<|im_start|>assistant\\n' }}
+{%- if enable_thinking is defined and enable_thinking is false %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}
+{%- endif %}"""
+
 SPECIAL = ["<|end|>", "<|im_start|>", "<|im_end|>"]
 
 

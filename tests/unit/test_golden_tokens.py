@@ -16,7 +16,7 @@ from small_tokenizers import hand_byte_level, hand_sentencepiece, hand_tool_user
 
 from dpo_scale.data.layouts import PromptCompletions, collate
 from dpo_scale.data.preferences import to_preferences
-from dpo_scale.data.sources import RawRow
+from dpo_scale.data.rows import RawRow
 from dpo_scale.data.tokenization import Kept, PairTokenizer
 from dpo_scale.model.tokenizer import load_tokenizer
 from dpo_scale.recipe import DataSection

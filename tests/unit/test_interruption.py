@@ -15,19 +15,19 @@ import torch
 from torch import Tensor
 
 from dpo_scale.training import interruption
-from dpo_scale.training.interruption import SIGNALS, Interruption, agree
+from dpo_scale.training.interruption import SIGNALS, Interruption, StopRequestedError, StopTime, agree, heed
 
 WORKER = """
-import sys, time
+import hashlib, sys, time
 from pathlib import Path
 from dpo_scale.training.interruption import Interruption
 
-interruption = Interruption(Path(sys.argv[1]), None)
+interruption = Interruption(Path(sys.argv[1]), None, time.monotonic())
 print("ready", flush=True)
 while not interruption.reason():
     time.sleep(0.01)
 print(interruption.reason(), flush=True)
-time.sleep(60)  # a step that takes long
+hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # below Python, as in a collective: no handler of Python's runs
 """
 
 
@@ -50,26 +50,47 @@ def test_the_first_signal_is_noted_and_the_second_ends_the_process_at_once(worke
     assert worker.wait(timeout=20) == 128 + signal.SIGTERM
 
 
+def test_the_launchers_copy_of_a_signal_is_not_a_second_one(worker: subprocess.Popen[str]) -> None:
+    assert worker.stdout is not None
+    worker.send_signal(signal.SIGTERM)
+    assert worker.stdout.readline() == "SIGTERM\n"
+    worker.send_signal(signal.SIGTERM)
+    time.sleep(interruption.ECHO_SECONDS + 0.5)
+    assert worker.poll() is None
+    worker.send_signal(signal.SIGTERM)
+    assert worker.wait(timeout=20) == 128 + signal.SIGTERM
+
+
 @pytest.fixture
 def old_handlers() -> Iterator[None]:
     before = [(number, signal.getsignal(number)) for number in SIGNALS]
     yield
+    signal.set_wakeup_fd(-1)
     for number, handler in before:
         signal.signal(number, handler)
+
+
+def reason_soon(stopping: Interruption) -> str:
+    """The reason, once the thread that hears signals has had its turn."""
+    for _ in range(500):
+        if stopping.reason():
+            break
+        time.sleep(0.01)
+    return stopping.reason()
 
 
 @pytest.mark.usefixtures("old_handlers")
 @pytest.mark.parametrize("number", SIGNALS)
 def test_each_signal_gives_its_name_as_the_reason(number: signal.Signals, tmp_path: Path) -> None:
-    stopping = Interruption(tmp_path, None)
+    stopping = Interruption(tmp_path, None, time.monotonic())
     assert stopping.reason() == ""
     signal.raise_signal(number)
-    assert stopping.reason() == number.name
+    assert reason_soon(stopping) == number.name
 
 
 @pytest.mark.usefixtures("old_handlers")
 def test_the_stop_file_stops_once(tmp_path: Path) -> None:
-    stopping = Interruption(tmp_path, None)
+    stopping = Interruption(tmp_path, None, time.monotonic())
     stopping.consume_file()  # nothing there: nothing happens
     (tmp_path / "STOP").touch()
     assert stopping.reason() == "the STOP file"
@@ -81,11 +102,58 @@ def test_the_stop_file_stops_once(tmp_path: Path) -> None:
 def test_the_clock_stops_after_the_recipes_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     start = time.monotonic()
     monkeypatch.setattr(interruption.time, "monotonic", lambda: start)
-    stopping = Interruption(tmp_path, 2.0)
+    stopping = Interruption(tmp_path, 2.0, start)
     monkeypatch.setattr(interruption.time, "monotonic", lambda: start + 119)
     assert stopping.reason() == ""
+    assert stopping.reason(needed_seconds=2.0) == "run.stop_after"  # what comes next would end too late
     monkeypatch.setattr(interruption.time, "monotonic", lambda: start + 121)
     assert stopping.reason() == "run.stop_after"
+
+
+@pytest.mark.usefixtures("old_handlers")
+def test_a_launcher_that_is_gone_stops_its_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopping = Interruption(tmp_path, None, time.monotonic())
+    monkeypatch.setattr(interruption.os, "getppid", lambda: 1)
+    assert stopping.reason() == "the end of its launcher"
+
+
+@pytest.mark.usefixtures("old_handlers")
+def test_all_ranks_stop_in_mid_pass_where_one_was_asked_to(tmp_path: Path) -> None:
+    stopping = Interruption(tmp_path, None, time.monotonic())
+    heed(stopping, OneOfTwo(is_main=False, others=[0, 0]))
+    with pytest.raises(StopRequestedError):
+        heed(stopping, OneOfTwo(is_main=False, others=[1, 0]))
+    (tmp_path / "STOP").touch()
+    with pytest.raises(StopRequestedError):
+        heed(stopping, OneOfTwo(is_main=False, others=[0, 0]))
+
+
+def test_a_stop_takes_the_longest_step_and_the_last_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", raising=False)
+    needed = StopTime()
+    for seconds in (12.0, 3.0):
+        needed.step_took(seconds)
+    for seconds in (40.0, 10.0):
+        needed.commit_took(seconds)
+    assert needed.seconds == 22.0
+    assert needed.warning() == ""
+    needed.commit_took(20.0)
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "33")
+    assert needed.warning() == ""
+    monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT")
+    assert "leaves 30 s, and a step with its commit takes 32 s" in needed.warning()
+    assert needed.warning() == ""  # said once
+
+
+def test_a_commit_is_due_so_many_minutes_after_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(interruption.time, "monotonic", lambda: now[0])
+    clock = StopTime()
+    now[0] += 121
+    assert clock.is_commit_due(2.0)
+    assert not clock.is_commit_due(None)
+    clock.commit_took(1.0)
+    assert not clock.is_commit_due(2.0)
 
 
 @dataclass

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import random
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -83,6 +85,40 @@ def test_sums_add_up() -> None:
     _add(part, PAIRS[1:])
     total += part
     assert total.reduce(OneRank()) == pytest.approx(EXPECTED)
+
+
+@dataclass
+class OneOfSeveral:
+    """The collective as one rank sees it, whose other ranks are at hand."""
+
+    others: list[MetricSums]
+
+    def sum(self, values: Tensor) -> Tensor:
+        for other in self.others:
+            values += other._sums
+        return values
+
+
+def test_an_interval_that_a_restart_cut_gives_the_same_means_to_the_last_bit() -> None:
+    """Two ranks; the restart comes after 4 of 10 steps, and the main rank goes on with the sums of both."""
+    rng = random.Random(1)
+    pairs = [[tuple(rng.uniform(-90, 90) for _ in range(5)) for _ in range(6)] for _ in range(10)]
+
+    def after(steps: range, into: tuple[MetricSums, MetricSums]) -> tuple[MetricSums, OneOfSeveral]:
+        for step in steps:
+            _add(into[0], pairs[step][:2])
+            _add(into[1], pairs[step][2:])
+        return into[0], OneOfSeveral([into[1]])
+
+    whole, ranks = after(range(10), (MetricSums(CPU), MetricSums(CPU)))
+    expected = whole.reduce(ranks)
+    stopped, ranks = after(range(4), (MetricSums(CPU), MetricSums(CPU)))
+    total = json.loads(json.dumps(stopped.total(ranks)))  # by way of a checkpoint
+    resumed = MetricSums(CPU), MetricSums(CPU)
+    resumed[0].start_from(total)
+    main, ranks = after(range(4, 10), resumed)
+    assert main.reduce(ranks) == expected
+    assert expected["loss"] != 0
 
 
 def test_sums_of_many_pairs_keep_small_losses() -> None:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from dpo_scale.data.preferences import PreferencePair, check_columns, to_preferences
 from dpo_scale.data.row_values import RowError
-from dpo_scale.data.sources import RawRow
+from dpo_scale.data.rows import RawRow
 from dpo_scale.errors import DataError
 
 
@@ -167,6 +167,14 @@ def test_sharegpt_messages_and_null_fields_are_read_as_chat_messages():
     assert parts(pair) == (QUESTION, YES, NO)
 
 
+def test_parts_of_text_are_joined_and_other_parts_refused():
+    parted = {"role": "user", "content": [{"type": "text", "text": "first, "}, {"text": "then"}, " more"]}
+    image = {"role": "user", "content": [{"type": "image", "url": "a.png"}]}
+    assert parts(read({"prompt": [parted], "chosen": "yes", "rejected": "no"}))[0] == (user("first, then more"),)
+    with pytest.raises(RowError, match=r"a message of 'prompt' has a part that is not text \('image'\)"):
+        read({"prompt": [image], "chosen": "yes", "rejected": "no"})
+
+
 def test_tools_documents_and_template_variables_travel_with_the_pair():
     fields, _ = FORMATS["prompt, chosen and rejected messages"]
     pair = read(
@@ -288,10 +296,13 @@ CHATS = {"chosen": [user("Q"), assistant("yes")], "rejected": [user("Q"), assist
             {"prompt": "Q", "chosen": "a", "rejected": "b", "completions": ["c", "d"], "scores": [1, 2]},
             "by 'chosen' and 'rejected', or by 'completions'; name the fields of one",
         ),
-        (WHOLE, "both begin with the prompt: are they whole texts, or answers that repeat it"),
-        ({**CHATS, "prompt": "R"}, "the prompt is text that the chats .* do not begin with"),
-        ({**CHATS, "prompt": [user("R")]}, "do not both begin with the messages of the prompt"),
-        ({"prompt": [user("Q")], "chosen": CHATS["chosen"], "rejected": [assistant("no")]}, "do not both begin"),
+        (WHOLE, "both begin with it: are they whole texts, or answers that repeat it"),
+        ({**CHATS, "prompt": "R"}, "ambiguous prompt; it is text that the chats .* do not begin with"),
+        ({**CHATS, "prompt": [user("R")]}, "not both with the messages of the prompt"),
+        (
+            {"prompt": [user("Q")], "chosen": CHATS["chosen"], "rejected": [assistant("no")]},
+            "not both with the messages",
+        ),
         ({"system": "T", "prompt": [system("S"), user("Q")], "chosen": "a", "rejected": "b"}, "system message differ"),
         (
             {"prompt": "Q", "completions": [{"text": "a", "score": 1, "rank": 2}] * 2},

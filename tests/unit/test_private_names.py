@@ -11,6 +11,7 @@ from pathlib import Path
 
 import deepspeed
 import pytest
+import torch.distributed
 from deepspeed.comm.torch import TorchBackend
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
@@ -77,6 +78,10 @@ def test_the_coordinators_cache_can_be_cleared() -> None:
     _clear_cache(cached)
     with pytest.raises(AssertionError, match="not where it was"):
         _clear_cache(lambda: None)
+
+
+def test_torch_has_the_rendezvous_store_that_waiting_ranks_look_into() -> None:
+    assert "_get_default_store" in dir(torch.distributed.distributed_c10d)
 
 
 def test_the_op_that_is_left_out_serves_inference_only() -> None:

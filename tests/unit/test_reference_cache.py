@@ -98,7 +98,8 @@ def test_a_row_key_is_the_hash_of_prompt_length_and_token_ids() -> None:
     assert len({key.tobytes() for key in actual}) == 3  # the boundary counts as well
 
 
-def test_keys_of_pairs_are_the_keys_of_their_two_sequences() -> None:
+def test_keys_of_pairs_are_the_keys_of_their_two_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "_PAIRS_IN_A_BLOCK", 16)
     rng = np.random.default_rng(0)
     draw = lambda: rng.integers(0, 100, rng.integers(1, 9)).astype(np.int32)  # noqa: E731
     pairs = TokenPairs.from_pairs(TokenPair(draw(), draw(), draw(), f"f:{i}") for i in range(50))

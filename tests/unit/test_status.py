@@ -115,8 +115,8 @@ def test_looking_at_a_lock_does_not_keep_its_taker_out(tmp_path: Path) -> None:
 def test_the_first_failure_of_a_launch_is_believed(tmp_path: Path) -> None:
     with locks.take(tmp_path / ".lock"):
         StatusFile(tmp_path, "train").enter("training", 3)
-        record_failure(tmp_path, "train", "CUDA out of memory", users_mistake=False)
-        record_failure(tmp_path, "train", "connection reset by peer", users_mistake=False)
+        record_failure(tmp_path, "train", "CUDA out of memory")
+        record_failure(tmp_path, "train", "connection reset by peer")
     status = read_status(tmp_path, "train")
     assert status is not None
     assert (status.state, status.reason, status.users_mistake) == ("failed", "CUDA out of memory", False)
@@ -159,7 +159,7 @@ def test_failures_are_counted_until_a_new_checkpoint_comes(tmp_path: Path, monke
 
 
 def test_a_stop_is_no_failure(tmp_path: Path) -> None:
-    StatusFile(tmp_path, "train").stop("SIGUSR1", 4)
+    StatusFile(tmp_path, "train").stop("SIGUSR1")
     for _ in range(2):
         assert _code(tmp_path, "--count-failure") == UNFINISHED
     status = read_status(tmp_path, "train")
@@ -183,7 +183,7 @@ def test_only_commits_count_as_checkpoints(tmp_path: Path) -> None:
 
 def test_training_and_scoring_have_a_status_each(tmp_path: Path) -> None:
     StatusFile(tmp_path, "score").finish()
-    StatusFile(tmp_path, "train").stop("SIGTERM", 3)
+    StatusFile(tmp_path, "train").stop("SIGTERM")
     assert _code(tmp_path, "--of", "score") == FINISHED
     assert _code(tmp_path) == UNFINISHED
 
@@ -225,7 +225,10 @@ def test_a_recipe_stands_for_its_run(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def test_json_holds_status_verdict_and_commit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _commit(tmp_path, 4)
-    StatusFile(tmp_path, "train").stop("SIGUSR1", 4)
+    status = StatusFile(tmp_path, "train")
+    status.enter("training", 3)
+    status.advance(4)  # too soon to be noted by itself
+    status.stop("SIGUSR1")
     assert _code(tmp_path, "--json") == UNFINISHED
     told = json.loads(capsys.readouterr().out)
     assert (told["state"], told["reason"], told["step"], told["committed_step"]) == ("stopped", "SIGUSR1", 4, 4)

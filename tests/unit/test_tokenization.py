@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_tokenizers import (
+    CHATML,
+    THINKING,
     byte_level,
     hand_byte_level,
     hand_sentencepiece,
@@ -17,10 +20,11 @@ from small_tokenizers import (
 )
 from test_preferences import FORMATS
 from tokenizers.processors import TemplateProcessing
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from dpo_scale.data import tokenization
 from dpo_scale.data.preferences import PreferencePair, to_preferences
-from dpo_scale.data.sources import RawRow
+from dpo_scale.data.rows import RawRow
 from dpo_scale.data.tokenization import Dropped, Kept, PairTokenizer
 from dpo_scale.errors import DataError, UserError
 from dpo_scale.model.tokenizer import load_tokenizer
@@ -154,31 +158,6 @@ def test_a_prompt_that_vanishes_into_the_completion_needs_bos(hand):
     assert pieces(hand["bpe"], kept(hand["bpe"], strings("")))[0] == ["<s>"]
 
 
-# Behaves as Qwen3's does: thoughts before the last question are left out, an answer behind it always has a block of
-# thoughts, calls of tools keep theirs, and `enable_thinking: false` puts an empty block into the prompt.
-THINKING = """
-{%- if tools %}<|im_start|>system
-tools:{% for tool in tools %} {{ tool.function.name }}{% endfor %}<|im_end|>
-{% endif %}
-{%- set ns = namespace(last_question=0) %}
-{%- for m in messages %}{% if m.role == 'user' %}{% set ns.last_question = loop.index0 %}{% endif %}{% endfor %}
-{%- for m in messages %}
-{%- set thought = m.reasoning_content or '' %}{% set content = m.content or '' %}
-{%- if '</think>' in content %}
-{%- set thought = content.split('</think>')[0].split('<think>')[-1] %}
-{%- set content = content.split('</think>')[-1] %}
-{%- endif %}
-{{- '<|im_start|>' + ('user' if m.role == 'tool' else m.role) + '\\n' }}
-{%- if m.role == 'assistant' and loop.index0 > ns.last_question and (loop.last or thought) %}
-{{- '<think>\\n' + thought.strip('\\n') + '\\n</think>\\n\\n' + content.lstrip('\\n') }}
-{%- else %}{{ content.lstrip('\\n') }}{% endif %}
-{%- for call in m.tool_calls or [] %}<tool_call>{{ call.function.name }}</tool_call>{% endfor %}
-{{- '<|im_end|>\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-{{- '<|im_start|>assistant\\n' }}
-{%- if enable_thinking is defined and enable_thinking is false %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}
-{%- endif %}"""
 EMPTY_THOUGHT = "<think>\n\n</think>\n\n"
 FIRST = "<|im_start|>user\nsay<|im_end|>\n"
 
@@ -424,48 +403,144 @@ def test_a_pair_over_a_limit_is_cut_or_dropped_as_the_recipe_says(hand, settings
     assert ends == [tokenization.CHOSEN_CUT not in cuts, True]
 
 
+limits = st.integers(1, 14)
+
+
+@settings(max_examples=600, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    st.sampled_from(["drop", "keep_start", "keep_start_of_prompt", "keep_end_of_prompt"]),
+    st.sampled_from(["bpe", "byte_level"]),
+    limits,
+    st.none() | limits,
+    st.none() | limits,
+    st.tuples(*(st.text("sayeno: ", min_size=1, max_size=9) for _ in range(3))),
+)
+def test_a_cut_pair_is_the_whole_pair_less_what_is_too_much(hand, mode, name, longest, prompt_limit, limit, texts):
+    tokenizer = hand[name]
+    (whole,) = PairTokenizer(tokenizer, section()).tokenize([strings(*texts)])
+    if isinstance(whole, Dropped):  # equal answers, or a prompt that is gone
+        return
+    prompt, chosen, rejected = (part.tolist() for part in (whole.pair.prompt, whole.pair.chosen, whole.pair.rejected))
+    limited = section(max_length=longest, max_prompt_length=prompt_limit, max_completion_length=limit, truncation=mode)
+    (outcome,) = PairTokenizer(tokenizer, limited).tokenize([strings(*texts)])
+    prompt_room = min(longest, prompt_limit or longest)
+    room = min(longest - len(prompt), limit or longest)
+    answer = max(len(chosen), len(rejected))
+    fits = len(prompt) <= prompt_room and answer <= room
+    bos = prompt[: prompt[0] == tokenizer.bos_token_id]
+    if fits:
+        expected = (prompt, chosen, rejected, ())
+    elif mode == "keep_start" and len(prompt) <= prompt_room and room >= 1 and chosen[:room] != rejected[:room]:
+        cuts = [(chosen, tokenization.CHOSEN_CUT), (rejected, tokenization.REJECTED_CUT)]
+        expected = (prompt, chosen[:room], rejected[:room], tuple(cut for ids, cut in cuts if len(ids) > room))
+    else:
+        prompt_room = min(prompt_room, longest - answer)
+        answers_fit = answer <= (limit or longest) and prompt_room >= 1 + len(bos)
+        ends = {
+            "keep_start_of_prompt": (prompt[: max(prompt_room, 0)], tokenization.PROMPT_END_CUT),
+            "keep_end_of_prompt": (
+                [*bos, *prompt[len(prompt) - prompt_room + len(bos) :]],
+                tokenization.PROMPT_START_CUT,
+            ),
+        }
+        expected = (ends[mode][0], chosen, rejected, (ends[mode][1],)) if mode in ends and answers_fit else None
+    if expected is None:
+        assert isinstance(outcome, Dropped)
+        assert outcome.reason in (
+            tokenization.PROMPT_TOO_LONG,
+            tokenization.COMPLETION_TOO_LONG,
+            tokenization.PAIR_TOO_LONG,
+            tokenization.EQUAL_AFTER_CUT,
+        )
+        return
+    assert isinstance(outcome, Kept), outcome
+    actual = outcome.pair
+    assert (actual.prompt.tolist(), actual.chosen.tolist(), actual.rejected.tolist(), outcome.cuts) == expected
+
+
 # --- any text ------------------------------------------------------------------------------------
 
-any_text = st.text(st.one_of(st.sampled_from(" abehrst:\n"), st.characters(exclude_categories=["Cs"])), max_size=40)
+odd = st.sampled_from(
+    ["", " ", "\x00", "\x1b[0m", "\r\n", "\u2028", "\ufeff", "e\u0301", "\U0001f468\u200d\U0001f469", "▁"]
+)
+any_text = st.builds(
+    "".join,
+    st.lists(
+        st.one_of(
+            odd,
+            st.text(st.sampled_from(" abehrst:\n▁"), max_size=8),
+            st.text(st.characters(exclude_categories=["Cs"]), max_size=8),
+            st.sampled_from(["long " * 1000]),
+        ),
+        max_size=4,
+    ),
+)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> dict[str, object]:
     plain = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
     folders: dict[str, Path] = {
-        kind: train_sentencepiece(tmp_path_factory.mktemp(kind), kind, **plain) for kind in ("bpe", "unigram")
+        kind: train_sentencepiece(
+            tmp_path_factory.mktemp(kind), kind, **plain, control_symbols="<|im_start|>,<|im_end|>"
+        )
+        for kind in ("bpe", "unigram")
     }
     loaded = {kind: load_tokenizer(str(folder)) for kind, folder in folders.items()}
+    for tokenizer in loaded.values():
+        tokenizer.chat_template = CHATML
     return {"byte_level": byte_level(), **loaded}
 
 
+def written(tokenizer, ids: np.ndarray) -> str:
+    """What the pieces say, letter by letter: nothing is stripped or tidied as a decoder would."""
+    pieces = tokenizer.convert_ids_to_tokens(ids.tolist())
+    if "<0x00>" not in tokenizer.get_vocab():
+        letters = {letter: byte for byte, letter in bytes_to_unicode().items()}
+        return bytes(letters[letter] for piece in pieces for letter in piece).decode("utf-8")
+    codes = [bytes([int(piece[3:5], 16)]) if re.fullmatch("<0x..>", piece) else piece.encode() for piece in pieces]
+    return b"".join(codes).decode("utf-8").replace("▁", " ")
+
+
 @pytest.mark.parametrize("name", ["byte_level", "bpe", "unigram"])
-def test_scored_tokens_decode_to_the_completion_and_nothing_of_the_prompt(trained, name):
+def test_scored_tokens_say_the_completion_and_nothing_of_the_prompt(trained, name):
     tokenizer = trained[name]
-    pairs = PairTokenizer(tokenizer, section(max_length=1000))
-    special = set(tokenizer.all_special_tokens)
+    pairs = PairTokenizer(tokenizer, section(max_length=100_000))
+    special = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    space = "" if name == "byte_level" else " "  # SentencePiece's dummy prefix, in front of a text and behind a symbol
+    counts = {"strings": 0, "chat": 0}
 
-    def decode(ids: np.ndarray) -> str:
-        return tokenizer.decode(ids, skip_special_tokens=True)
-
-    @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
-    @given(any_text, any_text, any_text)
-    def check(prompt: str, chosen: str, rejected: str) -> None:
-        if any(token in prompt + chosen + rejected for token in special) or "▁" in prompt + chosen:
-            return
-        (outcome,) = pairs.tokenize([strings(prompt, chosen, rejected)])
-        if isinstance(outcome, Dropped):
-            empty = not chosen.strip() or not rejected.strip() or chosen == rejected
-            assert empty or outcome.reason == tokenization.EMPTY_PROMPT
-            return
-        pair = outcome.pair
-        assert pair.chosen[-1] == pair.rejected[-1] == tokenizer.eos_token_id
-        joined = tokenizer(prompt + chosen, add_special_tokens=False)["input_ids"]
-        actual_ids = [*pair.prompt.tolist(), *pair.chosen.tolist()]
-        bos = [tokenizer.bos_token_id] if actual_ids[0] == tokenizer.bos_token_id else []
-        assert actual_ids == [*bos, *joined, tokenizer.eos_token_id]
+    def check(prompt: str, chosen: str, pair, outcome: Kept, start: str, end: str) -> None:
+        head = written(tokenizer, pair.prompt[int(pair.prompt[0] == tokenizer.bos_token_id) :])
+        tail = written(tokenizer, pair.chosen)
+        plain_prompt, plain_chosen = prompt.replace("▁", space or "▁"), chosen.replace("▁", space or "▁")
+        assert head + tail == start + plain_prompt + plain_chosen + end
+        assert tail.endswith(plain_chosen + end)
         if not outcome.boundary_moved and prompt:
-            whole = decode(np.concatenate([pair.prompt, pair.chosen]))
-            assert whole == decode(pair.prompt) + chosen
+            assert tail == plain_chosen + end
 
-    check()
+    @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(any_text, any_text, any_text)
+    def both(prompt: str, chosen: str, rejected: str) -> None:
+        if any(token in prompt + chosen + rejected for token in special):
+            return  # text that spells a symbol is read as that symbol
+        (plain,) = pairs.tokenize([strings(prompt, chosen, rejected)])
+        if isinstance(plain, Kept):
+            check(prompt, chosen, plain.pair, plain, space, tokenizer.eos_token)
+            joined = tokenizer(prompt + chosen, add_special_tokens=False)["input_ids"]
+            assert [*plain.pair.prompt.tolist(), *plain.pair.chosen.tolist()][-len(joined) - 1 : -1] == joined
+            counts["strings"] += 1
+        else:
+            empty = not chosen.strip() or not rejected.strip() or chosen == rejected
+            assert empty or plain.reason == tokenization.EMPTY_PROMPT
+        message = {"role": "user", "content": prompt}
+        (talk,) = pairs.tokenize([replace(chat(chosen, rejected), prompt=(message,))])
+        if isinstance(talk, Kept):
+            turn = f"<|im_start|>{space}user\n{prompt}<|im_end|>{space}\n<|im_start|>{space}assistant\n"
+            check(turn, chosen, talk.pair, talk, "", f"<|im_end|>{space}\n")
+            counts["chat"] += 1
+        else:
+            assert not chosen.strip() or not rejected.strip() or chosen == rejected
+
+    both()
+    assert min(counts.values()) > 20, counts

@@ -104,8 +104,8 @@ def _lengths(longest: int) -> dict[str, Any]:
         "p95": 600,
         "p99": 800,
         "max": longest,
-        "bin_width": 20,
-        "bin_counts": counts,
+        "bin_tokens": 20,
+        "bins": counts,
     }
 
 
@@ -129,4 +129,10 @@ _SET = {
     "contradictions": 3,
     "tokens": 4_100_000,
 }
-DATA = {"train": _SET, "evaluate": {**_SET, "dropped": {}, "sources": []}, "overlap": {"pairs": 2, "prompts": 31}}
+_SEQUENCE = {"tokens": ["Ġmay", "ĠI", "?", "Ġcertainly", "</s>"], "scored": [0, 0, 0, 1, 1]}
+_PAIR = {"row": "train.jsonl:3", "chosen": _SEQUENCE, "rejected": {**_SEQUENCE, "scored": [0, 0, 0, 0, 1]}}
+DATA = {
+    "train": {**_SET, "samples": [_PAIR]},
+    "evaluate": {**_SET, "dropped": {}, "sources": []},
+    "overlap": {"pairs": 2, "prompts": 31},
+}

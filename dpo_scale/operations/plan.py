@@ -1,0 +1,211 @@
+"""`dpo-scale plan`: memory, steps, tokens and time of a run, before anything is booked and without a weight.
+
+The model is built from its configuration on the meta device, the data are read in their real token lengths, and the
+trainer's own planner packs them. What remains to be assumed is stated in the output.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from dpo_scale.console import Console
+from dpo_scale.data.planning import check_budget, layout_costs, plan_pass
+from dpo_scale.distributed.zero_config import read_policy_config, read_reference_config
+from dpo_scale.operations.fit import Fit, MemoryPlan, Setting
+from dpo_scale.operations.scaling import Assumptions, Cluster, StepCost, Traffic, plan_steps, step_cost
+from dpo_scale.operations.workload import AssumedData, Workload, read_workload
+from dpo_scale.operations.zero_memory import ZeroSettings, gathered
+from dpo_scale.recipe import Recipe
+from dpo_scale.shipped_files import shipped_file
+
+STEPS_LOOKED_AT = 32
+STEPS_LOOKED_AT_A_SCALE = 4
+SCALES = tuple(8 * 2**n for n in range(10))
+"""Numbers of GPUs in the table of scaling: 8 to 4,096."""
+MOST_NODES = 512
+IDLE_WORTH_A_WORD = 0.05
+REFERENCE_FILES = {"none": "gpu", "cpu": "cpu", "nvme": "nvme"}
+
+
+@dataclass(frozen=True, slots=True)
+class ReferencePass:
+    """Scoring every completion once, before training."""
+
+    micro_batches: int
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """One line of the table of scaling."""
+
+    cluster: Cluster
+    gpu_bytes: int
+    """Peak of a GPU."""
+    fits: bool
+    step: StepCost
+
+    @property
+    def limits(self) -> list[str]:
+        """Why this number of GPUs does not serve or does not pay; empty if it does."""
+        limits = [] if self.fits else ["memory"]
+        if self.step.idle > IDLE_WORTH_A_WORD:
+            limits.append(f"{self.step.idle:.0%} idle")
+        if self.step.communication_seconds > self.step.compute_seconds:
+            limits.append("network")
+        return limits
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would take."""
+
+    workload: Workload
+    cluster: Cluster
+    given: Assumptions
+    deepspeed: str
+    """The policy's DeepSpeed JSON."""
+    memory: MemoryPlan
+    fit: Fit
+    """Of the recipe as it is."""
+    remedy: Fit | None
+    """The first change that makes it fit."""
+    nodes_needed: int | None
+    """Where nothing fits on these nodes: how many hold the recipe as it is."""
+    largest_rank_tokens: int
+    """That fit, with everything else as it is; 0 if not even one pair does."""
+    step: StepCost
+    reference: ReferencePass
+    scales: tuple[Scale, ...]
+
+    @property
+    def train_seconds(self) -> float:
+        return self.workload.schedule.num_steps * self.step.seconds
+
+    @property
+    def evaluations(self) -> int:
+        """Held-out passes of the run."""
+        settings, steps = self.workload.recipe.evaluate, self.workload.schedule.num_steps
+        if not len(self.workload.evaluate):
+            return 0
+        every = settings.every_steps
+        return int(settings.at_start) + (1 if every is None else -(-steps // every))
+
+    @property
+    def evaluate_seconds(self) -> float:
+        """Of all held-out passes: forwards only."""
+        if not self.evaluations:
+            return 0.0
+        workload = self.workload
+        costs = layout_costs(workload.evaluate, workload.layout, workload.cost)
+        rate = self.given.peak_flops * self.given.mfu * self.cluster.ranks
+        return self.evaluations * 2 * float(costs.work.sum()) / rate
+
+
+def make_plan(
+    recipe: Recipe,
+    cluster: Cluster,
+    given: Assumptions,
+    deepspeed: Path | None,
+    assumed: AssumedData | None,
+    console: Console,
+) -> Plan:
+    """Plan a recipe on a cluster.
+
+    Args:
+        deepspeed: the policy's DeepSpeed JSON; None means zero3.json.
+        assumed: stands in for the recipe's data.
+
+    Raises UserError for whatever cannot be read, or a pair that no micro-batch can hold.
+    """
+    zero, name = policy_zero(deepspeed)
+    workload = read_workload(recipe, assumed, console)
+    check_budget(workload.costs, recipe.batch.rank_tokens, workload.rows, "batch.rank_tokens")
+    memory = MemoryPlan(workload, reference_zero(recipe))
+    setting = Setting(zero, recipe.model.activation_checkpointing, recipe.batch.rank_tokens)
+    fit = memory.fit(setting, cluster)
+    remedy, nodes_needed = None, None
+    if not fit.fits:
+        tried = (memory.fit(other, cluster) for other in memory.remedies(setting, cluster))
+        remedy = next((other for other in tried if other.fits), None)
+        nodes_needed = None if remedy else _nodes_needed(memory, setting, cluster)
+    return Plan(
+        workload=workload,
+        cluster=cluster,
+        given=given,
+        deepspeed=name,
+        memory=memory,
+        fit=fit,
+        remedy=remedy,
+        nodes_needed=nodes_needed,
+        largest_rank_tokens=memory.largest_rank_tokens(setting, cluster),
+        step=_step(workload, setting, cluster, given, STEPS_LOOKED_AT),
+        reference=_reference_pass(memory, cluster, given),
+        scales=tuple(_scale(memory, setting, cluster, given, gpus) for gpus in SCALES),
+    )
+
+
+def policy_zero(path: Path | None) -> tuple[ZeroSettings, str]:
+    """The policy's DeepSpeed settings, and the file they stand in."""
+    wanted = path or Path("ds_configs/zero3.json")
+    found = wanted if wanted.exists() else shipped_file(str(wanted))
+    return ZeroSettings.of_config(read_policy_config(found)), str(wanted)
+
+
+def reference_zero(recipe: Recipe) -> ZeroSettings:
+    """The DeepSpeed settings that the recipe's reference runs under."""
+    name = REFERENCE_FILES[recipe.reference.offload]
+    return ZeroSettings.of_config(read_reference_config(shipped_file(f"ds_configs/reference_{name}.json")))
+
+
+def _nodes_needed(memory: MemoryPlan, setting: Setting, cluster: Cluster) -> int | None:
+    nodes = cluster.nodes
+    while nodes < MOST_NODES:
+        nodes *= 2
+        if memory.fit(setting, replace(cluster, nodes=nodes)).fits:
+            return nodes
+    return None
+
+
+def _traffic(workload: Workload, setting: Setting) -> Traffic:
+    whole = gathered(workload.meta.units, setting.zero, recompute=setting.checkpointing)
+    return Traffic(workload.meta.num_parameters, workload.dtype_bytes, whole, setting.zero)
+
+
+def _step(workload: Workload, setting: Setting, cluster: Cluster, given: Assumptions, most: int) -> StepCost:
+    plans = plan_steps(
+        workload.costs, workload.schedule, ranks=cluster.ranks, rank_tokens=setting.rank_tokens, most=most
+    )
+    traffic = _traffic(workload, setting)
+    return step_cost(plans, workload.costs, traffic, cluster, given, checkpointing=setting.checkpointing)
+
+
+def _scale(memory: MemoryPlan, setting: Setting, cluster: Cluster, given: Assumptions, gpus: int) -> Scale:
+    per_node = min(gpus, cluster.gpus_per_node)
+    there = replace(cluster, nodes=-(-gpus // per_node), gpus_per_node=per_node)
+    fit = memory.fit(setting, there)
+    step = _step(memory.workload, setting, there, given, STEPS_LOOKED_AT_A_SCALE)
+    return Scale(there, max(fit.gpu.total, fit.scoring.total), fit.fits, step)
+
+
+def _reference_pass(memory: MemoryPlan, cluster: Cluster, given: Assumptions) -> ReferencePass:
+    """All pairs once, forward only; weights that rest on the host travel for every micro-batch."""
+    workload, zero = memory.workload, memory.reference_zero
+    pairs = np.concatenate([workload.train, workload.evaluate])
+    costs = layout_costs(pairs, workload.layout, workload.cost)
+    tokens = workload.recipe.scoring_rank_tokens
+    rounds = plan_pass(costs, world_size=cluster.ranks, rank_tokens=max(tokens, workload.longest_pair)).micro_batches
+    heaviest = sum(max(float(costs.work[indices].sum()) for indices in round_) for round_ in rounds)
+    compute = 2 * heaviest / (given.peak_flops * given.mfu)
+    weights = workload.meta.num_parameters * workload.dtype_bytes
+    link = given.node_link if cluster.nodes == 1 else min(given.network, given.node_link)
+    travel = len(rounds) * weights / (link * given.link_efficiency)
+    if zero.offload_param == "cpu":
+        travel = max(travel, len(rounds) * weights / cluster.ranks / given.host_link)
+    elif zero.offload_param == "nvme":
+        travel = max(travel, len(rounds) * weights / cluster.nodes / given.nvme)
+    return ReferencePass(len(rounds), int(costs.tokens.sum()), max(compute, travel))

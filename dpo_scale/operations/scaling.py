@@ -1,0 +1,201 @@
+"""Time and traffic of a step on a cluster that nobody has booked yet. Pure arithmetic on stated assumptions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dpo_scale.data.planning import Costs, Schedule, StepPlan, plan_step
+from dpo_scale.operations.zero_memory import Gathered, ZeroSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """What is to be booked."""
+
+    nodes: int
+    gpus_per_node: int
+    gpu_memory: int
+    """Bytes of each GPU."""
+    host_memory: int
+    """Bytes of each node."""
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.gpus_per_node
+
+
+@dataclass(frozen=True, slots=True)
+class Assumptions:
+    """What no file says. Rates are bytes or floating-point operations a second."""
+
+    mfu: float = 0.40
+    """Share of a GPU's peak that goes into the model's own work while a rank computes, recomputation left out."""
+    peak_flops: float = 989e12
+    """Dense bf16 peak of a GPU: an H100's."""
+    network: float = 400e9
+    """All network adapters of a node together: eight of 400 Gbit/s."""
+    node_link: float = 450e9
+    """From a GPU to the others of its node: fourth-generation NVLink, one way."""
+    link_efficiency: float = 0.8
+    """Share of these two rates that large collectives reach."""
+    hop_seconds: float = 2e-6
+    """Latency of each of the ranks - 1 hops of a ring."""
+    host_link: float = 25e9
+    """Between a GPU and its host: PCI Express 4.0 x16."""
+    host_memory_rate: float = 200e9
+    """Of a node's memory, under AdamW on its CPUs."""
+    nvme: float = 6e9
+    """Of a node's local disks."""
+
+    def lines(self) -> list[str]:
+        """The assumptions in words, one a line."""
+        return [
+            f"MFU {self.mfu:.0%} of {self.peak_flops / 1e12:,.0f} Tflop/s while a rank computes (--mfu, "
+            "--peak-tflops); recomputation comes on top",
+            f"network {self.network / 1e9:,.0f} GB/s a node (--network) and {self.node_link / 1e9:,.0f} GB/s a GPU "
+            f"within one, at {self.link_efficiency:.0%}, {self.hop_seconds * 1e6:.0f} us a hop of a ring, behind "
+            "computation",
+            f"offload: {self.host_link / 1e9:,.0f} GB/s between GPU and host; a node's memory "
+            f"{self.host_memory_rate / 1e9:,.0f} GB/s, its NVMe {self.nvme / 1e9:,.0f} GB/s",
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class StepCost:
+    """A typical optimizer step on some number of ranks."""
+
+    ranks: int
+    micro_batches: float
+    pairs_a_rank: float
+    rank_tokens: float
+    """Tokens of a rank's micro-batch, on average."""
+    idle: float
+    """Share of micro-batches that hold no pair: they only keep their rank in step."""
+    compute_seconds: float
+    communication_seconds: float
+    offload_seconds: float
+    seconds: float
+    traffic: float
+    """Bytes that a rank receives and sends for weights and gradients."""
+    mfu: float
+    """Of the whole step: the model's own work over what the GPUs could do in that time."""
+
+
+def sample_steps(schedule: Schedule, most: int) -> list[int]:
+    """Steps spread evenly over the run, all of them if there are no more than `most`."""
+    count = min(schedule.num_steps, most)
+    return sorted({int(step) for step in np.linspace(0, schedule.num_steps - 1, count)})
+
+
+def plan_steps(costs: Costs, schedule: Schedule, *, ranks: int, rank_tokens: int, most: int) -> list[StepPlan]:
+    """The trainer's own plans of some steps."""
+    return [
+        plan_step(
+            schedule.pairs_of(step),
+            costs,
+            world_size=ranks,
+            rank_tokens=rank_tokens,
+            step=step,
+            epoch=schedule.epoch_of(step),
+        )
+        for step in sample_steps(schedule, most)
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Weights and gradients that ranks exchange."""
+
+    parameters: int
+    dtype_bytes: int
+    gathered: Gathered
+    zero: ZeroSettings
+
+    def bytes_and_seconds(self, micro_batches: float, cluster: Cluster, given: Assumptions) -> tuple[float, float]:
+        """What one rank receives and sends in a step, and how long that takes.
+
+        With hpZ only the first gather of each weight in a step leaves the node.
+        """
+        ranks, hpz = cluster.ranks, self.zero.hpz_partition_size
+        wide = given.link_efficiency * (given.node_link if cluster.nodes == 1 else min(given.network, given.node_link))
+        near = given.link_efficiency * given.node_link
+        weights = micro_batches * self.gathered.fetched * self.dtype_bytes
+        first = float(self.gathered.fetched - self.gathered.fetched_again) * self.dtype_bytes if hpz > 1 else weights
+        gathers = micro_batches * self.gathered.gathers
+        wide_gathers = self.gathered.gathers / 2 if hpz > 1 else gathers
+        over_all = (ranks - 1) / ranks * (first + micro_batches * self.parameters * self.dtype_bytes)
+        inside = (hpz - 1) / hpz * (weights - first)
+        buckets = micro_batches * max(1.0, self.parameters / self.zero.reduce_bucket_size)
+        hops = (wide_gathers + buckets) * (ranks - 1) + (gathers - wide_gathers) * (hpz - 1)
+        return over_all + inside, over_all / wide + inside / near + hops * given.hop_seconds
+
+
+def offload_seconds(traffic: Traffic, micro_batches: float, cluster: Cluster, given: Assumptions) -> float:
+    """Seconds that offload adds to a step: gradients and weights over the host link, AdamW on the CPU, NVMe both ways.
+
+    Weights that rest on the host travel for every gather, behind computation; they count where they take longer.
+    """
+    zero, own = traffic.zero, traffic.parameters / cluster.ranks
+    seconds = 0.0
+    if zero.offload_optimizer != "none":
+        seconds += own * (4 * micro_batches + traffic.dtype_bytes) / given.host_link
+        seconds += traffic.parameters / cluster.nodes * 28 / given.host_memory_rate
+    if zero.offload_optimizer == "nvme":
+        seconds += traffic.parameters / cluster.nodes * 2 * 12 / given.nvme
+    return seconds
+
+
+def step_cost(
+    plans: Sequence[StepPlan],
+    costs: Costs,
+    traffic: Traffic,
+    cluster: Cluster,
+    given: Assumptions,
+    *,
+    checkpointing: bool,
+) -> StepCost:
+    """Average over some planned steps.
+
+    Ranks wait for each other in every micro-batch, so the heaviest one sets its time.
+    """
+    per_mac = 6 * (4 / 3 if checkpointing else 1) / (given.peak_flops * given.mfu)
+    useful = compute = exposed = 0.0
+    rounds = tokens = empty = pairs = 0
+    for plan in plans:
+        for round_ in plan.micro_batches:
+            work = [float(costs.work[indices].sum()) for indices in round_]
+            compute += max(work) * per_mac
+            useful += sum(work)
+            rounds += 1
+            empty += sum(not len(indices) for indices in round_)
+            tokens += sum(int(costs.tokens[indices].sum()) for indices in round_)
+        pairs += plan.num_pairs
+    steps = len(plans)
+    micro_batches = rounds / steps
+    traffic_bytes, communication = traffic.bytes_and_seconds(micro_batches, cluster, given)
+    hidden_weights = 0.0
+    if traffic.zero.offload_param != "none":
+        per_gather = traffic.gathered.fetched * traffic.dtype_bytes / cluster.ranks
+        hidden_weights = micro_batches * per_gather / given.host_link
+        if traffic.zero.offload_param == "nvme":
+            hidden_weights += micro_batches * per_gather * cluster.gpus_per_node / given.nvme
+    exposed = max(compute / steps, communication, hidden_weights)
+    offload = offload_seconds(traffic, micro_batches, cluster, given)
+    seconds = exposed + offload
+    ranks = cluster.ranks
+    return StepCost(
+        ranks=ranks,
+        micro_batches=micro_batches,
+        pairs_a_rank=pairs / steps / ranks,
+        rank_tokens=tokens / max(1, rounds * ranks - empty),
+        idle=empty / (rounds * ranks),
+        compute_seconds=compute / steps,
+        communication_seconds=communication,
+        offload_seconds=offload,
+        seconds=seconds,
+        traffic=traffic_bytes,
+        mfu=6 * useful / steps / (seconds * ranks * given.peak_flops),
+    )

@@ -1,0 +1,47 @@
+"""Small disks that fill up, for those who may mount one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+
+@dataclass(frozen=True)
+class Disk:
+    """A mounted tmpfs."""
+
+    path: Path
+
+    def resize(self, kilobytes: int) -> None:
+        self._remount(f"size={kilobytes}k")
+
+    def make_read_only(self) -> None:
+        self._remount("ro")
+
+    def fill(self, leave_kilobytes: int = 0) -> None:
+        """Take all room but some, with a file named `filler`."""
+        free = os.statvfs(self.path).f_bavail * os.statvfs(self.path).f_frsize
+        (self.path / "filler").write_bytes(b"\0" * max(0, free - 1024 * leave_kilobytes))
+
+    def _remount(self, option: str) -> None:
+        subprocess.run(["mount", "-o", f"remount,{option}", str(self.path)], check=True)
+
+
+@contextmanager
+def small_disk(path: Path, kilobytes: int) -> Iterator[Disk]:
+    """A disk at `path`; skips the test where none can be mounted."""
+    path.mkdir(parents=True)
+    command = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(path)]
+    mounted = subprocess.run(command, capture_output=True, text=True, check=False)
+    if mounted.returncode != 0:
+        pytest.skip(f"needs a tmpfs, and mount says: {mounted.stderr.strip()}")
+    try:
+        yield Disk(path)
+    finally:
+        subprocess.run(["umount", "--lazy", str(path)], check=True)

@@ -1,0 +1,166 @@
+"""A model on the meta device, against the same model at work."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import COMMON, SERVED
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from dpo_scale.data.layouts import Layout, MicroBatch, PromptCompletions, collate
+from dpo_scale.model.attention import ATTENTION, register
+from dpo_scale.model.log_probs import ChunkedLogProbs, CompletionLogProbs, LogitTransform
+from dpo_scale.operations.memory import CPU, Head, head_memory
+from dpo_scale.operations.memory_trace import build_meta_model, trace
+from dpo_scale.operations.zero_memory import parameters_of
+
+WIDE = {**COMMON, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3}
+
+
+def batch_of(layout: Layout, pairs: int = 6, size: int = 40) -> MicroBatch:
+    ids = np.ones(size, np.int32)
+    return collate([PromptCompletions(ids, (ids, ids[: size // 2])) for _ in range(pairs)], layout, 0)
+
+
+def peak_of_allocator(run: Any) -> int:
+    """Most bytes that torch's CPU allocator gave out at once while something ran, by torch's own profiler."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        run()
+    live = peak = 0
+    for event in profile.profiler.kineto_results.events():  # type: ignore[union-attr]
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    return peak
+
+
+@pytest.mark.parametrize("kind", list(SERVED))
+def test_parameters_are_counted_as_in_the_model_itself(kind: str) -> None:
+    config = AutoConfig.for_model(kind, **{**COMMON, **SERVED[kind]})
+    meta = build_meta_model(config, torch.float32, "sdpa")
+    expected = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
+    assert meta.num_parameters == expected
+    assert sum(p.elements for p in parameters_of(meta.units)) == expected
+    assert len(meta.units) == COMMON["num_hidden_layers"] + 2  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("kernel", ["varlen", "sdpa"])
+@pytest.mark.parametrize("kind", list(SERVED))
+def test_every_served_architecture_is_traced_with_and_without_checkpointing(kind: str, kernel: Any) -> None:
+    config = AutoConfig.for_model(kind, **{**COMMON, **SERVED[kind]})
+    meta = build_meta_model(config, torch.bfloat16, kernel)
+    plain = trace(meta, batch_of("shared"))
+    recomputed = trace(meta, batch_of("shared"), checkpointing=True)
+    frozen = trace(meta, batch_of("shared"), training=False)
+    for number, unit in enumerate(plain.units[1:-1], start=1):
+        assert recomputed.units[number].saved < unit.saved <= unit.forward
+        assert frozen.units[number].saved <= recomputed.units[number].saved
+        assert frozen.units[number].forward < unit.forward
+    assert len(meta.layers) == COMMON["num_hidden_layers"]
+
+
+def test_layers_that_differ_are_traced_apart() -> None:
+    config = AutoConfig.for_model("qwen3_moe", **{**COMMON, **SERVED["qwen3_moe"], "mlp_only_layers": [0]})
+    meta = build_meta_model(config, torch.bfloat16, "varlen")
+    assert meta.kinds == (0, 1)
+    first, second = trace(meta, batch_of("shared")).units[1:-1]
+    assert first != second
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_memory_without_gradients_is_in_proportion_to_tokens(checkpointing: bool) -> None:
+    meta = build_meta_model(AutoConfig.for_model("llama", **WIDE), torch.bfloat16, "varlen")
+    traces = [trace(meta, batch_of("shared", pairs), checkpointing=checkpointing) for pairs in (6, 12, 24)]
+    expected, scaled = traces[2] - traces[1], (traces[1] - traces[0]).of(traces[2].tokens - traces[1].tokens)
+    for wanted, actual in zip(expected.units, scaled.units, strict=True):
+        assert actual.saved == pytest.approx(wanted.saved, rel=0.01)
+        assert actual.forward == pytest.approx(wanted.forward, rel=0.01)
+        assert actual.backward == pytest.approx(wanted.backward, rel=0.01)
+
+
+@pytest.mark.parametrize("layout", ["shared", "packed"])
+def test_what_is_kept_is_what_autograd_saves(layout: Layout) -> None:
+    config = AutoConfig.for_model("llama", **WIDE)
+    batch = batch_of(layout)
+    units = trace(build_meta_model(config, torch.float32, "sdpa"), batch).units
+    expected_saved = sum(unit.saved for unit in units)
+
+    register("sdpa")
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION)
+    given = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
+    saved: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in given:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(note, lambda tensor: tensor):
+        kept = model.model(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            attention_mask=batch.attention_mask,
+            use_cache=False,
+            **({} if batch.segments is None else {"segments": batch.segments}),
+        )
+    assert kept.last_hidden_state.requires_grad
+    # masks and positions, which are small, are the model's inputs to us
+    assert expected_saved == pytest.approx(sum(saved.values()), rel=0.03)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_peak_of_forward_and_backward_is_that_of_torchs_allocator(checkpointing: bool) -> None:
+    config = AutoConfig.for_model("llama", **{**WIDE, "vocab_size": 50})
+    batch = batch_of("shared", pairs=12)
+    units = trace(build_meta_model(config, torch.float32, "sdpa"), batch, checkpointing=checkpointing).units
+    kept, expected = 0, 0
+    for unit in units:
+        expected = max(expected, kept + unit.forward, kept + unit.backward)
+        kept += unit.saved
+
+    register("sdpa")
+    model = CompletionLogProbs(AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION))
+    model.train()
+    model.model.config.use_cache = False  # type: ignore[union-attr]
+    if checkpointing:
+        model.model.gradient_checkpointing_enable(  # type: ignore[operator]
+            gradient_checkpointing_kwargs={"use_reentrant": False}
+        )
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    head = head_memory(Head(len(batch.targets), 64, 50), 4, CPU)
+
+    def run() -> None:
+        model(batch).sum().backward()
+
+    run()  # whatever is made once and kept
+    assert expected + head.saved == pytest.approx(peak_of_allocator(run), rel=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "vocabulary"), [(50, 3000), (3000, 9000)], ids=["one chunk", "many chunks"])
+def test_the_head_takes_what_torchs_allocator_gives_it(dtype: torch.dtype, rows: int, vocabulary: int) -> None:
+    head = Head(rows, 48, vocabulary)
+    memory = head_memory(head, dtype.itemsize, CPU)
+    weight = torch.randn(vocabulary, 48).to(dtype).requires_grad_()
+    source = torch.randn(rows, 48).to(dtype).requires_grad_()
+    targets = torch.zeros(rows, dtype=torch.int64)
+    given = rows * 8 * 2  # targets and predictors are made beforehand
+    loss: list[torch.Tensor] = []
+
+    def forward() -> None:
+        logps = ChunkedLogProbs.apply(source + 0, weight, None, targets, LogitTransform())  # type: ignore[no-untyped-call]
+        loss[:] = [logps]
+
+    def both() -> None:
+        forward()
+        loss.pop().backward(torch.ones(rows))
+
+    assert memory.forward - given == pytest.approx(peak_of_allocator(forward), rel=0.05)
+    loss.clear()
+    assert memory.backward - given == pytest.approx(peak_of_allocator(both), rel=0.05)

@@ -1,0 +1,199 @@
+"""Numbers that are not finite: who is told what, and that a skipped step is no step.
+
+The engine is a fake, because CPUs of today do not train in float16.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fake_engine import on_ranks
+
+from dpo_scale.console import Console
+from dpo_scale.data.layouts import MicroBatch
+from dpo_scale.data.planning import CostModel, Schedule, layout_costs
+from dpo_scale.data.token_pairs import TokenPair, TokenPairs
+from dpo_scale.recipe import Recipe
+from dpo_scale.training.checkpoints import RunState
+from dpo_scale.training.guards import NumericalError, explain_non_finite
+from dpo_scale.training.loop import Run
+from dpo_scale.training.optimizer import learning_rate
+from dpo_scale.training.step import StepOutput
+
+STEPS, PAIRS_A_STEP = 3, 2
+
+
+def make_pairs(count: int) -> TokenPairs:
+    ids = np.arange(3, 9, dtype=np.int32)
+    return TokenPairs.from_pairs(TokenPair(ids[:2], ids[2:4], ids[4:6], f"pairs.jsonl:{i + 1}") for i in range(count))
+
+
+class OneRank:
+    rank, world_size, is_main, device = 0, 1, True, torch.device("cpu")
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        return [value]
+
+    def max(self, values: torch.Tensor) -> torch.Tensor:
+        return values
+
+    sum = max
+
+
+class FakePolicy:
+    """An engine that applies or skips its steps as it is told, and notes what it was asked to do."""
+
+    def __init__(self, applied: Sequence[bool], losses: float = 0.0) -> None:
+        self._applied, self._losses = iter(applied), losses
+        self.param_groups: list[dict[str, Any]] = [{"lr": -1.0}]
+        self.asked: list[tuple[float, int]] = []
+        """Learning rate and completion tokens of each step that the engine saw."""
+        self._tokens = 0
+
+    def __call__(self, batch: MicroBatch) -> torch.Tensor:
+        tokens = int(batch.lengths.sum())
+        self._tokens += tokens
+        return torch.full((tokens,), self._losses, requires_grad=True)
+
+    def backward(self, loss_sum: torch.Tensor, *, global_pairs: int, is_last: bool) -> None: ...
+
+    def step(self) -> bool:
+        self.asked.append((self.param_groups[0]["lr"], self._tokens))
+        self._tokens = 0
+        return next(self._applied)
+
+    def grad_norm(self) -> float:
+        return 1.0
+
+
+def make_run(policy: FakePolicy, dtype: str, monkeypatch: pytest.MonkeyPatch, folder: Path) -> tuple[Run, list[int]]:
+    """A run of three steps of two pairs, and the steps that it commits."""
+    recipe = Recipe.model_validate(
+        {
+            "model": {"path": "base", "dtype": dtype},
+            "data": {"train": "pairs.jsonl"},
+            "batch": {"global_pairs": PAIRS_A_STEP, "rank_tokens": 64},
+            "loss": {"beta": 0.1},
+            "track": {"every_steps": 1},
+            "run": {"output_dir": str(folder)},
+        }
+    )
+    pairs = make_pairs(STEPS * PAIRS_A_STEP)
+    empty = TokenPairs.from_pairs([])
+    nothing: Any = SimpleNamespace(
+        schedule="upfront",
+        is_the_policys_start=False,
+        rows_cached=0,
+        rows_computed=0,
+        logps=lambda rows, indices: np.zeros((len(indices), 2)),
+        moved=lambda doing: None,
+        rest=lambda: None,
+        log=lambda values, step: None,
+    )
+    runtime: Any = SimpleNamespace(ranks=OneRank(), accelerator=nothing)
+    data: Any = SimpleNamespace(train=pairs, evaluate=empty, cost=CostModel(), pad_id=0)
+    run = Run(
+        recipe=recipe,
+        runtime=runtime,
+        console=Console(io.StringIO()),  # type: ignore[arg-type]
+        data=data,
+        reference=nothing,
+        train_rows=nothing,
+        evaluate_rows=nothing,
+        policy=policy,  # type: ignore[arg-type]
+        layout="packed",
+        schedule=Schedule(len(pairs), PAIRS_A_STEP, seed=0, epochs=1),
+        costs=layout_costs(pairs.lengths, "packed", CostModel()),
+        trajectory={},
+        state=RunState(),
+        folder=None,
+        watch=nothing,
+        between_batches=lambda: None,
+    )
+    commits: list[int] = []
+
+    def commit() -> None:
+        commits.append(run.state.step)
+        run.committed_step = run.state.step
+
+    monkeypatch.setattr(run, "commit", commit)
+    return run, commits
+
+
+UNDISTURBED: Any = SimpleNamespace(reason=lambda needed_seconds=0.0: "")
+
+
+def test_steps_that_overflow_float16_are_counted_and_move_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    policy = FakePolicy([False, False, True, True, False, True])
+    run, commits = make_run(policy, "float16", monkeypatch, tmp_path)
+    assert run.train(UNDISTURBED)
+    rates = [learning_rate(step, STEPS, run.recipe.optim) for step in range(STEPS)]
+    assert [rate for rate, _ in policy.asked] == [rates[i] for i in (0, 0, 0, 1, 2, 2)]
+    tokens = PAIRS_A_STEP * 4
+    assert [seen for _, seen in policy.asked] == [tokens] * 6  # each try has the whole step
+    assert run.state.skipped_steps == 3
+    assert (run.state.step, run.state.pairs) == (STEPS, STEPS * PAIRS_A_STEP)
+    assert run.state.completion_tokens == STEPS * tokens
+    assert commits == [STEPS]
+
+
+def test_float16_that_overflows_at_every_scale_stops_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    policy = FakePolicy([True] + [False] * 100)
+    run, commits = make_run(policy, "float16", monkeypatch, tmp_path)
+    with pytest.raises(NumericalError, match="step 2: the gradient overflows float16 at every loss scale"):
+        run.train(UNDISTURBED)
+    assert (run.state.step, commits) == (1, [])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_step_that_the_engine_skips_in_another_precision_stops_the_run(
+    dtype: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run, commits = make_run(FakePolicy([True, False]), dtype, monkeypatch, tmp_path)
+    with pytest.raises(NumericalError, match="step 2: not a finite number") as caught:
+        run.train(UNDISTURBED)
+    assert "every loss is finite; the gradient of the step is not" in str(caught.value)
+    assert (run.state.step, commits) == (1, [])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_a_loss_that_is_no_number_is_not_tried_again(
+    dtype: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    policy = FakePolicy([False], losses=float("nan"))
+    run, commits = make_run(policy, dtype, monkeypatch, tmp_path)
+    with pytest.raises(NumericalError) as caught:
+        run.train(UNDISTURBED)
+    expected = sorted(run.data.train.rows[int(index)] for index in run.schedule.pairs_of(0))
+    first, rank = str(caught.value).splitlines()[:2]
+    assert first.startswith("step 1: not a finite number")
+    assert sorted(rank.removeprefix("  rank 0: ").split(", ")) == expected
+    assert "The last checkpoint is untouched" in str(caught.value)
+    assert (len(policy.asked), commits) == (1, [])
+
+
+def test_the_rank_and_the_rows_of_its_micro_batch_are_named_on_every_rank() -> None:
+    pairs = make_pairs(8)
+    batches: Any = [SimpleNamespace(pairs=np.array([2, 5])), SimpleNamespace(pairs=np.array([1, 3]))]
+
+    def attempt(ranks: Any) -> None:
+        second = torch.tensor(float("inf")) if ranks.rank == 1 else torch.tensor(0.7)
+        output = StepOutput(True, float("nan"), (torch.tensor(0.6), second), torch.zeros(1))
+        explain_non_finite(7, batches, output, pairs, ranks, may_rescale=False)
+
+    errors = on_ranks(2, attempt)
+    assert all(isinstance(error, NumericalError) for error in errors)
+    assert str(errors[0]) == str(errors[1])
+    assert str(errors[0]).splitlines()[:2] == [
+        "step 7: not a finite number (gradient norm nan)",
+        "  rank 1: pairs.jsonl:2, pairs.jsonl:4",
+    ]

@@ -1,0 +1,92 @@
+"""Any folder that a run left can be read, and what cannot is said."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from made_up_runs import BEGAN, SECONDS_A_STEP, event, held_out_line, lines_of_a_run, make_run
+
+from dpo_scale.errors import UserError
+from dpo_scale.operations.run_records import column, read_run
+
+
+def test_a_finished_run_is_read_whole(tmp_path: Path) -> None:
+    run = read_run(make_run(tmp_path / "run", lines_of_a_run(200)))
+    assert run.unreadable == ()
+    assert len(run.training) == 200
+    assert [line["step"] for line in run.held_out] == [0, 50, 100, 150, 200]
+    assert run.outcome == "finished"
+    assert [(attempt.step, attempt.last_step, attempt.outcome) for attempt in run.attempts] == [
+        (0, 100, "stopped"),
+        (100, 150, "stopped"),
+        (150, 200, "finished"),
+    ]
+    assert run.attempts[1].ended - run.attempts[1].began == 50 * SECONDS_A_STEP
+    assert run.skips == [(67, 2)]
+
+
+def test_a_torn_last_line_costs_that_line_and_is_told(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", lines_of_a_run(20)[:-1])
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": 21, "loss": 0.6')
+    run = read_run(folder)
+    assert run.last_step == 20
+    assert "1 of" in run.unreadable[0]
+    assert "cut off" in run.unreadable[0]
+    assert run.outcome == "unfinished"
+
+
+@pytest.mark.parametrize("line", ["", "[1, 2]", '"text"', "{}", '{"step": "7"}', '{"step": NaN}', "\x00\x00"])
+def test_lines_of_another_form_are_counted_and_passed_over(tmp_path: Path, line: str) -> None:
+    folder = make_run(tmp_path / "run", [])
+    text = json.dumps(lines_of_a_run(8)[2])
+    (folder / "metrics.jsonl").write_text(f"{text}\n{line}\n{text}\n")
+    run = read_run(folder)
+    assert len(run.training) == 2
+    assert run.unreadable == ("metrics.jsonl: 1 of 3 lines cannot be read",)
+
+
+def test_missing_keys_and_values_that_are_no_numbers_are_nan() -> None:
+    lines: list[dict[str, Any]] = [{"loss": 1}, {}, {"loss": None}, {"loss": "x"}, {"loss": True}, {"loss": math.inf}]
+    actual = column(lines, "loss")
+    assert actual[0] == 1
+    assert all(map(math.isnan, actual[1:5]))
+    assert actual[5] == math.inf
+
+
+def test_an_empty_run_is_a_run(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", [])
+    for name in ("environment.json", "data_report.json"):
+        (folder / name).unlink()
+    (folder / "recipe.yaml").write_text("model: [")
+    run = read_run(folder)
+    assert (run.last_step, run.outcome, run.attempts, run.recipe) == (0, "unfinished", (), {})
+    assert run.unreadable == (
+        "metrics.jsonl: empty",
+        "recipe.yaml: damaged",
+        "environment.json: No such file or directory",
+        "data_report.json: No such file or directory",
+    )
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no run here"):
+        read_run(tmp_path)
+
+
+@pytest.mark.parametrize("state", ["failed", "running"])
+def test_a_run_without_an_end_has_the_state_that_it_noted(tmp_path: Path, state: str) -> None:
+    lines = [event("start", 0, resumes=0, world_size=2, host="n"), *lines_of_a_run(8)[2:4]]
+    run = read_run(make_run(tmp_path / "run", lines, status={"state": state, "reason": "disk full"}))
+    assert run.outcome == state
+
+
+def test_what_evaluate_adds_after_the_end_belongs_to_no_attempt(tmp_path: Path) -> None:
+    lines = [*lines_of_a_run(40), held_out_line(40, time=BEGAN + 1e6, **{"eval/loss": 0.123})]
+    run = read_run(make_run(tmp_path / "run", lines))
+    assert run.attempts[-1].ended == BEGAN + 40 * SECONDS_A_STEP
+    assert run.held_out[-1]["eval/loss"] != 0.123  # the run's own pass of that step stays

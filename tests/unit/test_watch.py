@@ -1,0 +1,112 @@
+"""A rank ends when another died or when nothing moves, and says why before it does."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dpo_scale.watch import died
+
+RANK = """
+import os, sys, time
+from pathlib import Path
+from dpo_scale import watch
+from dpo_scale.watch import Watch
+
+def say(message, *, cause):
+    print("CAUSE" if cause else "ACCOUNT", message, flush=True)
+
+def wait_for_a_collective_that_never_ends():
+    time.sleep(60)
+
+watch.GRACE_SECONDS = 0.5
+mine = Watch(Path(sys.argv[1]), int(sys.argv[2]), say)
+print("signed on", flush=True)
+what = sys.argv[3]
+if what == "ends well":
+    mine.close()
+    os._exit(0)
+mine.expect(0.5)
+if what != "waits":
+    mine.moved("step 7")
+if what == "rests":
+    mine.rest()
+if what == "moves again":
+    time.sleep(1.0)
+    mine.moved("step 8")
+    mine.close()
+    os._exit(0)
+wait_for_a_collective_that_never_ends()
+"""
+
+
+def start(folder: Path, rank: int, what: str) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", RANK, str(folder), str(rank), what],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "signed on\n"
+    return process
+
+
+@pytest.fixture
+def waiting(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """Rank 0, which waits."""
+    process = start(tmp_path, 0, "waits")
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_rank_ends_after_another_was_killed_and_names_it(tmp_path: Path, waiting: subprocess.Popen[str]) -> None:
+    other = start(tmp_path, 1, "waits")
+    other.send_signal(signal.SIGKILL)
+    other.wait()  # as the launcher does
+    output, stacks = waiting.communicate(timeout=20)
+    assert waiting.returncode == 1
+    assert output == f"CAUSE {died({1: other.pid})}\n"
+    assert f"rank 1 (process {other.pid}) died without a word" in output
+    assert "wait_for_a_collective_that_never_ends" in stacks
+
+
+def test_a_rank_that_ends_well_takes_nobody_along(tmp_path: Path, waiting: subprocess.Popen[str]) -> None:
+    other = start(tmp_path, 1, "ends well")
+    assert other.wait(timeout=20) == 0
+    time.sleep(2.0)
+    assert waiting.poll() is None
+
+
+def test_a_rank_that_does_not_move_shows_where_it_is_and_ends(tmp_path: Path) -> None:
+    process = start(tmp_path, 0, "stalls")
+    output, stacks = process.communicate(timeout=20)
+    assert process.returncode == 1
+    account, cause = output.split("CAUSE ")
+    assert account.startswith("ACCOUNT rank 0: nothing has moved for 0.0")
+    assert "since: step 7" in account
+    assert "in wait_for_a_collective_that_never_ends" in account
+    assert cause.startswith("stalled since: step 7")
+    assert "Thread 0x" in stacks or "Current thread" in stacks
+
+
+def test_a_rank_that_moves_again_in_time_goes_on(tmp_path: Path) -> None:
+    process = start(tmp_path, 0, "moves again")
+    output, _ = process.communicate(timeout=20)
+    assert process.returncode == 0
+    assert "CAUSE" not in output
+
+
+def test_no_progress_is_expected_of_a_rank_that_rests(tmp_path: Path) -> None:
+    process = start(tmp_path, 0, "rests")
+    time.sleep(2.0)
+    assert process.poll() is None
+    process.kill()
+    assert process.communicate()[0] == ""

@@ -1,0 +1,170 @@
+"""Sizes under ZeRO-3, against sums that are done another way."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dpo_scale.distributed.parameter_slices import SliceAddress
+from dpo_scale.operations.zero_memory import (
+    Parameter,
+    Unit,
+    ZeroSettings,
+    gathered,
+    gradient_bytes,
+    largest_sub_group,
+    optimizer_step_bytes,
+    parameters_of,
+    pinned,
+    shard_elements,
+    states,
+)
+
+sizes = st.lists(st.integers(1, 3000), min_size=1, max_size=6)
+models = st.lists(st.lists(sizes, min_size=1, max_size=4), min_size=1, max_size=5)
+NOTHING_KEPT = ZeroSettings(
+    reduce_bucket_size=1, prefetch_bucket_size=0, param_persistence_threshold=0, max_reuse_distance=0
+)
+
+
+def units_of(model: list[list[list[int]]]) -> list[Unit]:
+    """Units of modules of parameter sizes, no weight tied."""
+    keys = iter(range(10**6))
+    return [
+        Unit(str(n), tuple(tuple(Parameter(next(keys), size) for size in module) for module in unit), recomputes=True)
+        for n, unit in enumerate(model)
+    ]
+
+
+@given(models, st.integers(1, 9))
+def test_the_ranks_shards_are_the_slices_that_checkpoints_hold(model: list[list[list[int]]], ranks: int) -> None:
+    parameters = parameters_of(units_of(model))
+    slices = [SliceAddress.of_rank("w", (p.elements,), 0, ranks) for p in parameters]
+    assert shard_elements(parameters, ranks) == sum(address.stop - address.start for address in slices)
+    assert shard_elements(parameters, 1) == sum(p.elements for p in parameters)
+
+
+@given(models)
+def test_without_reuse_and_prefetch_one_module_is_whole_at_a_time(model: list[list[list[int]]]) -> None:
+    units = units_of(model)
+    total = sum(p.elements for p in parameters_of(units))
+    whole = gathered(units, NOTHING_KEPT, recompute=False, copies=0)
+    expected_peaks = tuple(max(sum(module) for module in unit) for unit in model)
+    # the last module of the forward is the first of the backward: its parameters are still there
+    assert whole.forward == expected_peaks
+    assert whole.backward == expected_peaks
+    assert whole.fetched == 2 * total
+    assert whole.fetched_again == total
+    assert whole.gathers == 2 * sum(len(unit) for unit in model)
+
+
+@given(models)
+def test_a_model_within_the_reuse_distance_is_gathered_once(model: list[list[list[int]]]) -> None:
+    units = units_of(model)
+    total = sum(p.elements for p in parameters_of(units))
+    keep = replace(NOTHING_KEPT, max_reuse_distance=10**9)
+    whole = gathered(units, keep, recompute=False, copies=0)
+    assert whole.fetched == total
+    assert whole.fetched_again == 0
+    assert max(whole.forward) == total
+
+
+@given(models, st.integers(0, 10**4), st.integers(0, 10**4), st.booleans())
+def test_no_more_is_gathered_than_there_is(
+    model: list[list[list[int]]], reuse: int, prefetch: int, recompute: bool
+) -> None:
+    units = units_of(model)
+    total = sum(p.elements for p in parameters_of(units))
+    zero = replace(NOTHING_KEPT, max_reuse_distance=reuse, prefetch_bucket_size=prefetch)
+    whole = gathered(units, zero, recompute=recompute, copies=0)
+    largest = max(sum(module) for unit in model for module in unit)
+    assert largest <= max(whole.forward) <= total
+    assert largest <= max(whole.backward) <= total
+    assert whole.fetched - whole.fetched_again == total
+
+
+def test_small_parameters_stay_whole_and_are_not_gathered() -> None:
+    units = units_of([[[100, 5]], [[50]]])
+    zero = replace(NOTHING_KEPT, param_persistence_threshold=50)
+    assert gathered(units, zero, recompute=False, copies=0).fetched == 2 * 100
+    assert states(parameters_of(units), zero, 4, 2, cpu=False).device["small weights, kept whole"] == 2 * 55
+
+
+def test_a_tied_weight_is_one_parameter_whose_gradient_waits_for_its_last_use() -> None:
+    shared = Parameter(0, 1000)
+    units = [Unit("embedding", ((shared,),)), Unit("layer", ((Parameter(1, 10),),)), Unit("head", ((shared,),))]
+    assert sum(p.elements for p in parameters_of(units)) == 1010
+    gradients = gradient_bytes(units, replace(NOTHING_KEPT, reduce_bucket_size=100), 2, 2)
+    assert gradients[1] == 2 * 1000  # the head's, while the layer runs, whose own is in the bucket
+    untied = [units[0], units[1], Unit("head", ((Parameter(2, 1000),),))]
+    # a large one waits on its own until the next arrives, and is then reduced to fp32 halves
+    assert gradient_bytes(untied, replace(NOTHING_KEPT, reduce_bucket_size=100), 2, 2)[1] == 2 * (1000 + 10) + 4 * 500
+
+
+def test_states_are_sixteen_bytes_in_fp32_and_eighteen_in_bf16() -> None:
+    parameters = [Parameter(0, 4000), Parameter(1, 96)]
+    zero = replace(NOTHING_KEPT, reduce_bucket_size=0)
+    for dtype_bytes, expected in ((2, 18), (4, 16)):
+        held = states(parameters, zero, 4, dtype_bytes, cpu=False)
+        assert sum(held.device.values()) == expected * 4096 // 4
+        assert not held.host
+        assert not held.nvme
+
+
+def test_offload_moves_states_and_doubles_the_gradients() -> None:
+    parameters = [Parameter(0, 4096)]
+    zero = replace(NOTHING_KEPT, reduce_bucket_size=0, offload_optimizer="cpu", offload_param="cpu")
+    held = states(parameters, zero, 4, 2, cpu=False)
+    assert sum(held.device.values()) == 0
+    assert sum(held.host.values()) == (2 + 4 + 8 + 4 + 4) * 1024
+    only_optimizer = states(parameters, replace(zero, offload_param="none"), 4, 2, cpu=False)
+    assert only_optimizer.device["weights"] == 2 * 1024
+    on_disk = states(parameters, replace(zero, offload_optimizer="nvme", offload_param="nvme"), 4, 2, cpu=False)
+    assert sum(on_disk.nvme.values()) == (2 + 4 + 8 + 4) * 1024
+    assert optimizer_step_bytes(parameters, zero, 4) == 0
+
+
+def test_hpz_holds_a_second_copy_of_the_weights_within_the_node() -> None:
+    held = states([Parameter(0, 4096)], replace(NOTHING_KEPT, hpz_partition_size=8), 64, 2, cpu=False)
+    assert held.device["second copy within the node"] == 2 * 4096 // 8
+
+
+@given(sizes, st.integers(1, 4), st.integers(1, 5000))
+def test_a_sub_group_ends_with_the_parameter_that_fills_it(elements: list[int], ranks: int, size: int) -> None:
+    parameters = [Parameter(n, count) for n, count in enumerate(elements)]
+    largest = largest_sub_group(parameters, ranks, size)
+    own = [-(-count // ranks) for count in elements]
+    assert max(own) <= largest <= sum(own)
+    assert largest < size + max(own)
+
+
+@given(st.integers(0, 2**40))
+@settings(max_examples=50)
+def test_pinned_memory_comes_in_powers_of_two(size: int) -> None:
+    taken = pinned(size)
+    assert size <= taken < max(2, 2 * size)
+    assert taken & (taken - 1) == 0
+
+
+def test_a_deepspeed_json_is_read_with_deepspeeds_own_defaults() -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    defaults, ours = DeepSpeedZeroConfig(), ZeroSettings.of_config({"zero_optimization": {"stage": 3}})
+    for name in ("reduce_bucket_size", "sub_group_size", "prefetch_bucket_size", "param_persistence_threshold"):
+        assert getattr(ours, name) == getattr(defaults, name), name
+    for name in ("max_live_parameters", "max_reuse_distance"):
+        assert getattr(ours, name) == getattr(defaults, name), name
+    assert ours.hpz_partition_size == defaults.zero_hpz_partition_size
+    read = ZeroSettings.of_config(
+        {
+            "zero_optimization": {
+                "stage3_prefetch_bucket_size": 5e7,
+                "reduce_bucket_size": "auto",
+                "offload_optimizer": {"device": "cpu", "pin_memory": False},
+            }
+        }
+    )
+    assert (read.prefetch_bucket_size, read.reduce_bucket_size) == (50_000_000, ours.reduce_bucket_size)
+    assert (read.offload_optimizer, read.offload_param, read.pin_optimizer) == ("cpu", "none", False)
