@@ -46,6 +46,8 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser("check", help="recipe, data, tokenizer and paths, without loading weights")
     check.add_argument("recipe", type=Path)
     check.add_argument("overrides", nargs="*", metavar="section.field=value")
+    check.add_argument("--rows", type=_count, help="read only this many rows of each source (default: all)")
+    check.add_argument("--config_file", help="as given to accelerate launch; default: what it would take by itself")
     check.set_defaults(run=_check)
 
     _add_plan_command(commands.add_parser("plan", help="memory, steps and hours of a run, before anything is booked"))
@@ -155,7 +157,7 @@ def _demo(options: argparse.Namespace) -> int:
 def _check(options: argparse.Namespace) -> int:
     from dpo_scale.operations.check import check
 
-    check(load_recipe(options.recipe, options.overrides))
+    check(load_recipe(options.recipe, options.overrides), options.rows, options.config_file)
     return 0
 
 

@@ -1,44 +1,144 @@
-"""`dpo-scale check`: everything that can be wrong before weights are loaded."""
+"""`dpo-scale check`: all that can be wrong before weights are loaded, at once where that is possible."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from dpo_scale.console import Console
-from dpo_scale.data.planning import Schedule, check_budget, layout_costs
+from dpo_scale.data.planning import check_budget, layout_costs
 from dpo_scale.data.samples import sample_pairs, show
 from dpo_scale.distributed.lockstep import OneProcess
-from dpo_scale.inputs import prepare_data
+from dpo_scale.distributed.zero_config import read_policy_config
+from dpo_scale.errors import UserError
+from dpo_scale.inputs import Data, prepare_data
 from dpo_scale.model.loading import load_config, resolve_folder
-from dpo_scale.recipe import Recipe
+from dpo_scale.operations.findings import LaunchFile
+from dpo_scale.operations.fit import GIB
+from dpo_scale.operations.machine import launch_file
+from dpo_scale.operations.plan import Plan, make_plan
+from dpo_scale.operations.plan_report import verdict
+from dpo_scale.operations.scaling import Assumptions, Cluster
+from dpo_scale.recipe import DataSource, Recipe
 from dpo_scale.reference.fingerprint import weight_files
 
+PAIRS_SHOWN = 3
+GPU_GIB, HOST_GIB = 80, 1024
+"""Of the cluster that the summary plans for."""
 
-def check(recipe: Recipe) -> None:
-    """Read the data, the tokenizer and both models' configurations, and say what a run would do.
 
-    Raises UserError for the first stage that finds mistakes, listing all that it finds.
+def check(recipe: Recipe, rows: int | None = None, config_file: str | None = None) -> None:
+    """Read all but the weights, show pairs as they will be trained on, and say what a run would do.
+
+    Args:
+        rows: read only this many rows of each source, drawn as `data.rows` draws them; None reads all.
+        config_file: accelerate configuration; None means the one that accelerate would take.
+
+    Raises UserError with every mistake that was found.
     """
-    console = Console()
-    data = prepare_data(recipe, OneProcess(), console)
-    console.show(show(sample_pairs(data.train, data.tokenizer, seed=recipe.run.seed)))
-    weight_files(data.model_folder)
-    reference = resolve_folder(recipe.reference_path, recipe.reference_revision, "reference.path")
-    load_config(reference, trust_remote_code=recipe.model.trust_remote_code, setting="reference.path")
-    weight_files(reference)
+    console, mistakes = Console(), _Mistakes()
+    with mistakes.noted():
+        _check_weights(recipe.model.path, recipe.model.revision, "model.path", recipe)
+    if recipe.reference.path:
+        with mistakes.noted():
+            _check_weights(recipe.reference.path, recipe.reference.revision, "reference.path", recipe)
+    launches = _launch_files(config_file)
+    for launch in launches:
+        with mistakes.noted():
+            _check_launch_file(launch)
+    if rows is not None:
+        recipe = _fewer_rows(recipe, rows)
+        console.say(f"Read are {rows:,} rows of each source: counts and steps below are theirs")
+    with mistakes.noted():
+        data = prepare_data(recipe, OneProcess(), console, weights=False)
+        _check_budgets(recipe, data)
+        console.show(show(sample_pairs(data.train, data.tokenizer, seed=recipe.run.seed, count=PAIRS_SHOWN)))
+        console.say(_summary(_plan(recipe, launches[0], console), launches[0]))
+    mistakes.raise_all()
+    console.say("Nothing is wrong with this recipe")
+
+
+class _Mistakes:
+    """Errors of a user, collected."""
+
+    def __init__(self) -> None:
+        self._found: list[str] = []
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Inside, a mistake ends this part of the check only."""
+        try:
+            yield
+        except UserError as error:
+            self._found += [str(error)] * (str(error) not in self._found)
+
+    def raise_all(self) -> None:
+        if len(self._found) == 1:
+            raise UserError(self._found[0])
+        if self._found:
+            count = len(self._found)
+            raise UserError(
+                f"{count} parts of this recipe are wrong\n" + "\n".join(f"- {line}" for line in self._found)
+            )
+
+
+def _check_weights(path: str, revision: str | None, setting: str, recipe: Recipe) -> None:
+    folder = resolve_folder(path, revision, setting, weights=False)
+    load_config(folder, trust_remote_code=recipe.model.trust_remote_code, setting=setting)
+    if Path(path).is_dir():  # those of a hub model are fetched when the run starts
+        weight_files(folder)
+
+
+def _launch_files(config_file: str | None) -> list[LaunchFile]:
+    """The configuration in force, then the others of this folder's launch/."""
+    import torch
+
+    named = [config_file, *sorted(str(path) for path in Path("launch").glob("*.yaml"))]
+    files = [launch_file(name, on_gpu=torch.cuda.is_available()) for name in named]
+    return list({Path(file.path).resolve(): file for file in reversed(files)}.values())[::-1]
+
+
+def _check_launch_file(launch: LaunchFile) -> None:
+    if launch.problems:
+        raise UserError("\n".join(launch.problems))
+    try:
+        read_policy_config(Path(launch.deepspeed_path))
+    except UserError as error:
+        raise UserError(f"{error} ({launch.path} names this file)") from error
+
+
+def _fewer_rows(recipe: Recipe, rows: int) -> Recipe:
+    def drawn(sources: list[DataSource]) -> list[DataSource]:
+        return [
+            source.model_copy(update={"rows": min(rows, source.rows or rows), "weight": None}) for source in sources
+        ]
+
+    data = recipe.data.model_copy(update={"train": drawn(recipe.data.train), "evaluate": drawn(recipe.data.evaluate)})
+    return recipe.model_copy(update={"data": data})
+
+
+def _check_budgets(recipe: Recipe, data: Data) -> None:
     layout = "shared" if recipe.batch.layout == "auto" else recipe.batch.layout
     for pairs in (data.train, data.evaluate):
         costs = layout_costs(pairs.lengths, layout, data.cost)
         check_budget(costs, recipe.batch.rank_tokens, pairs.rows, "batch.rank_tokens")
-    schedule = Schedule(
-        len(data.train),
-        recipe.batch.global_pairs,
-        recipe.run.seed,
-        recipe.run.epochs,
-        recipe.run.max_steps,
+
+
+def _plan(recipe: Recipe, launch: LaunchFile, console: Console) -> Plan:
+    machines = launch.settings.get("num_machines") or 1
+    processes = launch.settings.get("num_processes") or machines
+    cluster = Cluster(machines, max(1, processes // machines), GPU_GIB * GIB, HOST_GIB * GIB)
+    deepspeed = Path(launch.deepspeed_path) if launch.deepspeed_path else None
+    return make_plan(recipe, cluster, Assumptions(), deepspeed, None, Console(is_main=False))
+
+
+def _summary(plan: Plan, launch: LaunchFile) -> str:
+    workload, step = plan.workload, plan.step
+    schedule = workload.schedule
+    return (
+        f"{workload.meta.num_parameters:,} parameters; {schedule.num_steps:,} steps of {schedule.global_pairs} pairs, "
+        f"{step.micro_batches:.1f} micro-batches each on the {step.ranks} ranks of {launch.path}; results go to "
+        f"{Path(workload.recipe.run.output_dir)}\n"
+        f"{verdict(plan)}\n(GPUs of {GPU_GIB} GiB, nodes of {HOST_GIB:,} GiB; dpo-scale plan plans for others)"
     )
-    console.say(
-        f"{len(data.train):,} training pairs, {len(data.evaluate):,} held out, {schedule.num_steps:,} steps of "
-        f"{recipe.batch.global_pairs} pairs; results go to {Path(recipe.run.output_dir)}"
-    )
-    console.say("Nothing is wrong with this recipe")

@@ -37,7 +37,7 @@ COMMAND_SECONDS = 20
 def gather_facts(recipe: Recipe | None, config_file: str | None, nodes: int) -> Facts:
     """Look at this machine, as a run of the recipe would find it; with no recipe, as a run of the defaults would."""
     gpus = tuple(_gpus())
-    launch = _launch_file(config_file, on_gpu=bool(gpus))
+    launch = launch_file(config_file, on_gpu=bool(gpus))
     policy: dict[str, Any] = {}
     try:
         policy = read_policy_config(Path(launch.deepspeed_path)) if launch.deepspeed_path else {}
@@ -130,7 +130,7 @@ def _has_header(name: str) -> bool:
     return done.returncode == 0
 
 
-def _launch_file(named: str | None, *, on_gpu: bool) -> LaunchFile:
+def launch_file(named: str | None, *, on_gpu: bool) -> LaunchFile:
     """The accelerate configuration that was named, else the user's default, else the shipped one for this machine."""
     path = named or default_launch_file() or str(shipped_file(f"launch/zero3{'' if on_gpu else '_cpu'}.yaml"))
     try:

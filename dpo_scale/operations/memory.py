@@ -44,6 +44,12 @@ class Activations:
         scaled = (UnitMemory(int(u.saved * share), int(u.forward * share), int(u.backward * share)) for u in self.units)
         return Activations(tokens, tuple(scaled))
 
+    def __sub__(self, smaller: Activations) -> Activations:
+        """What the tokens cost that another micro-batch has less: without what does not depend on their number."""
+        pairs = zip(self.units, smaller.units, strict=True)
+        units = (UnitMemory(a.saved - b.saved, a.forward - b.forward, a.backward - b.backward) for a, b in pairs)
+        return Activations(self.tokens - smaller.tokens, tuple(units))
+
 
 @dataclass(frozen=True, slots=True)
 class Head:

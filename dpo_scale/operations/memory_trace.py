@@ -295,21 +295,21 @@ class _SavedByAttention(torch.autograd.Function):
 def micro_batch_shape(
     meta: MetaModel, lengths: Lengths, layout: Layout, longest: tuple[int, int], *, checkpointing: bool, training: bool
 ) -> MicroBatchShape:
-    """The memory-relevant shape of a micro-batch of pairs.
+    """What the memory of a micro-batch depends on.
+
+    Its activations are the difference between twice its pairs and once: what remains are whole gradients, which are
+    ZeRO's.
 
     Args:
         lengths: int64 [pairs, 3], tokens of prompt, chosen and rejected.
         longest: of the start-up check, see `memory.layout_check_bytes`.
     """
-    groups = [
+    once = [
         PromptCompletions(np.zeros(prompt, np.int32), (np.zeros(chosen, np.int32), np.zeros(rejected, np.int32)))
         for prompt, chosen, rejected in lengths.tolist()
     ]
-    batch = collate(groups, layout, pad_id=0)
+    batch, twice = collate(once, layout, pad_id=0), collate(once * 2, layout, pad_id=0)
     head: Any = meta.model.get_output_embeddings()  # type: ignore[operator]
     vocabulary, hidden = head.weight.shape
-    return MicroBatchShape(
-        activations=trace(meta, batch, checkpointing=checkpointing, training=training),
-        head=Head(batch.targets.numel(), hidden, vocabulary),
-        longest=longest,
-    )
+    small, large = (trace(meta, b, checkpointing=checkpointing, training=training) for b in (batch, twice))
+    return MicroBatchShape(large - small, Head(batch.targets.numel(), hidden, vocabulary), longest)

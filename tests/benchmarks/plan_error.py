@@ -30,7 +30,7 @@ from dpo_scale.data.layouts import Layout
 from dpo_scale.distributed.zero_config import read_policy_config
 from dpo_scale.operations.memory import CPU, GPU, training_moments
 from dpo_scale.operations.memory_trace import build_meta_model, micro_batch_shape
-from dpo_scale.operations.zero_memory import ZeroSettings
+from dpo_scale.operations.zero_memory import MOMENTS_BYTES, ZeroSettings, parameters_of, shard_elements
 from dpo_scale.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,9 +55,9 @@ class Shape:
 
 
 SHAPES = {
-    "deep": Shape(512, 6, 8000, 8, 8),
-    "deep, checkpointed": Shape(512, 6, 8000, 8, 8, checkpointing=True),
-    "wide head": Shape(384, 2, 32000, 6, 6),
+    "deep": Shape(512, 8, 8000, 8, 8),
+    "deep, checkpointed": Shape(512, 8, 8000, 8, 8, checkpointing=True),
+    "wide head": Shape(512, 2, 32000, 8, 8),
     "wide head, tied": Shape(512, 2, 48000, 8, 8, tied=True),
     "grouped queries, packed": Shape(640, 4, 8000, 10, 2, layout="packed"),
 }
@@ -101,7 +101,7 @@ def compare(name: str, shape: Shape, folder: Path, options: argparse.Namespace) 
     return {
         "shape": name,
         "parameters": parameters / 1e6,
-        "tokens": int(tokens.sum()),
+        "tokens": int(tokens[1:].sum()),
         "predicted_mib": top,
         "measured_mib": seen,
         "ratio": top / seen,
@@ -164,11 +164,12 @@ def predict(
         device=CPU if on_cpu else GPU,
     )
     check, *steps = moments
+    # AdamW's moments are made by the first step
+    moments_of_adam = shard_elements(parameters_of(meta.units), options.processes) * MOMENTS_BYTES
     worst = max(steps, key=lambda moment: moment.total)
     loading = sum(p.numel() for p in meta.model.parameters()) * DTYPE_BYTES[options.dtype]
-    console.print(worst)
     return (
-        {"loading": loading / MIB, "layout check": check.total / MIB, "steps": worst.total / MIB},
+        {"loading": loading / MIB, "layout check": (check.total - moments_of_adam) / MIB, "steps": worst.total / MIB},
         worst.name,
         meta.num_parameters,
     )
@@ -202,10 +203,13 @@ def measure(recipe: Path, deepspeed: Path, processes: int, device: str, folder: 
 
 def worker(recipe_path: str, results: Path) -> None:
     """One rank: the trainer's own stage, with notes of its memory between phases."""
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
     from dpo_scale import stages
     from dpo_scale.console import Console
     from dpo_scale.distributed.engines import PolicyEngine
     from dpo_scale.training import loop
+    from dpo_scale.watch import Watch
 
     noted: dict[str, Any] = {"peaks": dict.fromkeys(PHASES, 0.0)}
     plain_load, plain_check, plain_step = loop.load_model, loop.check_layout, loop.run_step
@@ -214,10 +218,10 @@ def worker(recipe_path: str, results: Path) -> None:
         noted["peaks"][phase] = max(noted["peaks"][phase], peak_memory_mib())
         reset_peak_memory()
 
-    def load(*args: Any) -> Any:
+    def load(*args: Any, **kwargs: Any) -> Any:
         reset_peak_memory()
         noted["baseline"] = memory_mib()
-        return plain_load(*args)
+        return plain_load(*args, **kwargs)
 
     class Noted(PolicyEngine):
         def __init__(self, *args: Any) -> None:
@@ -240,17 +244,26 @@ def worker(recipe_path: str, results: Path) -> None:
                 noted["pairs"] = item.pairs.tolist()
         return output
 
+    plain_fetch = PartitionedParameterCoordinator.fetch_sub_module
+    counter = "_PartitionedParameterCoordinator__n_available_params"
+
+    def fetch(coordinator: Any, *args: Any, **kwargs: Any) -> None:
+        plain_fetch(coordinator, *args, **kwargs)
+        noted["gathered"] = max(noted.get("gathered", 0), getattr(coordinator, counter))
+
+    PartitionedParameterCoordinator.fetch_sub_module = fetch
     loop.load_model, loop.check_layout, loop.run_step = load, check, step
     loop.PolicyEngine = Noted  # type: ignore[misc]
     loop.Run.commit = lambda run: None  # type: ignore[method-assign]
-    loop.Run.export = lambda run: lengths_of(run)  # type: ignore[method-assign]
 
     def lengths_of(run: Any) -> None:
         lengths = run.data.train.lengths[noted["pairs"]].tolist()
         noted["micro_batch"] = [noted["longest"], *lengths]
+        results.write_text(json.dumps(noted))
 
-    stages.train(load_recipe(recipe_path), Console(is_main=False))
-    results.write_text(json.dumps(noted))
+    loop.Run.export = lengths_of  # type: ignore[method-assign]
+    watch = Watch(None, int(os.environ["RANK"]), lambda message, *, cause: print(message))
+    stages.train(load_recipe(recipe_path), Console(is_main=False), watch)
     os._exit(0)
 
 
