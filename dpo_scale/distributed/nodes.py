@@ -63,6 +63,14 @@ class Nodes:
         self.store.set(f"{name}/{self.rank}", json.dumps(value))
         return [json.loads(self._get(f"{name}/{rank}")) for rank in range(self.count)]
 
+    def part(self) -> None:
+        """The last call: the first node, which keeps the store, stays until the others need nothing more of it."""
+        if self.rank != 0:
+            self.store.set(f"parted/{self.rank}", "")
+            return
+        for rank in range(1, self.count):
+            self._get(f"parted/{rank}")
+
     def clock_offset(self) -> tuple[float, float]:
         """(seconds that this node's clock is ahead of the first one's, how far off that may be).
 

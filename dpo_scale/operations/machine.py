@@ -46,7 +46,7 @@ def gather_facts(recipe: Recipe | None, config_file: str | None, nodes: int) -> 
     offload = recipe.reference.offload if recipe else "cpu"
     driver = _lines("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return Facts(
-        host=socket.gethostname(),
+        host=os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
         python=sys.version_info[:2],
         packages=dict(_packages()),
         torch_cuda=torch.version.cuda or "",

@@ -112,6 +112,21 @@ def on_two_nodes(work: Callable[[Nodes], Any]) -> list[Any]:
         return list(pool.map(run, range(2)))
 
 
+def test_the_first_node_leaves_last() -> None:
+    left: list[int] = []
+
+    def work(nodes: Nodes) -> None:
+        if nodes.rank == 1:
+            time.sleep(0.5)
+            left.append(1)
+        nodes.part()
+        if nodes.rank == 0:
+            left.append(0)
+
+    on_two_nodes(work)
+    assert left == [1, 0]
+
+
 def test_nodes_gather_what_each_knows() -> None:
     assert on_two_nodes(lambda nodes: nodes.gather("host", {"rank": nodes.rank})) == [[{"rank": 0}, {"rank": 1}]] * 2
 
