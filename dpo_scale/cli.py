@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,14 +43,51 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("overrides", nargs="*", metavar="section.field=value")
     check.set_defaults(run=_check)
 
+    _add_status_command(commands)
+    doctor = commands.add_parser(
+        "doctor",
+        help="what this machine has, and what is missing; under srun, all nodes of a job",
+        epilog="srun --ntasks-per-node=1 dpo-scale doctor RECIPE looks at every node, their clocks and shared folders. "
+        "exit codes: 0 training would start, 1 it would not",
+    )
+    doctor.add_argument("recipe", type=Path, nargs="?", help="also look at the folders and the precision it names")
+    doctor.add_argument("overrides", nargs="*", metavar="section.field=value")
+    doctor.add_argument("--config_file", help="as given to accelerate launch; default: what it would take by itself")
+    doctor.set_defaults(run=_doctor)
+
     export = commands.add_parser("export", help="checkpoint -> Hugging Face folder")
     export.add_argument("checkpoint", type=Path, help="RUN/checkpoints/step-...")
     export.add_argument("out", type=Path)
     export.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: as trained")
     export.set_defaults(run=_export)
 
+    report = commands.add_parser("report", help="plots and tables of a run, or of several, as one HTML file")
+    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder; several are overlaid")
+    report.add_argument("--out", type=Path, help="default: RUN/report.html, for several runs report.html here")
+    report.set_defaults(run=_report)
+
     _add_cache_commands(commands.add_parser("cache", help="the stores of reference log-probs"))
     return parser
+
+
+def _add_status_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    status = commands.add_parser(
+        "status",
+        help="what became of a run: one line, and an exit code for scripts",
+        description="Say in one line what became of a run, also of one that was killed.",
+        epilog="exit codes: 0 finished; 85 unfinished, and worth starting again with the same command; 3 running; "
+        "2 failed over a mistake that starting again cannot mend; 1 failed twice without a new checkpoint in between "
+        "(as counted by --count-failure)",
+    )
+    status.add_argument("folder_or_recipe", type=Path, metavar="RUN", help="a run's folder, or its recipe")
+    status.add_argument("overrides", nargs="*", metavar="section.field=value", help="as given with the recipe")
+    status.add_argument("--of", choices=("train", "score"), default="train", help="which command (default: train)")
+    status.add_argument("--json", action="store_true", help="all that is known, as one JSON object")
+    status.add_argument("--folder", action="store_true", help="print the run's folder, and exit with 0")
+    status.add_argument(
+        "--count-failure", action="store_true", help="for a batch script whose launch has just failed: remember that"
+    )
+    status.set_defaults(run=_status)
 
 
 def _add_cache_commands(cache: argparse.ArgumentParser) -> None:
@@ -89,6 +127,31 @@ def _check(options: argparse.Namespace) -> int:
     return 0
 
 
+def _status(options: argparse.Namespace) -> int:
+    from dpo_scale.training import status
+
+    if not options.folder_or_recipe.is_dir():
+        folder = Path(load_recipe(options.folder_or_recipe, options.overrides).run.output_dir)
+    else:
+        folder = options.folder_or_recipe
+    if options.folder:
+        print(folder)
+        return 0
+    if options.count_failure:
+        status.count_failure(folder, options.of)
+    found, committed = status.read_status(folder, options.of), status.committed_step(folder)
+    alive = found is not None and status.is_alive(folder, options.of, found)
+    verdict = status.judge(found, alive=alive, committed=committed)
+    print(json.dumps(status.as_json(found, verdict, committed)) if options.json else f"{folder}: {verdict.line}")
+    return verdict.code
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from dpo_scale.operations.doctor import doctor
+
+    return doctor(load_recipe(options.recipe, options.overrides) if options.recipe else None, options.config_file)
+
+
 def _export(options: argparse.Namespace) -> int:
     import torch
 
@@ -111,6 +174,13 @@ def _export(options: argparse.Namespace) -> int:
             provenance=folder.provenance,
         )
     print(f"exported to {options.out}")
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from dpo_scale.operations.report import write_report
+
+    print(f"wrote {write_report(options.runs, options.out)}")
     return 0
 
 

@@ -13,7 +13,8 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,24 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
-        write(temporary)
-        _fsync(temporary)  # else a power cut could leave the new name on an empty file
+        with naming(path):
+            write(temporary)
+            _fsync(temporary)  # else a power cut could leave the new name on an empty file
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     fsync_folder(path.parent)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name the file in an OSError that names none: a disk that is full does not say so of a file."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -74,22 +87,24 @@ def leftovers(folder: Path, older_than_s: float) -> list[Path]:
     return found
 
 
-def sha256_of_file(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex."""
+def sha256_of_file(path: Path, progress: Callable[[int], None] | None = None) -> str:
+    """SHA-256 of a file's bytes, in hex; `progress` is told of further bytes that were read."""
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(_READ_BYTES))
     with open(path, "rb", buffering=0) as file:
         while count := file.readinto(buffer):
             digest.update(buffer[:count])
+            if progress is not None:
+                progress(count)
     return digest.hexdigest()
 
 
-def remembered_sha256(path: Path, memory_dir: Path) -> str:
+def remembered_sha256(path: Path, memory_dir: Path, progress: Callable[[int], None] | None = None) -> str:
     """SHA-256 of a file, read only if the file is new or changed since it was last asked for.
 
     A weight file that the Hugging Face hub client stored under its SHA-256 is not read at all.
     """
-    return _digest_in_name(path) or DigestMemory(memory_dir / "sha256.jsonl").sha256(path)
+    return _digest_in_name(path) or DigestMemory(memory_dir / "sha256.jsonl").sha256(path, progress)
 
 
 class DigestMemory:
@@ -105,13 +120,13 @@ class DigestMemory:
         self._read_up_to = 0
         self._digests: dict[str, str] = {}
 
-    def sha256(self, path: Path) -> str:
+    def sha256(self, path: Path, progress: Callable[[int], None] | None = None) -> str:
         """The file's SHA-256 in hex. Raises UserError if the file changes while it is read."""
         state = _file_state(path)
         if state not in self._digests:
             self._read_new_lines()
         if state not in self._digests:
-            digest = sha256_of_file(path)
+            digest = sha256_of_file(path, progress)
             if _file_state(path) != state:
                 raise UserError(f"{path}: changed while it was read; wait until it is complete")
             if not _is_settled(path.stat().st_ctime_ns):

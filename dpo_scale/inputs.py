@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from dpo_scale.console import Console
 from dpo_scale.data.planning import CostModel
 from dpo_scale.data.preparation import prepare_pairs
 from dpo_scale.data.report import DataReport, overlap
+from dpo_scale.data.samples import sample_pairs
 from dpo_scale.data.token_pairs import TokenPairs
 from dpo_scale.distributed.lockstep import MachineRanks, once_a_machine
 from dpo_scale.model.loading import check_vocabulary, cost_model, load_config, resolve_folder
@@ -41,22 +42,27 @@ def prepare_data(recipe: Recipe, ranks: MachineRanks, console: Console) -> Data:
     config = load_config(folder, trust_remote_code=settings.trust_remote_code)
     tokenizer = load_tokenizer(settings.tokenizer or str(folder), trust_remote_code=settings.trust_remote_code)
 
-    def prepare(sources: list[DataSource]) -> tuple[TokenPairs, DataReport | None]:
+    def prepare(name: str, sources: list[DataSource]) -> tuple[TokenPairs, DataReport | None]:
         if not sources:
             return TokenPairs.from_pairs([]), None
-        return prepare_pairs(sources, recipe.data, tokenizer, seed=recipe.run.seed)
+        with console.progress(f"Tokenizing {name} pairs", None, "rows") as bar:
+            return prepare_pairs(sources, recipe.data, tokenizer, seed=recipe.run.seed, progress=bar.advance)
 
-    train, train_report = once_a_machine(ranks, lambda: prepare(recipe.data.train))
-    evaluate, evaluate_report = once_a_machine(ranks, lambda: prepare(recipe.data.evaluate))
+    train, train_report = once_a_machine(ranks, lambda: prepare("training", recipe.data.train))
+    evaluate, evaluate_report = once_a_machine(ranks, lambda: prepare("held-out", recipe.data.evaluate))
     largest = max(train.largest_token_id, evaluate.largest_token_id)
     check_vocabulary(largest, config, "model.tokenizer" if settings.tokenizer else "model.path")
     report: dict[str, Any] = {}
-    for name, held in (("train", train_report), ("evaluate", evaluate_report)):
-        if held is not None:
-            report[name] = held.to_json()
-            console.show(held.table(name))
-    if len(evaluate):
-        both = overlap(train, evaluate)
-        report["overlap"] = {name: getattr(both, name) for name in both.__slots__}
+    if console.is_main:  # the only one that writes and shows it
+        for name, pairs, held in (("train", train, train_report), ("evaluate", evaluate, evaluate_report)):
+            if held is not None:
+                samples = sample_pairs(pairs, tokenizer, seed=recipe.run.seed)
+                report[name] = {**held.to_json(), "samples": [sample.to_json() for sample in samples]}
+                for table in held.tables(name):
+                    console.show(table)
+        if len(evaluate):
+            both = overlap(train, evaluate)
+            report["overlap"] = asdict(both)
+            console.say(both.describe(len(evaluate)))
     pad_id = tokenizer.pad_token_id
     return Data(train, evaluate, tokenizer, pad_id or 0, folder, config, report)

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import faulthandler
+import json
 import os
+import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
 from dpo_scale.console import Console, route_output
 from dpo_scale.errors import UserError
 from dpo_scale.recipe import Recipe, load_recipe
+from dpo_scale.training import status
+from dpo_scale.watch import Watch, died
 
 USER_ERROR = 2
 CRASH = 1
+SECONDS_TO_SEE_ANOTHER_DIE = 1.0
+"""A collective fails at once when a peer dies, which the system then tells within a tenth of this."""
 
 
 def run_stage(name: str) -> NoReturn:
@@ -22,29 +31,50 @@ def run_stage(name: str) -> NoReturn:
 
     The process ends here, without waiting for other ranks: whoever fails takes the launch down at once.
     """
-    is_main = os.environ.get("RANK", "0") == "0"
-    console = Console(is_main=is_main)
+    rank = os.environ.get("RANK", "0")
+    words = LastWords(Console(is_main=rank == "0"))
+    watch = Watch(words.attempt, int(rank), words)
     try:
         recipe = _recipe_of_arguments(name)
-        console = _console_of_run(recipe, name, is_main=is_main)
-        code = _stage(name)(recipe, console)
+        words.console = _console_of_run(recipe, name, is_main=rank == "0")
+        words.status = Path(recipe.run.output_dir), name
+        watch.expect(recipe.run.stall_after and 60 * recipe.run.stall_after)
+        faulthandler.enable()  # what a crash below Python leaves, and what kill -USR2 asks for, goes to the log
+        faulthandler.register(signal.SIGUSR2)
+        code = _stage(name)(recipe, words.console, watch)
+        watch.close()
+        if code:
+            words.tell_launcher("stopped as it was asked to, which is no fault; the same command goes on")
     except UserError as error:
-        _report(console, error, f"error: {error}")
+        words(f"error: {error}", cause=True, users_mistake=True)
         code = USER_ERROR
     except BaseException as error:  # the last words of a rank, whatever ended it
         if isinstance(error, SystemExit):
             raise
-        traceback.print_exc()
-        rank = os.environ.get("RANK", "0")
-        _report(console, error, f"rank {rank} failed:\n{traceback.format_exc()}")
-        code = CRASH
-    sys.stdout.flush()
-    sys.stderr.flush()
-    console.rich.file.flush()
+        code = _end_of_rank(error, rank, watch, words)
+    with suppress(OSError):  # a full disk
+        sys.stdout.flush()
+        sys.stderr.flush()
+        words.console.rich.file.flush()
     os._exit(code)
 
 
-def _stage(name: str) -> Callable[[Recipe, Console], int]:
+def _end_of_rank(error: BaseException, rank: str, watch: Watch, words: LastWords) -> int:
+    """Say why a rank fails, unless another died first: then this failure only follows from that one."""
+    report = traceback.format_exc()
+    with suppress(OSError):  # a full disk
+        print(report, file=sys.stderr)
+    if gone := watch.gone(within=SECONDS_TO_SEE_ANOTHER_DIE):
+        words(died(gone), cause=True)
+        return CRASH
+    if isinstance(error, OSError) and error.filename is not None:
+        words(f"error: rank {rank}: {error.filename}: {error.strerror}", cause=True, users_mistake=True)
+        return USER_ERROR
+    words(f"rank {rank} failed: {type(error).__name__}: {error}\n{report}", cause=True)
+    return CRASH
+
+
+def _stage(name: str) -> Callable[[Recipe, Console, Watch], int]:
     """The stage's function; imported late, so that a wrong recipe is reported before torch is loaded."""
     from dpo_scale import stages
 
@@ -66,19 +96,48 @@ def _console_of_run(recipe: Recipe, name: str, *, is_main: bool) -> Console:
         raise UserError(f"run.output_dir: {error.filename}: {error.strerror}") from error
 
 
-def _report(console: Console, error: BaseException, message: str) -> None:
-    """Say why the stage ends, once a machine: the first rank that fails speaks, the others follow it down."""
-    print(message, file=sys.stderr)
-    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if error_file is not None:
-        attempt = Path(error_file).parent.parent  # a folder of this launch, shared by its ranks
-        try:
-            os.close(os.open(attempt / "said", os.O_CREAT | os.O_EXCL))
-        except FileExistsError:
-            return
-        # The launcher repeats what stands in this file in its closing words.
-        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+class LastWords:
+    """Why a rank ends: in its log, on the console, in the closing words of the launcher and in the run's status."""
 
-        get_error_handler().record_exception(error)
-    console.is_main = True
-    console.say(message)
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.status: tuple[Path, str] | None = None
+        """The run's folder and the stage's name, once they are known."""
+        error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+        self._error_file = None if error_file is None else Path(error_file)
+
+    @property
+    def attempt(self) -> Path | None:
+        """A folder of this launch, shared by its ranks on this machine."""
+        return None if self._error_file is None else self._error_file.parent.parent
+
+    def __call__(self, message: str, *, cause: bool, users_mistake: bool = False) -> None:
+        """Say it. A cause is said once a machine: the first rank that fails speaks, the others follow it down."""
+        with suppress(OSError):  # a full disk
+            print(message, file=sys.stderr, flush=True)
+        if cause and not self._is_first():
+            return
+        if cause:
+            self.tell_launcher(message)
+            if self.status is not None and self.status[1] in status.FILES:
+                reason = message.removeprefix("error: ").splitlines()[0]
+                status.record_failure(*self.status, reason, users_mistake=users_mistake)
+        self.console.is_main = True
+        self.console.say(message)
+
+    def _is_first(self) -> bool:
+        if self.attempt is None:
+            return True
+        try:
+            os.close(os.open(self.attempt / "said", os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return False
+        except OSError:  # better said twice than not at all
+            return True
+        return True
+
+    def tell_launcher(self, message: str) -> None:
+        """Put a message where the launcher looks for what to repeat at its end."""
+        if self._error_file is not None:
+            with suppress(OSError):
+                self._error_file.write_text(json.dumps({"message": message, "timestamp": int(time.time())}))

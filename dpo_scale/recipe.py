@@ -212,7 +212,10 @@ class RunSection(Section):
     resume: str = "auto"
     """auto: go on from the newest valid checkpoint; never: start anew; or the path of a checkpoint."""
     stop_after: Annotated[float, Field(gt=0.0)] | None = None
-    """Commit a checkpoint and stop after this many minutes of wall-clock time."""
+    """Have a checkpoint committed and stop within this many minutes of wall-clock time."""
+    stall_after: Annotated[float, Field(gt=0.0)] | None = 30.0
+    """Take a rank for stalled after this many minutes without progress in scoring, training or evaluation: every
+    rank's stack is shown, and the run ends. null: never."""
 
 
 class Recipe(Section):

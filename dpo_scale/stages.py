@@ -2,56 +2,83 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from dpo_scale.console import Console
 from dpo_scale.distributed import runtime
+from dpo_scale.distributed.lockstep import by_main
 from dpo_scale.errors import UserError
 from dpo_scale.inputs import prepare_data
+from dpo_scale.operations.conclusion import conclude
 from dpo_scale.recipe import Recipe
 from dpo_scale.reference.session import Reference
-from dpo_scale.training import loop
+from dpo_scale.training import locks, loop
+from dpo_scale.training.interruption import STOPPED, Interruption, StopRequestedError, heed
 from dpo_scale.training.run_folder import RunFolder, flatten
+from dpo_scale.training.status import StatusFile
+from dpo_scale.watch import Watch
 
 
-def train(recipe: Recipe, console: Console) -> int:
+def train(recipe: Recipe, console: Console, watch: Watch) -> int:
     """Reference scoring, training, evaluation, export."""
     started = runtime.start(recipe)
     folder = _take_folder(recipe, started.ranks, console)
     started.accelerator.init_trackers("dpo_scale", {name: str(value) for name, value in flatten(recipe).items()})
-    code = loop.train(recipe, started, console, folder)
+    status = StatusFile(folder.path if folder else None, "train")
+    code = loop.train(recipe, started, console, folder, status, watch)
+    watch.close()
     started.accelerator.end_training()
+    if folder is not None:
+        conclude(folder.path, console)
     return code
 
 
-def score(recipe: Recipe, console: Console) -> int:
+def score(recipe: Recipe, console: Console, watch: Watch) -> int:
     """Reference log-probs of training and held-out pairs, into the store; resumable."""
     started = runtime.start(recipe)
+    run = Path(recipe.run.output_dir)
+    lock = by_main(started.ranks, lambda: locks.take(run / ".score.lock"))
+    status = StatusFile(run if started.ranks.is_main else None, "score")
+    status.enter("preparing data")
     data = prepare_data(recipe, started.ranks, console)
-    reference = Reference(recipe, started, data, console)
-    reference.score_all(reference.rows(data.train), reference.rows(data.evaluate))
+    interruption = Interruption(run, None, watch.started)
+
+    def between_batches() -> None:
+        watch.moved("a micro-batch of scoring")
+        heed(interruption, started.ranks)
+
+    status.enter("scoring")
+    reference = Reference(recipe, started, data, console, between_batches)
+    try:
+        reference.score_all(reference.rows(data.train), reference.rows(data.evaluate))
+    except StopRequestedError:
+        reference.release()
+        reason = interruption.reason() or "another rank"
+        status.stop(reason, 0)
+        console.say(
+            f"Stopped by {reason}: {reference.store.folder} holds what was scored; the same command goes on from there"
+        )
+        interruption.consume_file()
+        return STOPPED
+    status.finish()
     console.say(f"Done: {reference.rows_computed:,} rows scored, in {reference.store.folder}")
+    if lock is not None:
+        lock.close()
     return 0
 
 
-def evaluate(recipe: Recipe, console: Console) -> int:
+def evaluate(recipe: Recipe, console: Console, watch: Watch) -> int:
     """Held-out metrics of the run's newest checkpoint, or of model.path where there is none."""
     started = runtime.start(recipe)
     if not recipe.data.evaluate:
         raise UserError("data.evaluate: no held-out data to evaluate on")
-    loop.evaluate_only(recipe, started, console, _take_folder(recipe, started.ranks, console))
+    loop.evaluate_only(recipe, started, console, _take_folder(recipe, started.ranks, console), watch)
     return 0
 
 
 def _take_folder(recipe: Recipe, ranks: runtime.Ranks, console: Console) -> RunFolder | None:
     """The run's folder, held by the main rank; what is wrong with it is raised on every rank."""
-    folder, mistake = None, None
-    if ranks.is_main:
-        try:
-            folder = RunFolder(recipe)
-            for change in folder.harmless_changes:
-                console.say(f"Changed since the last start: {change}")
-        except UserError as error:
-            mistake = error
-    mistake = ranks.broadcast_object(mistake)
-    if mistake is not None:
-        raise mistake
+    folder = by_main(ranks, lambda: RunFolder(recipe))
+    for change in folder.harmless_changes if folder is not None else ():
+        console.say(f"Changed since the last start: {change}")
     return folder

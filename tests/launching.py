@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,6 +72,30 @@ def make_pairs(path: Path, count: int, seed: int) -> Path:
     return path
 
 
+def descendants(pid: int) -> list[int]:
+    """Processes that a process started, and theirs."""
+    parents: dict[int, list[int]] = {}
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = status.read_text().rpartition(")")[2].split()
+        except OSError:  # it has ended
+            continue
+        parents.setdefault(int(fields[1]), []).append(int(status.parent.name))
+    found, pending = [], [pid]
+    while pending:
+        children = parents.get(pending.pop(), [])
+        found += children
+        pending += children
+    return found
+
+
+def kill_all(pid: int) -> None:
+    """SIGKILL to a process and all that it started; to this one last, if it is one of them."""
+    for target in sorted([pid, *descendants(pid)], key=lambda one: one == os.getpid()):
+        with suppress(ProcessLookupError):
+            os.kill(target, signal.SIGKILL)
+
+
 @dataclass(frozen=True)
 class Launched:
     """A finished launch and the folder of its run."""
@@ -97,6 +123,7 @@ class Launcher:
     base: dict[str, Any]
 
     def command(self, stage: str, run: str, overrides: list[str], processes: int) -> list[str]:
+        """`stage` is one of the program's, or a script that takes a recipe in its place."""
         recipe = self.workspace / f"{run}.yaml"
         settings = {**self.base, "run": {**self.base["run"], "output_dir": str(self.workspace / run)}}
         recipe.write_text(yaml.safe_dump(settings))
@@ -104,13 +131,20 @@ class Launcher:
             *(sys.executable, "-m", "accelerate.commands.launch"),
             *("--config_file", str(self.workspace / "accelerate.yaml")),
             *("--num_processes", str(processes), "--main_process_port", "0"),
-            *("-m", f"dpo_scale.{stage}", str(recipe), *overrides),
+            *([stage] if stage.endswith(".py") else ["-m", f"dpo_scale.{stage}"]),
+            *(str(recipe), *overrides),
         ]
 
     def start(
-        self, run: str, overrides: list[str] | None = None, *, stage: str = "train", processes: int = 2
+        self,
+        run: str,
+        overrides: list[str] | None = None,
+        *,
+        stage: str = "train",
+        processes: int = 2,
+        environment: dict[str, str] | None = None,
     ) -> subprocess.Popen[str]:
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"} | (environment or {})
         return subprocess.Popen(
             self.command(stage, run, overrides or [], processes),
             env=environment | {"HF_HUB_OFFLINE": "1"},
@@ -121,8 +155,55 @@ class Launcher:
         )
 
     def __call__(
-        self, run: str, overrides: list[str] | None = None, *, stage: str = "train", processes: int = 2
+        self,
+        run: str,
+        overrides: list[str] | None = None,
+        *,
+        stage: str = "train",
+        processes: int = 2,
+        environment: dict[str, str] | None = None,
     ) -> Launched:
-        process = self.start(run, overrides, stage=stage, processes=processes)
-        output, _ = process.communicate(timeout=500)
+        process = self.start(run, overrides, stage=stage, processes=processes, environment=environment)
+        try:
+            output, _ = process.communicate(timeout=500)
+        except subprocess.TimeoutExpired:
+            kill_all(process.pid)
+            raise
         return Launched(self.workspace / run, process.returncode, output)
+
+
+def make_launcher(workspace: Path) -> Launcher:
+    """A launcher with a model, data, and a recipe of two epochs of five steps, in an empty folder."""
+    (workspace / "zero3.json").write_text(json.dumps(ZERO3))
+    (workspace / "accelerate.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "compute_environment": "LOCAL_MACHINE",
+                "distributed_type": "DEEPSPEED",
+                "deepspeed_config": {
+                    "deepspeed_config_file": str(workspace / "zero3.json"),
+                    "zero3_init_flag": True,
+                },
+                "num_machines": 1,
+                "num_processes": 2,
+                "machine_rank": 0,
+            }
+        )
+    )
+    base = {
+        "model": {"path": str(make_model(workspace / "model")), "dtype": "float32"},
+        "reference": {"cache_dir": str(workspace / "cache")},
+        "data": {
+            "train": str(make_pairs(workspace / "train.jsonl", 45, seed=1)),
+            "evaluate": str(make_pairs(workspace / "held_out.jsonl", 11, seed=2)),
+            "max_length": 256,
+            "cache_dir": str(workspace / "tokens"),
+        },
+        "batch": {"global_pairs": 10, "rank_tokens": 300},
+        "loss": {"beta": 2.0},
+        "optim": {"learning_rate": 3e-3, "weight_decay": 0.1, "warmup_ratio": 0.2},
+        "track": {"every_steps": 1},
+        "checkpoint": {"keep_last": 9},
+        "run": {"epochs": 2, "seed": 5},
+    }
+    return Launcher(workspace, base)

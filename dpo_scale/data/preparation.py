@@ -31,7 +31,7 @@ from dpo_scale.data.tokenization import NO_PREFERENCE, TEMPLATE_FAILED, Dropped,
 from dpo_scale.errors import DataError
 from dpo_scale.recipe import DataSection, DataSource
 
-INLINE_BLOCKS = 16
+INLINE_BLOCKS = 4
 """Blocks tokenized in this process before others are started, which takes them seconds."""
 MAX_LISTED = 20
 """Bad rows named in one error."""

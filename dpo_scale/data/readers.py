@@ -25,8 +25,9 @@ MAX_ROW_BYTES = 64 * 2**20
 BLOCK_ROWS = 512
 BLOCK_BYTES = 4 * 2**20
 """A block ends at the row that goes beyond this."""
-JSON_PIECE = 2**20
-"""Characters of a JSON list that are read at once."""
+JSON_PIECE = 2**16
+"""Characters of a JSON list that are read at once; what a damage costs beside the row that it strikes."""
+_AFTER_A_VALUE = frozenset(",] \t\n\r")
 
 Numbered = tuple[int, Any, int]
 """Line or row, content, and about how many bytes it takes."""
@@ -182,7 +183,7 @@ def _list_items(stream: IO[bytes]) -> Iterator[Numbered]:
         yield number, Unreadable(f"not valid JSON from here on ({error.msg})"), 0
     except RecursionError:
         yield number, Unreadable("JSON nested too deeply, not readable from here on"), 0
-    except (ValueError, *_DAMAGE) as error:  # not UTF-8, an integer of thousands of digits, a damaged archive
+    except (ValueError, *_DAMAGE) as error:  # an integer of thousands of digits, a damaged archive
         yield number, Unreadable(f"not readable from here on ({error})"), 0
 
 
@@ -191,9 +192,10 @@ class _Window:
 
     _decoder = json.JSONDecoder()
     _space = re.compile(r"[ \t\n\r]*")
+    """What JSON calls whitespace, less than Python does."""
 
     def __init__(self, stream: IO[bytes]) -> None:
-        self._text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
+        self._text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
         self.piece, self.at = "", 0
 
     def _more(self) -> bool:
@@ -222,15 +224,17 @@ class _Window:
         """Go past a value; returns it and the number of its characters."""
         self.peek()
         while True:
+            end, mistake = -1, None
             try:
                 value, end = self._decoder.raw_decode(self.piece, self.at)
-            except json.JSONDecodeError:
-                if len(self.piece) - self.at > MAX_ROW_BYTES:
-                    raise ValueError(_too_long()) from None
-                if not self._more():
-                    raise
-                continue
-            if end < len(self.piece) or not self._more():  # a number at the end of a piece may go on
+            except json.JSONDecodeError as error:
+                mistake = error
+            is_whole = end >= 0 and self.piece[end : end + 1] in _AFTER_A_VALUE  # else "1" may become "1.5"
+            if not is_whole and len(self.piece) - self.at > MAX_ROW_BYTES:
+                raise ValueError(_too_long())
+            if is_whole or not self._more():
+                if mistake is not None:
+                    raise mistake
                 size, self.at = end - self.at, end
                 return value, size
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -153,7 +153,11 @@ class DataReport:
         table.add_row("saved by sharing prompts", f"{self.tokens_saved_by_sharing:,} tokens, {saved:.1%}")
         return table
 
-    def sources_table(self, title: str = "sources") -> Table:
+    def tables(self, title: str) -> list[Table]:
+        """The counts for the console, and source by source where there are several."""
+        return [self.table(title), *([self._sources_table(f"{title} by source")] if len(self.sources) > 1 else [])]
+
+    def _sources_table(self, title: str) -> Table:
         """Share of each source in the mix, and of its rows that were dropped, by reason."""
         table = Table("source", "rows", "pairs", "of the mix", "dropped", title=title, title_justify="left")
         for column in table.columns[1:4]:
@@ -176,6 +180,15 @@ class Overlap:
     """Held-out pairs whose prompt is trained on."""
     pairs: int
     """Held-out pairs that are trained on whole."""
+
+    def describe(self, held_out: int) -> str:
+        """One line for the console."""
+        if not self.prompts and not self.pairs:
+            return f"None of {held_out:,} held-out pairs has a prompt that is trained on"
+        return (
+            f"Of {held_out:,} held-out pairs {self.prompts:,} have a prompt that is trained on, and {self.pairs:,} are "
+            "trained on whole: their metrics say less about unseen data"
+        )
 
 
 def describe(pairs: TokenPairs, sources: tuple[SourceReport, ...]) -> DataReport:
@@ -272,5 +285,5 @@ def _percentile(counts: Counts, share: float) -> int:
 
 def _bin_width(longest: int) -> int:
     """The narrowest of 1, 2, 5, 10, 20, 50 and so on that makes few enough bins."""
-    widths = (digit * 10**power for power in itertools.count() for digit in (1, 2, 5))
+    widths: Iterator[int] = (digit * 10**power for power in itertools.count() for digit in (1, 2, 5))
     return next(width for width in widths if longest < width * _MOST_BINS)

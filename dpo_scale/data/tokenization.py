@@ -7,6 +7,7 @@ boundary is where the tokens of the prompt alone stop being a prefix of both joi
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -143,7 +144,10 @@ class PairTokenizer:
             backend.no_truncation()
             backend.no_padding()
             encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
-            return [np.array(encoding.ids, np.int32) for encoding in encodings]
+            lists = [encoding.ids for encoding in encodings]
+            ends = list(itertools.accumulate(map(len, lists), initial=0))
+            flat = np.fromiter(itertools.chain.from_iterable(lists), np.int32, ends[-1])
+            return [flat[start:end] for start, end in itertools.pairwise(ends)]
         ids = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         return [np.array(row, np.int32) for row in ids]
 

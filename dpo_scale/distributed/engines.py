@@ -4,28 +4,63 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import deepspeed
+import psutil
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from dpo_scale.data.layouts import MicroBatch
+from dpo_scale.distributed.zero_config import pinning_fits
 from dpo_scale.model.log_probs import CompletionLogProbs
 from dpo_scale.recipe import Recipe
 
 
 @contextmanager
-def loading_for(accelerator: Accelerator, role: str) -> Iterator[None]:
-    """Inside, models are built under zero.Init with the configuration of a role: policy or reference."""
+def loading_for(accelerator: Accelerator, role: str, progress: Callable[[int], None] | None = None) -> Iterator[None]:
+    """Inside, models are built under zero.Init with the configuration of a role: policy or reference.
+
+    `progress` is told of further elements that were filled. Transformers gathers the parameters of a module, fills them
+    and moves on, and shows no progress of its own under ZeRO-3.
+    """
+    plain = deepspeed.zero.GatheredParameters
+
+    class Counted(plain):  # type: ignore[misc, valid-type]
+        def __init__(self, params: Any, *arguments: Any, **settings: Any) -> None:
+            super().__init__(params, *arguments, **settings)
+            self._elements = sum(parameter.ds_numel for parameter in params) if isinstance(params, list) else 0
+
+        def __exit__(self, *error: Any) -> None:
+            super().__exit__(*error)
+            if progress is not None:
+                progress(self._elements)
+
     accelerator.state.select_deepspeed_plugin(role)
+    deepspeed.zero.GatheredParameters = Counted
     try:
         yield
     finally:
+        deepspeed.zero.GatheredParameters = plain
         accelerator.state.select_deepspeed_plugin("policy")
+
+
+def pin_where_it_fits(accelerator: Accelerator, role: str, model_bytes: int) -> bool:
+    """Leave `pin_memory` of a role's offloading on only where its shards fit beside everything else.
+
+    To be called before the model is loaded. Returns whether it had to be switched off.
+    """
+    config = accelerator.state.get_deepspeed_plugin(role).deepspeed_config
+    offload = config["zero_optimization"].get("offload_param", {})
+    share = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) / accelerator.num_processes
+    if not offload.get("pin_memory") or pinning_fits(model_bytes, share, psutil.virtual_memory().available):
+        return False
+    offload["pin_memory"] = False
+    return True
 
 
 def mark_experts_as_leaves(model: nn.Module) -> None:
@@ -67,13 +102,16 @@ class PolicyEngine:
 
     def describe(self) -> str:
         """One line on how the model is sharded."""
-        parameters = list(self.engine.module.parameters())
-        total = sum(parameter.ds_numel for parameter in parameters)
-        own = sum(parameter.ds_tensor.numel() for parameter in parameters)
+        own = sum(parameter.ds_tensor.numel() for parameter in self.engine.module.parameters())
         return (
             f"ZeRO stage {self.engine.zero_optimization_stage()} on {self._world_size} ranks: "
-            f"each holds {own:,} of {total:,} parameters"
+            f"each holds {own:,} of {self.num_parameters:,} parameters"
         )
+
+    @property
+    def num_parameters(self) -> int:
+        """Elements of all parameters, over all ranks."""
+        return sum(parameter.ds_numel for parameter in self.engine.module.parameters())
 
     @property
     def model(self) -> CompletionLogProbs:

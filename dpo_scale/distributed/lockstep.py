@@ -42,6 +42,9 @@ class OneProcess:
     def gather_objects(self, value: T) -> list[T]:
         return [value]
 
+    def on_local_mains(self, work: Callable[[], None]) -> None:
+        work()
+
 
 def together(ranks: Ranks, action: Callable[[], T], error: type[UserError]) -> list[T]:
     """Every rank's result, on every rank; if one fails, the same error on all at once."""
@@ -63,28 +66,54 @@ def on_main(ranks: Ranks, action: Callable[[], T], error: type[UserError]) -> T:
     return result  # type: ignore[return-value]
 
 
+def by_main(ranks: Ranks, action: Callable[[], T]) -> T | None:
+    """Let the main rank act: its result there and None elsewhere; a mistake that it finds is raised on all ranks."""
+    result, mistake = None, None
+    if ranks.is_main:
+        try:
+            result = action()
+        except UserError as error:
+            mistake = error
+    mistake = ranks.gather_objects(mistake)[0]
+    if mistake is not None:
+        raise mistake
+    return result
+
+
 class MachineRanks(Protocol):
     """Ranks that know which of them comes first on its machine."""
 
     @property
     def is_local_main(self) -> bool: ...
     def gather_objects(self, value: T) -> list[T]: ...
+    def on_local_mains(self, work: Callable[[], None]) -> None:
+        """Work that one rank of every machine does while the others wait, however long it takes."""
+        ...
 
 
 def once_a_machine(ranks: MachineRanks, action: Callable[[], T]) -> T:
     """The result of an action that fills a cache: first on one rank of every machine, then on the others.
 
-    A mistake that one rank finds is raised on all of them.
+    The first turn may take hours; the second finds the cache filled. A mistake that one rank finds is raised on all
+    of them.
     """
     results: list[T] = []
-    for turn_of_local_main in (True, False):
-        mistake = None
-        if ranks.is_local_main == turn_of_local_main:
-            try:
-                results.append(action())
-            except UserError as error:
-                mistake = error
-        found = [other for other in ranks.gather_objects(mistake) if other is not None]
+    mistakes: list[UserError] = []
+
+    def attempt() -> None:
+        try:
+            results.append(action())
+        except UserError as error:
+            mistakes.append(error)
+
+    def raise_mistakes() -> None:
+        found = [mistake for others in ranks.gather_objects(mistakes) for mistake in others]
         if found:
             raise found[0]
+
+    ranks.on_local_mains(attempt)
+    raise_mistakes()
+    if not ranks.is_local_main:
+        attempt()
+    raise_mistakes()
     return results[0]

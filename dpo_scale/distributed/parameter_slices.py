@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -28,6 +28,11 @@ class SliceAddress:
     def of_rank(cls, name: str, shape: tuple[int, ...], rank: int, world_size: int) -> SliceAddress:
         """The slice of a parameter that one rank owns."""
         return cls(name, shape, *slice_bounds(math.prod(shape), rank, world_size))
+
+    @property
+    def stored_bytes(self) -> int:
+        """Size of its master weights and both moments in fp32."""
+        return 12 * (self.stop - self.start)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,3 +88,18 @@ class EngineSnapshot:
     read_slices: Callable[[], Iterator[ParameterSlice]]
     """Each slice is valid until the next is asked for."""
     counters: EngineCounters
+
+    @property
+    def stored_bytes(self) -> int:
+        """Size of this rank's slices in fp32."""
+        return sum(address.stored_bytes for address in self.addresses)
+
+    def watched(self, progress: Callable[[int], None]) -> EngineSnapshot:
+        """The same snapshot; `progress` is told of further bytes once a reader is done with them."""
+
+        def read_slices() -> Iterator[ParameterSlice]:
+            for piece in self.read_slices():
+                yield piece
+                progress(piece.address.stored_bytes)
+
+        return replace(self, read_slices=read_slices)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -11,10 +12,12 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
+from accelerate.commands.config.config_args import default_config_file
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
 
 from dpo_scale.distributed import zero_config
+from dpo_scale.distributed.patience import work_and_wait
 from dpo_scale.errors import RecipeError, UserError
 from dpo_scale.recipe import Recipe
 from dpo_scale.shipped_files import shipped_file
@@ -22,7 +25,7 @@ from dpo_scale.shipped_files import shipped_file
 T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=60)
-"""Longest wait in a collective: one rank may read and tokenize data while the others wait."""
+"""Longest wait in a collective; work that may take longer is waited for outside of them (patience.py)."""
 
 
 @dataclass(frozen=True)
@@ -45,17 +48,18 @@ class Ranks:
     def barrier(self) -> None:
         dist.barrier()
 
-    def broadcast_object(self, value: T, source: int = 0) -> T:
-        """The value that rank `source` gave, on every rank."""
-        box = [value]
-        dist.broadcast_object_list(box, src=source, device=self.device)
-        return box[0]
-
     def gather_objects(self, value: T) -> list[T]:
         """The values of all ranks, in rank order, on every rank."""
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
+
+    def on_local_mains(self, work: Callable[[], None]) -> None:
+        """Work that one rank of every machine does while the others wait, however long it takes."""
+        flags = self.gather_objects(self.is_local_main)
+        workers = [rank for rank, is_local_main in enumerate(flags) if is_local_main]
+        store = dist.distributed_c10d._get_default_store()
+        work_and_wait(store, self.rank, workers, work)
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""
@@ -135,6 +139,11 @@ def policy_config_path() -> Path:
     return Path(named) if Path(named).exists() else shipped_file(named)
 
 
+def default_launch_file() -> str | None:
+    """The configuration that `accelerate launch` takes where none is named, if there is one."""
+    return str(default_config_file) if Path(default_config_file).is_file() else None
+
+
 def reference_nvme_folder(recipe: Recipe) -> str | None:
     """A folder on NVMe that only this job's reference uses: DeepSpeed empties it when it starts."""
     if recipe.reference.offload != "nvme":
@@ -144,16 +153,25 @@ def reference_nvme_folder(recipe: Recipe) -> str | None:
     return str(Path(recipe.reference.nvme_path) / f"dpo_scale-{job}" / "reference")
 
 
+def missing_trackers(names: list[str]) -> list[str]:
+    """What is wrong with names in track.to, a line each: trackers that are not installed, or that nobody knows."""
+    usable = {"jsonl", *(str(tracker) for tracker in get_available_trackers())}
+    lines = []
+    for name in names:
+        if name in LOGGER_TYPE_TO_CLASS and name not in usable:
+            lines.append(f"{name} is not installed here: pip install {name.replace('_', '-')}")
+        elif name not in usable:
+            known = ", ".join(sorted({"jsonl", *LOGGER_TYPE_TO_CLASS}))
+            lines.append(f"{name!r} is no tracker; there are {known}")
+    return lines
+
+
 def _trackers(recipe: Recipe) -> list[str]:
     """Names of the trackers beside metrics.jsonl. Raises RecipeError for one that cannot be used here."""
-    wanted = [name for name in recipe.track.to if name != "jsonl"]
-    usable = {str(tracker) for tracker in get_available_trackers()}
-    for name in wanted:
-        if name not in usable:
-            raise RecipeError(
-                f"track.to: {name} is not installed here or not known; usable: jsonl, {', '.join(sorted(usable))}"
-            )
-    return wanted
+    missing = missing_trackers(recipe.track.to)
+    if missing:
+        raise RecipeError("\n".join(f"track.to: {line}" for line in missing))
+    return [name for name in recipe.track.to if name != "jsonl"]
 
 
 def _check_precision(recipe: Recipe) -> None:

@@ -76,6 +76,14 @@ def reference_config(base: Config, recipe: Recipe, nvme_folder: str | None) -> C
     return config
 
 
+def pinning_fits(model_bytes: int, machines_share: float, available_bytes: int) -> bool:
+    """Whether a machine may page-lock its share of an offloaded model: at most half of the memory that is free.
+
+    Pinned memory makes copies to a GPU twice as fast, and the kernel cannot take it back.
+    """
+    return model_bytes * machines_share <= available_bytes / 2
+
+
 def read_reference_config(path: Path) -> Config:
     """A shipped DeepSpeed JSON for the reference."""
     return _read_json(path)

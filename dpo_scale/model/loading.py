@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -64,6 +66,16 @@ def check_vocabulary(largest_token_id: int, config: Any, setting: str) -> None:
             f"{setting}: the tokenizer gives token id {largest_token_id}, but the model embeds only {size} tokens; "
             "use the model's own tokenizer, or resize the embedding and save the model before training"
         )
+
+
+def stored_elements(folder: Path) -> int | None:
+    """Elements of all tensors in a folder's safetensors files, from their headers; None where there are none."""
+    elements = 0
+    for path in folder.glob("model*.safetensors"):
+        with safe_open(path, framework="numpy") as file:
+            names = list(file.keys())
+            elements += sum(math.prod(file.get_slice(name).get_shape()) for name in names)
+    return elements or None
 
 
 def load_model(folder: Path, settings: ModelSection) -> CompletionLogProbs:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from dpo_scale.console import Console
 from dpo_scale.data.planning import Schedule, check_budget, layout_costs
+from dpo_scale.data.samples import sample_pairs, show
 from dpo_scale.distributed.lockstep import OneProcess
 from dpo_scale.inputs import prepare_data
 from dpo_scale.model.loading import load_config, resolve_folder
@@ -20,6 +21,7 @@ def check(recipe: Recipe) -> None:
     """
     console = Console()
     data = prepare_data(recipe, OneProcess(), console)
+    console.show(show(sample_pairs(data.train, data.tokenizer, seed=recipe.run.seed)))
     weight_files(data.model_folder)
     reference = resolve_folder(recipe.reference_path, recipe.reference_revision, "reference.path")
     load_config(reference, trust_remote_code=recipe.model.trust_remote_code, setting="reference.path")

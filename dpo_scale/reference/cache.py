@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import logging
 import os
 import platform
@@ -30,7 +29,7 @@ import numpy.typing as npt
 from dpo_scale.data.token_pairs import TokenIds, TokenPairs
 from dpo_scale.errors import UserError
 from dpo_scale.files import DigestMemory, write_json
-from dpo_scale.reference.fingerprint import ReferenceFingerprint, explain_difference
+from dpo_scale.reference.fingerprint import ReferenceFingerprint, explain_difference, read_fingerprint
 from dpo_scale.reference.key_index import KeyIndex, first_positions
 from dpo_scale.reference.parts import (
     KEY_BYTES,
@@ -49,6 +48,7 @@ _MAX_PART_BYTES = 64 << 20
 _MAX_OPEN_PARTS = 256
 """Far below the 65,530 memory maps that Linux grants a process: a store may have more parts."""
 _FOLDER_DIGITS = 32
+_PAIRS_HASHED_AT_ONCE = 65536
 
 
 class MissingRowsError(LookupError):
@@ -74,24 +74,35 @@ def row_keys(sequences: Iterable[TokenIds], num_prompt_tokens: Iterable[int]) ->
     A key is the BLAKE2b of the number of prompt tokens (int64) and all token ids (int32),
     little-endian.
     """
-    digests = [
-        _hash_prompt(sequence[:n], sequence[n:]).digest()
-        for sequence, n in zip(sequences, num_prompt_tokens, strict=True)
-    ]
+    digests: list[bytes] = []
+    for sequence, num_prompt in zip(sequences, num_prompt_tokens, strict=True):
+        row_hash = _hash_of_length(num_prompt)
+        row_hash.update(np.ascontiguousarray(sequence, dtype="<i4").data)
+        digests.append(row_hash.digest())
     return _as_keys(digests)
 
 
-def pair_row_keys(pairs: TokenPairs) -> tuple[Keys, Keys]:
-    """Keys of the chosen and of the rejected sequences of all pairs, each uint8 [pairs, 16]."""
-    chosen: list[bytes] = []
-    rejected: list[bytes] = []
-    for pair in pairs:
-        prompt_hash = _hash_prompt(pair.prompt)
-        for digests, completion in ((chosen, pair.chosen), (rejected, pair.rejected)):
-            row_hash = prompt_hash.copy()
-            row_hash.update(_bytes(completion))
-            digests.append(row_hash.digest())
-    return _as_keys(chosen), _as_keys(rejected)
+def pair_row_keys(pairs: TokenPairs) -> Keys:
+    """Keys of the chosen and of the rejected sequence of each pair, uint8 [pairs, 2, 16].
+
+    About 5 microseconds a pair of 480 tokens: every start computes them all.
+    """
+    ids = np.ascontiguousarray(pairs.tokens, dtype="<i4").data.cast("B")
+    keys = bytearray()  # and no list: an object a key would take gigabytes for ten million pairs
+    start = 0
+    for first in range(0, len(pairs), _PAIRS_HASHED_AT_ONCE):
+        lengths = pairs.lengths[first : first + _PAIRS_HASHED_AT_ONCE]
+        ends = (start + np.cumsum(lengths) * 4).reshape(-1, 3).tolist()
+        for num_prompt, (end_prompt, end_chosen, end) in zip(lengths[:, 0].tolist(), ends, strict=True):
+            chosen = _hash_of_length(num_prompt)
+            chosen.update(ids[start:end_prompt])
+            rejected = chosen.copy()
+            chosen.update(ids[end_prompt:end_chosen])
+            rejected.update(ids[end_chosen:end])
+            keys += chosen.digest()
+            keys += rejected.digest()
+            start = end
+    return np.frombuffer(keys, np.uint8).reshape(-1, 2, KEY_BYTES)
 
 
 class ReferenceStore:
@@ -336,15 +347,6 @@ def near_misses(cache_dir: Path, fingerprint: ReferenceFingerprint) -> list[str]
     return [line for _, line in sorted(found)]
 
 
-def read_fingerprint(folder: Path) -> ReferenceFingerprint | None:
-    """What a store says it is for; None where it does not say."""
-    try:
-        value = json.loads((folder / "reference.json").read_text(encoding="utf-8"))
-        return ReferenceFingerprint.from_json(value)
-    except (FileNotFoundError, ValueError):  # UserError is a ValueError
-        return None
-
-
 def _batches(new: npt.NDArray[np.intp], rows: Sequence[LogProbs]) -> Iterator[npt.NDArray[np.intp]]:
     """Cut positions of rows where a part would grow beyond its bound; a row is never cut."""
     start, part_bytes = 0, 0
@@ -358,16 +360,8 @@ def _batches(new: npt.NDArray[np.intp], rows: Sequence[LogProbs]) -> Iterator[np
         yield new[start:]
 
 
-def _hash_prompt(prompt: TokenIds, completion: TokenIds | None = None) -> hashlib.blake2b:
-    row_hash = hashlib.blake2b(len(prompt).to_bytes(8, "little"), digest_size=KEY_BYTES)
-    row_hash.update(_bytes(prompt))
-    if completion is not None:
-        row_hash.update(_bytes(completion))
-    return row_hash
-
-
-def _bytes(token_ids: TokenIds) -> memoryview:
-    return np.ascontiguousarray(token_ids, dtype="<i4").data
+def _hash_of_length(num_prompt_tokens: int) -> hashlib.blake2b:
+    return hashlib.blake2b(num_prompt_tokens.to_bytes(8, "little"), digest_size=KEY_BYTES)
 
 
 def _as_keys(digests: Sequence[bytes]) -> Keys:

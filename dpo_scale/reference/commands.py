@@ -18,8 +18,8 @@ import numpy.typing as npt
 
 from dpo_scale.errors import UserError
 from dpo_scale.files import fsync_folder, leftovers, sha256_of_file
-from dpo_scale.reference.cache import ReferenceStore, part_paths, read_fingerprint
-from dpo_scale.reference.fingerprint import ReferenceFingerprint
+from dpo_scale.reference.cache import ReferenceStore, part_paths
+from dpo_scale.reference.fingerprint import ReferenceFingerprint, read_fingerprint
 from dpo_scale.reference.parts import (
     DamagedPartError,
     Keys,

@@ -148,6 +148,14 @@ def weight_files(folder: Path) -> list[Path]:
     )
 
 
+def read_fingerprint(folder: Path) -> ReferenceFingerprint | None:
+    """Which reference a folder says that it is for; None where its reference.json is missing or was damaged."""
+    try:
+        return ReferenceFingerprint.from_json(json.loads((folder / "reference.json").read_text(encoding="utf-8")))
+    except (FileNotFoundError, ValueError):  # UserError is a ValueError
+        return None
+
+
 def explain_difference(wanted: ReferenceFingerprint, stored: ReferenceFingerprint) -> list[str]:
     """Why a store does not serve, a line for each difference; empty if the keys are equal."""
     lines = []

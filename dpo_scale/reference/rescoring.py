@@ -17,9 +17,9 @@ from dpo_scale.inputs import prepare_data
 from dpo_scale.model.layout_check import TOLERANCE
 from dpo_scale.model.loading import DTYPES, load_model
 from dpo_scale.recipe import Recipe
-from dpo_scale.reference.cache import ReferenceStore, read_fingerprint
+from dpo_scale.reference.cache import ReferenceStore
 from dpo_scale.reference.commands import RowComparison, compare_rows
-from dpo_scale.reference.fingerprint import explain_difference
+from dpo_scale.reference.fingerprint import explain_difference, read_fingerprint
 from dpo_scale.reference.parts import LogProbs
 from dpo_scale.reference.scoring import ReferenceRows
 from dpo_scale.reference.source import find_reference
@@ -32,7 +32,7 @@ def rescore(recipe: Recipe, folder: Path, rows: int, seed: int = 0) -> RowCompar
     """
     ranks, console = OneProcess(), Console()
     data = prepare_data(recipe, ranks, console)
-    source = find_reference(recipe, data, ranks)
+    source = find_reference(recipe, data, ranks, console)
     stored = read_fingerprint(folder)
     if stored is None or stored.key != source.fingerprint.key:
         reasons = explain_difference(source.fingerprint, stored) if stored else ["reference.json is missing or damaged"]

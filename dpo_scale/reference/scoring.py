@@ -7,7 +7,7 @@ and nodes without a shared disk can fill the same store.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -66,8 +66,7 @@ class ReferenceRows:
 
     @classmethod
     def of_pairs(cls, pairs: TokenPairs) -> ReferenceRows:
-        chosen, rejected = pair_row_keys(pairs)
-        return cls(pairs, np.stack([chosen, rejected], axis=1))
+        return cls(pairs, pair_row_keys(pairs))
 
     def of(self, indices: Indices) -> Keys:
         """Keys of some pairs, uint8 [2 * indices, 16], chosen and rejected in turn."""
@@ -245,8 +244,9 @@ def score(
     rank_tokens: int,
     cost: CostModel,
     pad_id: int,
+    between_batches: Callable[[], None] = lambda: None,
 ) -> None:
-    """Score the planned rows in lockstep over ranks.
+    """Score the planned rows in lockstep over ranks; all of them call `between_batches`, which may raise to stop.
 
     Raises DataError if one row alone is over the token budget, and NonFiniteLogProbsError, on the rank that finds them,
     for log-probs that are no numbers; what was scored before is committed then.
@@ -259,6 +259,7 @@ def score(
     started, tokens = time.monotonic(), 0
     with console.progress("Reference log-probs", len(plan.rows), "sequences") as bar:
         for round_ in rounds:
+            between_batches()
             mine = round_[ranks.rank].tolist()
             # A rank without work computes filler, to stay in lockstep, and drops it.
             batch = collate([plan.completions(group) for group in mine or [shortest]], layout, pad_id)

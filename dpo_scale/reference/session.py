@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 
 from dpo_scale.console import Console
 from dpo_scale.data.layouts import Layout
 from dpo_scale.data.token_pairs import TokenPairs
-from dpo_scale.distributed.engines import ReferenceEngine, loading_for
+from dpo_scale.distributed.engines import ReferenceEngine, loading_for, pin_where_it_fits
 from dpo_scale.distributed.lockstep import together
 from dpo_scale.distributed.runtime import Runtime
 from dpo_scale.errors import RecipeError
 from dpo_scale.inputs import Data
 from dpo_scale.model.layout_check import check_layout
-from dpo_scale.model.loading import DTYPES, cost_model, load_model, register_attention
+from dpo_scale.model.loading import DTYPES, cost_model, load_model, register_attention, stored_elements
 from dpo_scale.recipe import Recipe
 from dpo_scale.reference.cache import ReferenceStore, near_misses
+from dpo_scale.reference.fingerprint import ReferenceFingerprint
 from dpo_scale.reference.key_index import first_positions
 from dpo_scale.reference.scoring import (
     FreshRows,
@@ -40,10 +43,19 @@ class Reference:
         rows_computed: rows that were scored.
     """
 
-    def __init__(self, recipe: Recipe, runtime: Runtime, data: Data, console: Console) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        runtime: Runtime,
+        data: Data,
+        console: Console,
+        between_batches: Callable[[], None] = lambda: None,
+    ) -> None:
+        """All ranks call `between_batches` between two micro-batches; what it raises ends the scoring."""
         self._recipe, self._runtime, self._data, self._console = recipe, runtime, data, console
+        self._between_batches = between_batches
         self._ranks = runtime.ranks
-        self._source = find_reference(recipe, data, self._ranks)
+        self._source = find_reference(recipe, data, self._ranks, console)
         self.store = ReferenceStore.open(reference_cache_dir(recipe), self._source.fingerprint)
         self.rows_cached = 0
         self.rows_computed = 0
@@ -52,6 +64,11 @@ class Reference:
         self._announced: list[TokenPairs] = []
         self._engine: ReferenceEngine | None = None
         self._layout: Layout | None = None
+
+    @property
+    def fingerprint(self) -> ReferenceFingerprint:
+        """Which model the log-probs are of."""
+        return self._source.fingerprint
 
     @property
     def is_the_policys_start(self) -> bool:
@@ -105,6 +122,7 @@ class Reference:
     def _score(self, rows: ReferenceRows, indices: Indices, missing: npt.NDArray[np.bool_]) -> None:
         together(self._ranks, self.store.ensure_writable, RecipeError)
         engine, layout = self._open_engine(rows.pairs)
+        self._unsettled = True
         rank_tokens = self._recipe.scoring_rank_tokens
         plan = plan_scoring(rows, indices, missing, layout=layout, rank_tokens=rank_tokens)
         score(
@@ -117,6 +135,7 @@ class Reference:
             rank_tokens=rank_tokens,
             cost=cost_model(self._source.config),
             pad_id=self._data.pad_id,
+            between_batches=self._between_batches,
         )
         self.rows_computed += len(plan.rows)
 
@@ -125,18 +144,26 @@ class Reference:
         recipe, ranks = self._recipe, self._ranks
         if self._engine is None or self._layout is None:
             register_attention(recipe.model, ranks.device)
-            self._console.say(f"Loading the reference from {self._source.folder}")
-            with loading_for(self._runtime.accelerator, "reference"):
-                model = load_model(self._source.folder, recipe.model)
-                self._engine = ReferenceEngine(self._runtime.accelerator, model)
-            choice = check_layout(
-                self._engine,
-                pairs,
-                wanted=recipe.batch.layout,
-                dtype=DTYPES[recipe.model.dtype],
-                device=ranks.device,
-                pad_id=self._data.pad_id,
-            )
+            folder, accelerator = self._source.folder, self._runtime.accelerator
+            dtype, elements = DTYPES[recipe.model.dtype], stored_elements(folder)
+            self._console.say(f"Loading the reference from {folder}")
+            if pin_where_it_fits(accelerator, "reference", (elements or 0) * dtype.itemsize):
+                self._console.say("  its shards are not pinned: they would take more than half of the free memory")
+            with (
+                self._console.progress("Loading the reference", elements, "parameters") as bar,
+                loading_for(accelerator, "reference", bar.advance),
+            ):
+                model = load_model(folder, recipe.model)
+                self._engine = ReferenceEngine(accelerator, model)
+            with self._console.progress("Checking the layout", None):
+                choice = check_layout(
+                    self._engine,
+                    pairs,
+                    wanted=recipe.batch.layout,
+                    dtype=dtype,
+                    device=ranks.device,
+                    pad_id=self._data.pad_id,
+                )
             for line in choice.describe("reference"):
                 self._console.say(line)
             self._layout = choice.layout

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from dpo_scale.console import BYTES, Console
 from dpo_scale.distributed import lockstep
 from dpo_scale.distributed.lockstep import once_a_machine, together
 from dpo_scale.errors import RecipeError
@@ -35,7 +36,7 @@ def reference_cache_dir(recipe: Recipe) -> Path:
     return Path(recipe.reference.cache_dir or cache_root() / "reference")
 
 
-def find_reference(recipe: Recipe, data: Data, ranks: Ranks) -> ReferenceSource:
+def find_reference(recipe: Recipe, data: Data, ranks: Ranks, console: Console) -> ReferenceSource:
     """Find the reference and hash its files, without loading a weight. Collective.
 
     Raises RecipeError for a reference that does not score the policy's tokens.
@@ -46,7 +47,7 @@ def find_reference(recipe: Recipe, data: Data, ranks: Ranks) -> ReferenceSource:
     config = load_config(folder, trust_remote_code=recipe.model.trust_remote_code, setting="reference.path")
     if folder != data.model_folder:
         _check_same_tokens(folder, config, recipe, data)
-    return ReferenceSource(folder, config, _fingerprint(folder, recipe, ranks))
+    return ReferenceSource(folder, config, _fingerprint(folder, recipe, ranks, console))
 
 
 def _check_same_tokens(folder: Path, config: Any, recipe: Recipe, data: Data) -> None:
@@ -63,13 +64,14 @@ def _check_same_tokens(folder: Path, config: Any, recipe: Recipe, data: Data) ->
     check_vocabulary(largest, config, "reference.path")
 
 
-def _fingerprint(folder: Path, recipe: Recipe, ranks: Ranks) -> ReferenceFingerprint:
+def _fingerprint(folder: Path, recipe: Recipe, ranks: Ranks, console: Console) -> ReferenceFingerprint:
     """Fingerprint of the reference's files, each hashed by one rank."""
     files, memory = weight_files(folder), reference_cache_dir(recipe)
 
     def digests() -> dict[str, str]:
         mine = files[ranks.rank :: ranks.world_size]
-        return {file.name: remembered_sha256(file, memory) for file in mine}
+        with console.progress("Hashing the reference", sum(file.stat().st_size for file in mine), BYTES) as bar:
+            return {file.name: remembered_sha256(file, memory, bar.advance) for file in mine}
 
     gathered = together(ranks, digests, RecipeError)
     return fingerprint_model(

@@ -15,6 +15,7 @@ written and nothing else.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -36,7 +37,7 @@ from dpo_scale.errors import UserError
 from dpo_scale.files import fsync_folder, sha256_of_file, write_atomically, write_json
 from dpo_scale.training.tensor_files import FileRecord, TensorEntry, aligned, write_tensors
 
-FORMAT = 1
+FORMAT = 2
 UNFINISHED = "writing it was not finished"
 """The reason for passing over a checkpoint that a kill cut short: harmless."""
 MOMENTS = ("master", "exp_avg", "exp_avg_sq")
@@ -61,6 +62,10 @@ class RunState:
     reference_rows_computed: int = 0
     skipped_steps: int = 0
     resumes: int = 0
+    evaluated_step: int | None = None
+    """Step of the last held-out pass that was finished."""
+    origin: str = ""
+    """The checkpoint that run.resume named, if the run went on from one."""
     tracker_run_ids: Mapping[str, str] = field(default_factory=dict)
     best: Mapping[str, float] = field(default_factory=dict)
     """Metric name -> its best value so far."""
@@ -72,8 +77,8 @@ class Commit:
 
     run: RunState
     world_size: int
-    trajectory_digest: str
-    """Digest of what determines the trajectory: a resumed run must have the same."""
+    trajectory: Mapping[str, Any]
+    """What determines the trajectory, as JSON values: a resumed run must have the same."""
     source_model: str
     architecture: str
     dtype: str
@@ -81,6 +86,11 @@ class Commit:
     tied: Mapping[str, str]
     counters: EngineCounters
     files: tuple[FileRecord, ...]
+
+    @property
+    def trajectory_digest(self) -> str:
+        """Names the trajectory in what is made of it."""
+        return digest_of(self.trajectory)
 
     def to_json(self) -> dict[str, Any]:
         return {"format": FORMAT, "step": self.run.step, **asdict(self)}
@@ -96,6 +106,11 @@ class Commit:
         fields["parameters"] = {name: tuple(dims) for name, dims in fields["parameters"].items()}
         fields["files"] = tuple(FileRecord(**file) for file in fields["files"])
         return cls(**fields)
+
+
+def digest_of(trajectory: Mapping[str, Any]) -> str:
+    """SHA-256 of a trajectory, in hex."""
+    return hashlib.sha256(json.dumps(trajectory, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +134,7 @@ def save(
     run: RunState,
     ranks: Ranks,
     *,
-    trajectory_digest: str,
+    trajectory: Mapping[str, Any],
     source_model: str,
     keep_last: int = 2,
     keep_every: int | None = None,
@@ -137,7 +152,7 @@ def save(
         commit = Commit(
             run=run,
             world_size=ranks.world_size,
-            trajectory_digest=trajectory_digest,
+            trajectory=trajectory,
             source_model=source_model,
             architecture=snapshot.architecture,
             dtype=str(snapshot.dtype).removeprefix("torch."),
@@ -154,8 +169,7 @@ def save(
             f"{target}: not written\n{error}\nEarlier checkpoints are untouched. "
             "Free space or mend the folder, then run the same command again."
         ) from error
-    if ranks.is_main:
-        _prune(folder, run.step, keep_last, keep_every)
+    on_main(ranks, lambda: _prune(folder, run.step, keep_last, keep_every), CheckpointError)
     return target
 
 

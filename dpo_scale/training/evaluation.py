@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -54,8 +55,12 @@ def evaluate(
     rank_tokens: int,
     cost: CostModel,
     pad_id: int,
+    between_batches: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """Metrics over all held-out pairs, each counted once, under keys `eval/...`. Collective."""
+    """Metrics over all held-out pairs, each counted once, under keys `eval/...`. Collective.
+
+    All ranks call `between_batches` between two micro-batches; what it raises ends the pass.
+    """
     costs = layout_costs(pairs.lengths, layout, cost)
     check_budget(costs, rank_tokens, pairs.rows, "batch.rank_tokens")
     plan = plan_pass(costs, world_size=ranks.world_size, rank_tokens=rank_tokens)
@@ -63,6 +68,7 @@ def evaluate(
     policy.train(False)
     with console.progress("Held-out pairs", len(plan.micro_batches), "micro-batches") as bar:
         for item in pair_batches(plan, ranks.rank, pairs, layout, pad_id):
+            between_batches()
             batch = item.batch.to(ranks.device)
             logps = pair_log_probs(policy(batch), batch, reference_logps(item.pairs), loss)
             add_metrics(sums, logps, pair_losses(logps, loss), item.weight, loss)

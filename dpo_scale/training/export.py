@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -22,7 +22,7 @@ from dpo_scale.distributed import engine_state
 from dpo_scale.distributed.lockstep import OneProcess, Ranks, on_main, together
 from dpo_scale.errors import UserError
 from dpo_scale.files import fsync_folder, write_atomically, write_json
-from dpo_scale.training.checkpoints import open_checkpoint
+from dpo_scale.training.checkpoints import CheckpointError, open_checkpoint, verify
 from dpo_scale.training.hub_names import HubNames, hub_names
 from dpo_scale.training.stored_state import StoredState
 from dpo_scale.training.tensor_files import FileRecord, TensorEntry, aligned, write_tensors
@@ -86,13 +86,18 @@ def export_checkpoint(
     tokenizer: Path | None = None,
     chat_template: str | None = None,
     provenance: Mapping[str, Any] | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> None:
     """Write a checkpoint's model to the folder `out`, in the precision of training or another.
 
-    Raises CheckpointError for a checkpoint that is not whole, ExportError if `out` cannot be
-    written.
+    `progress` is told of further elements that were written.
+    Raises CheckpointError for a checkpoint that is not whole, its checksums included, ExportError
+    if `out` cannot be written.
     """
     found = open_checkpoint(checkpoint)
+    damage = verify(found)
+    if damage:
+        raise CheckpointError(f"{checkpoint}: damaged: {'; '.join(damage)}. Export another.")
     commit = found.commit
     folder = ModelFolder(source_model, commit.trajectory_digest, tokenizer, chat_template, provenance or {})
     with StoredState(found) as stored:
@@ -102,7 +107,7 @@ def export_checkpoint(
             dtype=dtype or getattr(torch, commit.dtype),
             parameters=commit.parameters,
             buffers=stored.buffers(),
-            values=((name, stored.read_parameter(name)) for name in commit.parameters),
+            values=_watched(((name, stored.read_parameter(name)) for name in commit.parameters), progress),
         )
         _export(weights, folder, out, max_shard_bytes, OneProcess())
 
@@ -115,9 +120,11 @@ def export_engine(
     *,
     step: int,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    progress: Callable[[int], None] | None = None,
 ) -> None:
     """Write a live engine's model to the folder `out`, a gathered parameter at a time. Collective.
 
+    `progress` is told of further elements that were written.
     Raises ExportError on every rank if it cannot be written.
     """
     state = engine_state.snapshot(engine)
@@ -127,9 +134,18 @@ def export_engine(
         dtype=state.dtype,
         parameters=state.parameters,
         buffers=state.buffers,
-        values=engine_state.gathered_parameters(engine),
+        values=_watched(engine_state.gathered_parameters(engine), progress),
     )
     _export(weights, folder, out, max_shard_bytes, ranks)
+
+
+def _watched(
+    values: Iterator[tuple[str, torch.Tensor]], progress: Callable[[int], None] | None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, value in values:
+        yield name, value
+        if progress is not None:
+            progress(value.numel())
 
 
 def _export(weights: Weights, folder: ModelFolder, out: Path, max_shard_bytes: int, ranks: Ranks) -> None:

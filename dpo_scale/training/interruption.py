@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from pathlib import Path
-from types import FrameType
 from typing import Protocol
 
 import torch
@@ -15,6 +15,8 @@ from torch import Tensor
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 STOPPED = 85
 """Exit code of a run that committed a checkpoint and stopped before its end: start it again."""
+ECHO_SECONDS = 3.0
+"""One request may arrive twice: SLURM signals every process of a job, and the launcher passes its own copy on."""
 
 
 class Ranks(Protocol):
@@ -27,34 +29,59 @@ class Ranks(Protocol):
     def max(self, values: Tensor) -> Tensor: ...
 
 
+class StopRequestedError(Exception):
+    """All ranks agreed to stop in the middle of something that can be done again."""
+
+
 class Interruption:
-    """Notes the first signal and leaves at once on the second; watches the STOP file and the clock."""
+    """Notes the first signal and leaves at once on a second one; watches the STOP file, the clock and the launcher."""
 
-    def __init__(self, folder: Path, stop_after_minutes: float | None) -> None:
+    def __init__(self, folder: Path, stop_after_minutes: float | None, started: float) -> None:
+        """`started` is when the clock began, by time.monotonic."""
         self._file = folder / "STOP"
-        self._deadline = None if stop_after_minutes is None else time.monotonic() + 60 * stop_after_minutes
-        self._reason = ""
+        self._deadline = None if stop_after_minutes is None else started + 60 * stop_after_minutes
+        self._launcher = os.getppid()
+        self._signal = ""
+        # The main thread may wait in a collective, where Python runs no handler: a thread hears of signals at once.
+        heard, told = os.pipe()
+        os.set_blocking(told, False)
+        signal.set_wakeup_fd(told, warn_on_full_buffer=False)
         for number in SIGNALS:
-            signal.signal(number, self._note)
+            signal.signal(number, lambda number, frame: None)
+        threading.Thread(target=self._listen, args=(heard,), name="signals", daemon=True).start()
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self._reason:
-            os._exit(128 + number)
-        self._reason = signal.Signals(number).name
+    def _listen(self, heard: int) -> None:
+        first, noted_at = 0, 0.0
+        while number := int.from_bytes(os.read(heard, 1), "little"):
+            if number not in SIGNALS:
+                continue
+            if not first:
+                first, noted_at = number, time.monotonic()
+                self._signal = signal.Signals(number).name
+            elif number != first or time.monotonic() - noted_at > ECHO_SECONDS:
+                os._exit(128 + number)
 
-    def reason(self) -> str:
-        """Why to stop, or nothing."""
-        if self._reason:
-            return self._reason
+    def reason(self, needed_seconds: float = 0.0) -> str:
+        """Why to stop, or nothing; the clock is met if what takes `needed_seconds` must not begin any more."""
+        if self._signal:
+            return self._signal
         if self._file.exists():
             return "the STOP file"
-        if self._deadline is not None and time.monotonic() > self._deadline:
+        if self._deadline is not None and time.monotonic() + needed_seconds > self._deadline:
             return "run.stop_after"
+        if os.getppid() != self._launcher:
+            return "the end of its launcher"
         return ""
 
     def consume_file(self) -> None:
         """Remove the STOP file, so that the next start does not stop at once."""
         self._file.unlink(missing_ok=True)
+
+
+def heed(interruption: Interruption, ranks: Ranks) -> None:
+    """Raise StopRequestedError on every rank if any of them was asked to stop; collective."""
+    if agree(ranks, stop=bool(interruption.reason()), commit=False)[0]:
+        raise StopRequestedError
 
 
 def agree(ranks: Ranks, *, stop: bool, commit: bool) -> tuple[bool, bool]:

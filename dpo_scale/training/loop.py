@@ -4,92 +4,108 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from dpo_scale.console import Console
+from dpo_scale.console import BYTES, Console
 from dpo_scale.data.layouts import Layout
 from dpo_scale.data.planning import Costs, Schedule, StepPlan, check_budget, layout_costs, plan_step
 from dpo_scale.distributed import engine_state
 from dpo_scale.distributed.engines import PolicyEngine, loading_for
-from dpo_scale.distributed.runtime import Ranks, Runtime
-from dpo_scale.errors import UserError
+from dpo_scale.distributed.lockstep import by_main
+from dpo_scale.distributed.runtime import Runtime
 from dpo_scale.files import write_json
 from dpo_scale.inputs import Data, prepare_data
 from dpo_scale.model.layout_check import check_layout
-from dpo_scale.model.loading import (
-    DTYPES,
-    checkpoint_activations,
-    load_model,
-    register_attention,
-)
+from dpo_scale.model.loading import DTYPES, checkpoint_activations, load_model, register_attention, stored_elements
 from dpo_scale.recipe import Recipe
 from dpo_scale.reference.scoring import ReferenceRows
 from dpo_scale.reference.session import Reference
-from dpo_scale.training.checkpoints import UNFINISHED, RunState, find_checkpoint, save
+from dpo_scale.training.checkpoints import RunState, digest_of, save
 from dpo_scale.training.evaluation import describe, evaluate
 from dpo_scale.training.export import export_engine
 from dpo_scale.training.guards import NumericalError, check_first_step, explain_non_finite, first_step_gap
-from dpo_scale.training.interruption import STOPPED, Interruption, agree
+from dpo_scale.training.interruption import STOPPED, Interruption, StopRequestedError, agree, heed
 from dpo_scale.training.metrics import MetricsFile, MetricSums
 from dpo_scale.training.optimizer import build_optimizer, learning_rate, set_learning_rate
 from dpo_scale.training.provenance import model_folder
 from dpo_scale.training.records import Records
-from dpo_scale.training.run_folder import RunFolder, trajectory_digest
-from dpo_scale.training.step import (
-    PairBatch,
-    StepOutput,
-    pair_batches,
-    run_step,
-)
-from dpo_scale.training.stored_state import StoredState, check_fits
+from dpo_scale.training.resume import resume
+from dpo_scale.training.run_folder import RunFolder, trajectory_of
+from dpo_scale.training.status import StatusFile
+from dpo_scale.training.step import PairBatch, StepOutput, pair_batches, run_step
+from dpo_scale.watch import Watch
 
 STEPS_PREPARED_AHEAD = 2
 MOST_OVERFLOWS_A_STEP = 40
 """fp16 halves its loss scale at each overflow; 2**40 below the first scale nothing is left to try."""
 
 
-def train(recipe: Recipe, runtime: Runtime, console: Console, folder: RunFolder | None) -> int:
+def train(
+    recipe: Recipe, runtime: Runtime, console: Console, folder: RunFolder | None, status: StatusFile, watch: Watch
+) -> int:
     """Train to the end of the plan, or to a request to stop; returns the process's exit code. Collective.
 
-    `folder` is held by the main rank alone.
+    `folder` is held by the main rank alone, and `status` is silent on the others.
     """
     ranks = runtime.ranks
-    interruption = Interruption(Path(recipe.run.output_dir), recipe.run.stop_after)
+    interruption = Interruption(Path(recipe.run.output_dir), recipe.run.stop_after, watch.started)
+
+    def between_batches() -> None:
+        watch.moved("a micro-batch of scoring or evaluation")
+        heed(interruption, ranks)
+
+    status.enter("preparing data")
     data = prepare_data(recipe, ranks, console)
     if folder is not None:
         write_json(folder.path / "data_report.json", data.report)
         folder.write_environment(ranks.world_size, str(ranks.device))
-    reference = Reference(recipe, runtime, data, console)
+    reference = Reference(recipe, runtime, data, console, between_batches)
+    by_main(ranks, lambda: folder.keep_reference(reference.fingerprint) if folder is not None else None)
     needed = reference.rows(data.train), reference.rows(data.evaluate)
-    if recipe.reference.schedule == "upfront":
-        reference.score_all(*needed)
-    run = _start(recipe, runtime, console, data, reference, needed, folder)
-    finished = run.train(interruption)
-    if finished:
-        run.export()
-        console.say(f"Done: the trained model is in {Path(recipe.run.output_dir) / 'model'}")
-        return 0
-    console.say(
-        f"Stopped by {interruption.reason() or 'another rank'} after step {run.state.step}, which is committed; "
-        "the same command goes on from there"
-    )
+    step, reached = 0, "before training"
+    try:
+        if recipe.reference.schedule == "upfront":
+            status.enter("scoring")
+            reference.score_all(*needed)
+        status.enter("loading")
+        run = _start(recipe, runtime, console, data, reference, needed, folder, watch, between_batches)
+        status.enter("training", run.state.step)
+        if run.train(interruption, status):
+            status.enter("exporting", run.state.step)
+            run.export()
+            run.records.end(run.state, "finished", console.clock.seconds)
+            status.finish()
+            return 0
+        run.records.end(run.state, "stopped", console.clock.seconds)
+        if step := run.state.step:
+            reached = f"after step {step}, which is committed"
+    except StopRequestedError:  # while the reference was scored
+        reference.release()
+    reason = interruption.reason() or "another rank"
+    status.stop(reason, step)
+    console.say(f"Stopped by {reason} {reached}; the same command goes on from there")
     interruption.consume_file()
     return STOPPED
 
 
-def evaluate_only(recipe: Recipe, runtime: Runtime, console: Console, folder: RunFolder | None) -> None:
+def evaluate_only(recipe: Recipe, runtime: Runtime, console: Console, folder: RunFolder | None, watch: Watch) -> None:
     """Evaluate the newest checkpoint, or the starting weights where there is none. Collective."""
     data = prepare_data(recipe, runtime.ranks, console)
-    reference = Reference(recipe, runtime, data, console)
+
+    def between_batches() -> None:
+        watch.moved("a micro-batch of scoring or evaluation")
+
+    reference = Reference(recipe, runtime, data, console, between_batches)
     needed = reference.rows(data.train), reference.rows(data.evaluate)
     reference.score_all(needed[1])
-    _start(recipe, runtime, console, data, reference, needed, folder).evaluate()
+    _start(recipe, runtime, console, data, reference, needed, folder, watch, between_batches).evaluate()
 
 
 def _start(
@@ -100,6 +116,8 @@ def _start(
     reference: Reference,
     needed: tuple[ReferenceRows, ReferenceRows],
     folder: RunFolder | None,
+    watch: Watch,
+    between_batches: Callable[[], None],
 ) -> Run:
     """Load the policy, resume it if there is something to resume, and check its layout. The order matters:
 
@@ -108,27 +126,33 @@ def _start(
     3. the layout is checked on the weights that training goes on with.
     """
     ranks = runtime.ranks
+    watch.rest()
     register_attention(recipe.model, ranks.device)
     torch.manual_seed(recipe.run.seed)
     console.say(f"Loading the policy from {data.model_folder}")
-    with loading_for(runtime.accelerator, "policy"):
+    with (
+        console.progress("Loading the policy", stored_elements(data.model_folder), "parameters") as bar,
+        loading_for(runtime.accelerator, "policy", bar.advance),
+    ):
         model = load_model(data.model_folder, recipe.model)
     if recipe.model.activation_checkpointing:
         checkpoint_activations(model)
-    optimizer = build_optimizer(model, recipe.optim, ranks.device)
-    policy = PolicyEngine(runtime.accelerator, model, optimizer, recipe)
+    with console.progress("Building the engine", None):
+        optimizer = build_optimizer(model, recipe.optim, ranks.device)
+        policy = PolicyEngine(runtime.accelerator, model, optimizer, recipe)
     console.say(policy.describe())
-    digest = trajectory_digest(recipe, data.train.digest())
-    state = _resume(recipe, ranks, console, policy, digest)
+    trajectory = trajectory_of(recipe, data.train.digest(), reference.fingerprint.key)
+    state = resume(recipe, ranks, console, policy.engine, trajectory)
     policy.train(False)  # with dropout, two layouts would differ
-    layout = check_layout(
-        policy,
-        data.train,
-        wanted=recipe.batch.layout,
-        dtype=DTYPES[recipe.model.dtype],
-        device=ranks.device,
-        pad_id=data.pad_id,
-    )
+    with console.progress("Checking the layout", None):
+        layout = check_layout(
+            policy,
+            data.train,
+            wanted=recipe.batch.layout,
+            dtype=DTYPES[recipe.model.dtype],
+            device=ranks.device,
+            pad_id=data.pad_id,
+        )
     for line in layout.describe("policy"):
         console.say(line)
     policy.train()
@@ -153,37 +177,12 @@ def _start(
         layout=layout.layout,
         schedule=schedule,
         costs=costs,
-        digest=digest,
+        trajectory=trajectory,
         state=state,
         folder=folder,
+        watch=watch,
+        between_batches=between_batches,
     )
-
-
-def _resume(recipe: Recipe, ranks: Ranks, console: Console, policy: PolicyEngine, digest: str) -> RunState:
-    """The state of the newest valid checkpoint, put into the engine; a fresh state where there is none."""
-    folder = Path(recipe.run.output_dir) / "checkpoints"
-    found, passed_over = find_checkpoint(folder, recipe.run.resume, ranks)
-    for line in passed_over:
-        console.say(f"Passed over {line}")
-    if found is None:
-        damaged = [line for line in passed_over if UNFINISHED not in line]
-        if damaged:
-            raise UserError(
-                f"{folder}: no checkpoint is whole, and starting anew would overwrite what is left of this run; "
-                "restore one, or move the folder away"
-            )
-        return RunState()
-    if found.commit.trajectory_digest != digest:
-        raise UserError(
-            f"{found.path}: the checkpoint of another run (settings or training data differ); "
-            "choose another run.output_dir, or restore what changed"
-        )
-    check_fits(found, engine_state.snapshot(policy.engine).parameters)
-    with StoredState(found) as stored:
-        engine_state.restore(policy.engine, stored.read, stored.buffers(), found.commit.counters)
-        stored.restore_random_state(ranks)
-    console.say(f"Resuming from {found.path}")
-    return replace(found.commit.run, resumes=found.commit.run.resumes + 1)
 
 
 @dataclass
@@ -201,9 +200,12 @@ class Run:
     layout: Layout
     schedule: Schedule
     costs: Costs
-    digest: str
+    trajectory: dict[str, Any]
+    """All that determines what is trained."""
     state: RunState
     folder: RunFolder | None
+    watch: Watch
+    between_batches: Callable[[], None]
 
     def __post_init__(self) -> None:
         self.ranks, self.resumed = self.runtime.ranks, self.state
@@ -213,38 +215,56 @@ class Run:
         track = self.runtime.accelerator.log
         self.records = Records(self.ranks, self.console, file, lambda values, step: track(values, step=step))
         self.committed_at = time.monotonic()
+        self.committed_step = self.state.step or None
+        self.longest_step, self.last_commit = 0.0, 0.0  # seconds
 
-    def train(self, interruption: Interruption) -> bool:
-        """The loop. True at the end of the plan, False after a request to stop; both leave a checkpoint."""
+    def train(self, interruption: Interruption, status: StatusFile) -> bool:
+        """Train; True at the end of the plan, False after a request to stop. Both leave a checkpoint."""
+        try:
+            return self._train(interruption, status)
+        except StopRequestedError:  # in a held-out pass, or while a step's reference rows were scored
+            if self.committed_step != self.state.step and self.state.step:
+                self.commit()
+            return False
+
+    def _train(self, interruption: Interruption, status: StatusFile) -> bool:
+        """The loop."""
         recipe, num_steps = self.recipe, self.schedule.num_steps
-        committed = self.state.step if self.state.step else None
-        if self.state.step == 0 and recipe.evaluate.at_start:
-            self.evaluate()
-        self.records.restart(self.state)
-        stop = False
-        with self.console.progress("Training", num_steps, "steps") as bar:
-            bar.advance(self.state.step)
+        self._evaluate_if_due()
+        self.records.begin(self.state)
+        with self.console.progress("Training", num_steps, "steps", done=self.state.step) as bar:
             for plan, batches in self._prepared(self.state.step, num_steps):
+                self.watch.moved(f"step {plan.step + 1}")
+                started = time.monotonic()
                 rate = learning_rate(plan.step, num_steps, recipe.optim)
                 set_learning_rate(self.policy.param_groups, rate)
                 output = self._step(plan, batches)
                 self._count(plan)
+                status.advance(self.state.step)
                 bar.advance(1)
                 last = self.state.step == num_steps
                 if last or self.state.step % recipe.track.every_steps == 0:
                     self._record(rate, output.grad_norm)
-                if last or _is_due(self.state.step, recipe.evaluate.every_steps):
-                    self.evaluate()
-                stop, commit = agree(self.ranks, stop=bool(interruption.reason()), commit=self._commit_is_due())
+                self.longest_step = max(self.longest_step, time.monotonic() - started)
+                self._evaluate_if_due()
+                ask = bool(interruption.reason(self.longest_step + self.last_commit))
+                stop, commit = agree(self.ranks, stop=ask, commit=self._commit_is_due())
                 due = _is_due(self.state.step, recipe.checkpoint.every_steps)
                 if commit or stop or last or due:
                     self.commit()
-                    committed = self.state.step
-                if stop and not last:
+                if stop:
                     return False
-        if committed is None:
+        if self.committed_step is None:
             self.commit()  # a plan without steps still leaves something to resume and export
         return True
+
+    def _evaluate_if_due(self) -> None:
+        """Make the held-out pass of this step, unless it is behind us; one that was stopped is made after a resume."""
+        step = self.state.step
+        due = step == self.schedule.num_steps or _is_due(step, self.recipe.evaluate.every_steps)
+        if (due if step else self.recipe.evaluate.at_start) and self.state.evaluated_step != step:
+            self.evaluate()
+            self.state = replace(self.state, evaluated_step=step)
 
     def _prepared(self, start: int, stop: int) -> Iterator[tuple[StepPlan, Sequence[PairBatch]]]:
         """Plans and this rank's micro-batches of the steps, laid out ahead while the device works."""
@@ -341,6 +361,7 @@ class Run:
             rank_tokens=self.recipe.batch.rank_tokens,
             cost=self.data.cost,
             pad_id=self.data.pad_id,
+            between_batches=self.between_batches,
         )
         self.records.write(self.state.step, metrics)
         self.console.say(f"step {self.state.step:>5}  {describe(metrics)}")
@@ -352,28 +373,39 @@ class Run:
 
     def commit(self) -> None:
         """Write a checkpoint of the current state. Collective."""
+        self.watch.rest()  # a disk takes as long as it takes
         started = time.monotonic()
         self.reference.commit()
+        self.records.settle()
         settings = self.recipe.checkpoint
-        path = save(
-            Path(self.recipe.run.output_dir) / "checkpoints",
-            engine_state.snapshot(self.policy.engine),
-            self.state,
-            self.ranks,
-            trajectory_digest=self.digest,
-            source_model=str(self.data.model_folder),
-            keep_last=settings.keep_last,
-            keep_every=settings.keep_every,
-        )
-        self.committed_at = time.monotonic()
-        self.records.pause(self.committed_at - started)
-        self.console.say(f"Committed {path} in {self.committed_at - started:.1f} s")
+        snapshot = engine_state.snapshot(self.policy.engine)
+        with self.console.progress("Saving the checkpoint", snapshot.stored_bytes, BYTES) as bar:
+            path = save(
+                Path(self.recipe.run.output_dir) / "checkpoints",
+                snapshot.watched(bar.advance),
+                self.state,
+                self.ranks,
+                trajectory=self.trajectory,
+                source_model=str(self.data.model_folder),
+                keep_last=settings.keep_last,
+                keep_every=settings.keep_every,
+            )
+        self.committed_at, self.committed_step = time.monotonic(), self.state.step
+        self.last_commit = self.committed_at - started
+        self.records.pause(self.last_commit)
+        self.console.say(f"Committed {path} in {self.last_commit:.1f} s")
 
     def export(self) -> None:
         """Write RUN/model, a Hugging Face folder. Collective."""
-        with model_folder(self.recipe, self.data.model_folder, self.digest, self.state.step) as folder:
-            out = Path(self.recipe.run.output_dir) / "model"
-            export_engine(self.policy.engine, out, folder, self.ranks, step=self.state.step)
+        self.watch.rest()
+        out, elements = Path(self.recipe.run.output_dir) / "model", self.policy.num_parameters
+        digest = digest_of(self.trajectory)
+        with (
+            model_folder(self.recipe, self.data.model_folder, digest, self.state.step) as folder,
+            self.console.progress("Exporting the model", elements, "parameters") as bar,
+        ):
+            engine = self.policy.engine
+            export_engine(engine, out, folder, self.ranks, step=self.state.step, progress=bar.advance)
 
 
 def _is_due(step: int, every: int | None) -> bool:

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from dpo_scale.files import naming, write_atomically
 from dpo_scale.objectives import implicit_reward, preference_accuracy
 
 AVERAGES = (
@@ -115,13 +116,21 @@ class MetricsFile:
         kept = [line for line in _lines(path) if _step_of(line) <= resumed_at_step]
         if resumed_at_step == 0:
             kept = []
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, path)
+        text = "".join(line + "\n" for line in kept)
+        write_atomically(path, lambda temporary: _write_text(temporary, text))
 
     def write(self, values: Mapping[str, float]) -> None:
-        with open(self._path, "a", encoding="utf-8") as file:
+        with naming(self._path), open(self._path, "a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
+
+    def settle(self) -> None:
+        """Bring what was written to the disk: a checkpoint must not outlive the lines before it in a power cut."""
+        with naming(self._path), open(self._path, "rb") as file:
+            os.fsync(file.fileno())
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
 
 
 def _lines(path: Path) -> list[str]:

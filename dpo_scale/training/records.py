@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -9,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dpo_scale.console import Console
+from dpo_scale.console import Console, duration
 from dpo_scale.training.checkpoints import RunState
 from dpo_scale.training.metrics import MetricsFile, MetricSums, model_flops_utilization, peak_memory_gib
 
@@ -39,6 +40,17 @@ class Records:
         self._before = RunState()
         self._started = time.monotonic()
 
+    def begin(self, state: RunState) -> None:
+        """Note that an attempt starts at a state, and begin the first interval."""
+        attempt = {"resumes": state.resumes, "world_size": self._ranks.world_size, "host": socket.gethostname()}
+        self._note(state.step, {"event": "start", **attempt})
+        self.restart(state)
+
+    def end(self, state: RunState, outcome: str, stage_seconds: Mapping[str, float]) -> None:
+        """Note how and where an attempt ended, and the time that each of its stages took."""
+        seconds = {name: round(value, 3) for name, value in stage_seconds.items()}
+        self._note(state.step, {"event": "end", "outcome": outcome, "stage_seconds": seconds})
+
     def restart(self, state: RunState) -> None:
         """Begin an interval at a state."""
         self._before, self._started, self._work = state, time.monotonic(), 0.0
@@ -61,6 +73,7 @@ class Records:
         before = self._before
         mfu = model_flops_utilization(self._work, seconds, self._ranks.world_size, self._ranks.device)
         pairs_per_second = (state.pairs - before.pairs) / seconds
+        step_seconds = seconds / max(1, state.step - before.step)
         self.write(
             state.step,
             {
@@ -73,7 +86,7 @@ class Records:
                 "completion_tokens": state.completion_tokens,
                 "pairs_per_second": pairs_per_second,
                 "tokens_per_second": (state.tokens - before.tokens) / seconds,
-                "step_seconds": seconds / max(1, state.step - before.step),
+                "step_seconds": step_seconds,
                 "reference_rows_cached": state.reference_rows_cached,
                 "reference_rows_computed": state.reference_rows_computed,
                 "skipped_steps": state.skipped_steps,
@@ -81,16 +94,26 @@ class Records:
                 **({} if mfu is None else {"mfu": mfu}),
             },
         )
+        left = duration(step_seconds * (num_steps - state.step))
         self._console.say(
             f"step {state.step:>5}/{num_steps}  loss {means['loss']:.4f}  margin {means['rewards/margin']:+.4f}  "
             f"accuracy {means['rewards/accuracy']:.3f}  grad {grad_norm:.3g}  lr {learning_rate:.2e}  "
-            f"{pairs_per_second:.1f} pairs/s"
+            f"{pairs_per_second:.1f} pairs/s{f'  {left} left' if state.step < num_steps else ''}"
         )
         self.restart(state)
         return seconds
 
+    def settle(self) -> None:
+        """Make the lines of metrics.jsonl durable."""
+        if self._file is not None:
+            self._file.settle()
+
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """One object in metrics.jsonl and in the trackers."""
-        if self._file is not None:
-            self._file.write({"step": step, **values})
+        self._note(step, values)
         self._track(dict(values), step)
+
+    def _note(self, step: int, values: Mapping[str, Any]) -> None:
+        """One object in metrics.jsonl, with the time of day in seconds since 1970."""
+        if self._file is not None:
+            self._file.write({"step": step, "time": round(time.time(), 3), **values})

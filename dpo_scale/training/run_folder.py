@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
-import json
 import os
 import platform
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,8 @@ import yaml
 from dpo_scale.errors import RecipeError
 from dpo_scale.files import write_atomically, write_json
 from dpo_scale.recipe import Recipe, dump_recipe
+from dpo_scale.reference.fingerprint import ReferenceFingerprint, explain_difference, read_fingerprint
+from dpo_scale.training import locks
 
 HARMLESS = (
     "model.attention",
@@ -39,15 +39,15 @@ HARMLESS = (
     "run.output_dir",
     "run.resume",
     "run.stop_after",
+    "run.stall_after",
 )
 """Settings that do not change what is trained beyond rounding; names that end in a dot are whole sections."""
 
 
-def trajectory_digest(recipe: Recipe, train_digest: str) -> str:
-    """Digest of all that determines the trajectory: the settings that matter, and the training tokens."""
+def trajectory_of(recipe: Recipe, train_digest: str, reference_key: str) -> dict[str, Any]:
+    """All that determines the trajectory: the settings that matter, and what training and reference files hold."""
     values = {name: value for name, value in flatten(recipe).items() if not name.startswith(HARMLESS)}
-    text = json.dumps([values, train_digest], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return {**values, "tokens of the training pairs": train_digest, "files of the reference": reference_key}
 
 
 def flatten(recipe: Recipe) -> dict[str, Any]:
@@ -63,11 +63,18 @@ def changed_settings(before: dict[str, Any], after: dict[str, Any]) -> tuple[lis
     """What changed between two flattened recipes, one line each: what matters, and what is harmless."""
     matters: list[str] = []
     harmless: list[str] = []
-    for name in sorted(before.keys() | after.keys()):
-        if before.get(name) != after.get(name):
-            line = f"{name}: was {before.get(name)!r}, is {after.get(name)!r}"
-            (harmless if name.startswith(HARMLESS) else matters).append(line)
+    for line in differences(before, after):
+        (harmless if line.startswith(HARMLESS) else matters).append(line)
     return matters, harmless
+
+
+def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """What differs between two mappings, a line for each name."""
+    return [
+        f"{name}: was {before.get(name)!r}, is {after.get(name)!r}"
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name) != after.get(name)
+    ]
 
 
 class RunFolder:
@@ -79,41 +86,37 @@ class RunFolder:
         Raises RecipeError if another process works in it, or another recipe did.
         """
         self.path = Path(recipe.run.output_dir)
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / ".lock", "a", encoding="utf-8")  # noqa: SIM115 (held)
-        except OSError as error:
-            raise RecipeError(f"run.output_dir: {self.path}: {error.strerror}") from error
-        self._take_lock()
+        self._lock = locks.take(self.path / ".lock")
         self.harmless_changes: list[str] = []
         recipe_path = self.path / "recipe.yaml"
         if recipe_path.exists():
             self._compare(yaml.safe_load(recipe_path.read_text(encoding="utf-8")), recipe)
         write_atomically(recipe_path, lambda path: _write_text(path, dump_recipe(recipe)))
 
-    def _take_lock(self) -> None:
-        try:
-            # The kernel drops this lock with its holder, however that dies.
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            holder = (self.path / ".lock").read_text(encoding="utf-8").strip()
-            raise RecipeError(
-                f"run.output_dir: {self.path} is in use by {holder or 'another process'}; "
-                "stop that run, or choose another folder"
-            ) from error
-        self._lock.truncate(0)
-        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        self._lock.flush()
-
     def _compare(self, stored: dict[str, Any], recipe: Recipe) -> None:
         before = {f"{section}.{field}": value for section, fields in stored.items() for field, value in fields.items()}
         matters, self.harmless_changes = changed_settings(before, flatten(recipe))
-        if matters and (self.path / "checkpoints").exists():
+        if matters and any((self.path / name).exists() for name in ("checkpoints", "model")):
             raise RecipeError(
                 f"run.output_dir: {self.path} holds a run of another recipe\n"
                 + "\n".join(f"  {line}" for line in matters)
                 + "\nchoose another folder, or restore these settings"
             )
+
+    def keep_reference(self, reference: ReferenceFingerprint) -> None:
+        """Note in `reference.json` what this run is trained against.
+
+        Raises RecipeError where the folder holds checkpoints of a run against another one: files that were replaced
+        under the same path, or another precision, would change the objective in the middle of a run.
+        """
+        before = read_fingerprint(self.path)
+        if before is not None and before.key != reference.key and self.checkpoints.exists():
+            raise RecipeError(
+                f"run.output_dir: {self.path} was trained against another reference\n"
+                + "\n".join(f"  {line.replace('store', 'this run')}" for line in explain_difference(reference, before))
+                + f"\nchoose another folder, or restore the files of {before.source}"
+            )
+        write_json(self.path / "reference.json", reference.to_json())
 
     @property
     def checkpoints(self) -> Path:

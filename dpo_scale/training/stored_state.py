@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 
 import torch
@@ -43,6 +43,15 @@ class StoredState:
     def read(self, address: SliceAddress) -> ParameterSlice:
         """Any slice of a parameter, whatever the number of ranks that wrote it."""
         return ParameterSlice(address, *(self._read(address, moment) for moment in MOMENTS))
+
+    def watched(self, progress: Callable[[int], None]) -> Callable[[SliceAddress], ParameterSlice]:
+        """`read`, and `progress` is told of further bytes."""
+
+        def read(address: SliceAddress) -> ParameterSlice:
+            progress(address.stored_bytes)
+            return self.read(address)
+
+        return read
 
     def read_parameter(self, name: str) -> torch.Tensor:
         """A whole parameter's fp32 weights, in its shape."""

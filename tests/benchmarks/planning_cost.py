@@ -10,7 +10,9 @@ import numpy as np
 from measuring import memory_mib, peak_memory_mib
 
 from dpo_scale.data.planning import CostModel, epoch_order, layout_costs, plan_pass, plan_step
+from dpo_scale.data.report import describe
 from dpo_scale.data.token_pairs import TokenPairs
+from dpo_scale.data.token_store import RowPlaces
 from dpo_scale.reference.scoring import ReferenceRows
 
 COST = CostModel(per_token=4.3e6, per_scored_token=2e6, per_attended_position=3e3)
@@ -24,10 +26,14 @@ def main(count: int) -> None:
     random = np.random.default_rng(0)
     lengths = random.poisson(MEAN_TOKENS, (count, 3)).astype(np.int64) + 1
     tokens = random.integers(0, 8000, int(lengths.sum()), dtype=np.int32)
-    pairs = TokenPairs(tokens, lengths, [f"file.jsonl:{number}" for number in range(count)])
+    places = RowPlaces(["file.jsonl"], np.zeros(count, np.int32), np.arange(1, count + 1))
+    pairs = TokenPairs(tokens, lengths, places)
     store = memory_mib()
     figures: dict[str, float] = {"pairs": count}
 
+    started = time.perf_counter()
+    describe(pairs, ())
+    figures["data report"] = time.perf_counter() - started
     started = time.perf_counter()
     ReferenceRows.of_pairs(pairs)
     figures["reference keys"] = time.perf_counter() - started

@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import tempfile
@@ -145,23 +144,6 @@ def scored(cache: Path) -> list[Scored]:
     return found
 
 
-def descendants(pid: int) -> list[int]:
-    """Processes that a process started, and theirs."""
-    parents: dict[int, list[int]] = {}
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = status.read_text().rpartition(")")[2].split()
-        except OSError:  # it has ended
-            continue
-        parents.setdefault(int(fields[1]), []).append(int(status.parent.name))
-    found, pending = [], [pid]
-    while pending:
-        children = parents.get(pending.pop(), [])
-        found += children
-        pending += children
-    return found
-
-
 def kill_after(process: subprocess.Popen[bytes], launch: str, cache: Path, rows: float, delay: float) -> float | None:
     """SIGKILL to a launch and all its ranks, `delay` seconds after they have scored some rows; None if it ended before.
 
@@ -173,8 +155,7 @@ def kill_after(process: subprocess.Popen[bytes], launch: str, cache: Path, rows:
     if process.poll() is not None:
         return None
     moment = time.time()
-    for pid in [process.pid, *descendants(process.pid)]:
-        os.kill(pid, signal.SIGKILL)
+    launching.kill_all(process.pid)
     process.wait()
     return moment
 

@@ -27,7 +27,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from dpo_scale.distributed import engine_state
 from dpo_scale.errors import UserError
 from dpo_scale.training import checkpoints, export
-from dpo_scale.training.checkpoints import CheckpointError, RunState
+from dpo_scale.training.checkpoints import CheckpointError, RunState, digest_of
 from dpo_scale.training.stored_state import StoredState, check_fits
 
 SEQUENCES, LENGTH, VOCABULARY = 6, 11, 67
@@ -232,7 +232,7 @@ def save(engine: Any, folder: Path, step: int, ranks: GlooRanks, **changes: Any)
         state,
         RunState(step=step, pairs=step * SEQUENCES),
         ranks,
-        trajectory_digest="digest",
+        trajectory={"of": "the worker"},
         source_model=str(folder / "source"),
     )
 
@@ -286,7 +286,7 @@ def run(variant: str, root: Path, ranks: GlooRanks) -> dict[str, Any]:
         save_masters(engine, folder / "masters.pt")
         report["logits"] = logits(engine)
         report["secondary_after_forward"] = uses_secondary_shards(engine)
-        model_folder = export.ModelFolder(folder / "source", "digest")
+        model_folder = export.ModelFolder(folder / "source", digest_of({"of": "the worker"}))
         export.export_engine(
             engine,
             folder / "live",

@@ -21,7 +21,7 @@ import torch
 from dpo_scale.console import Console
 from dpo_scale.data.layouts import PromptCompletions, collate
 from dpo_scale.data.token_pairs import TokenPairs
-from dpo_scale.distributed.engines import ReferenceEngine, loading_for
+from dpo_scale.distributed.engines import ReferenceEngine, loading_for, pin_where_it_fits
 from dpo_scale.distributed.runtime import Runtime, start, stop
 from dpo_scale.errors import UserError
 from dpo_scale.inputs import Data, prepare_data
@@ -121,12 +121,19 @@ def engine(recipe: Recipe, runtime: Runtime, data: Data, folder: Path) -> dict[s
         "parameter": weakref.ref(next(held.model.parameters())),
         "shard": weakref.ref(next(held.model.parameters()).ds_tensor),
     }
+    size = sum(parameter.ds_numel * 4 for parameter in held.model.parameters())
     devices = sorted({str(parameter.ds_tensor.device) for parameter in held.model.parameters()})
     held.release()
     del held
     gc.collect()
     return {
         "resident": resident,
+        "pinned": [
+            [pin_where_it_fits(runtime.accelerator, "reference", model_bytes) for model_bytes in (size, 1 << 50)],
+            runtime.accelerator.state.get_deepspeed_plugin("reference").deepspeed_config["zero_optimization"][
+                "offload_param"
+            ]["pin_memory"],
+        ],
         "shards_on": devices,
         "alive": [name for name, reference in watched.items() if reference() is not None],
     }
@@ -191,6 +198,14 @@ def per_batch(recipe: Recipe, runtime: Runtime, data: Data, folder: Path) -> dic
     }
 
 
+def one_step(recipe: Recipe, runtime: Runtime, data: Data, folder: Path) -> dict[str, Any]:
+    """A step that holds every pair: scored for that step alone, in the micro-batches of an upfront pass."""
+    session = Session(with_cache(recipe, folder / "one_step", schedule="per_batch"), runtime, data)
+    session.reference.ensure(session.rows, np.arange(len(data.train)))
+    session.reference.release()
+    return {"computed": session.reference.rows_computed}
+
+
 def other_world(recipe: Recipe, runtime: Runtime, data: Data, folder: Path) -> dict[str, Any]:
     """What another number of ranks has to score of what two ranks scored."""
     return Session(with_cache(recipe, folder / "whole"), runtime, data).score_all()
@@ -234,7 +249,7 @@ def resident_bytes() -> int:
 
 
 SCENARIOS: dict[str, Sequence[Any]] = {
-    "two_ranks": (settings_and_data, overwritten, engine, architectures, disks, per_batch),
+    "two_ranks": (settings_and_data, overwritten, engine, architectures, disks, per_batch, one_step),
     "one_rank": (other_world, memory, not_finite),
 }
 

@@ -20,7 +20,8 @@ from launching import Launched, Launcher, make_model
 from safetensors.torch import load_file, save_file
 
 from dpo_scale.cli import main
-from dpo_scale.reference.cache import ReferenceStore, read_fingerprint
+from dpo_scale.reference.cache import ReferenceStore
+from dpo_scale.reference.fingerprint import read_fingerprint
 from dpo_scale.reference.parts import Keys, Part
 
 pytestmark = pytest.mark.launch
@@ -153,6 +154,11 @@ def test_nothing_is_resident_between_forwards(two_ranks: list[dict[str, Any]]) -
         assert rank["engine"]["shards_on"] == ["cpu"]
 
 
+def test_shards_are_pinned_only_where_they_fit(two_ranks: list[dict[str, Any]]) -> None:
+    for rank in two_ranks:
+        assert rank["engine"]["pinned"] == [[False, True], False]
+
+
 def test_a_released_reference_is_dead(two_ranks: list[dict[str, Any]]) -> None:
     for rank in two_ranks:
         assert rank["engine"]["alive"] == []
@@ -257,6 +263,18 @@ def test_all_schedules_store_the_same_values(launcher: Launcher, undisturbed: La
     assert_same_rows(stored_rows(cache), upfront)
     expected = undisturbed.training_lines()[0]
     assert run.training_lines()[0]["rewards/margin"] == pytest.approx(expected["rewards/margin"], abs=1e-6)
+
+
+def test_equal_micro_batches_give_equal_bits_in_every_schedule(
+    launcher: Launcher, folder: Path, undisturbed: Launched, two_ranks: list[dict[str, Any]]
+) -> None:
+    """Two ranks each: upfront inside training, a pass of its own, and a step that holds every pair."""
+    upfront = stored_rows(launcher.workspace / "cache")
+    for schedule in ("whole", "one_step"):
+        actual = stored_rows(folder / schedule)
+        common = actual.keys() & upfront.keys()
+        assert len(common) == 2 * NUM_PAIRS
+        assert all(np.array_equal(actual[key], upfront[key]) for key in common), schedule
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from launching import Launched, Launcher
 from safetensors.torch import load_file
 
 from dpo_scale.cli import main
+from dpo_scale.training.status import FINISHED, UNFINISHED, USER_ERROR, committed_step
 
 pytestmark = pytest.mark.launch
 
@@ -52,6 +53,7 @@ def test_a_run_ends_well_and_leaves_every_artifact(undisturbed: Launched) -> Non
         "model/provenance.json",
     ):
         assert (undisturbed.folder / name).exists(), name
+    assert main(["status", str(undisturbed.folder)]) == FINISHED
 
 
 def test_the_first_loss_is_ln_2_and_training_learns(undisturbed: Launched) -> None:
@@ -117,6 +119,8 @@ def test_a_stop_request_commits_and_says_how_to_go_on(stopped: Launched) -> None
     assert [line["step"] for line in stopped.training_lines()] == [1]
     assert not (stopped.folder / "STOP").exists()
     assert not (stopped.folder / "model").exists()
+    assert main(["status", str(stopped.folder)]) == UNFINISHED
+    assert committed_step(stopped.folder) == 1
 
 
 def test_a_resumed_run_is_bitwise_the_undisturbed_one(
@@ -169,8 +173,10 @@ def test_another_recipe_may_not_take_a_runs_folder(launcher: Launcher, undisturb
     ],
 )
 def test_mistakes_end_a_launch_with_their_message_and_no_model(launcher: Launcher, override: str, message: str) -> None:
+    (launcher.workspace / "mistaken" / "status.json").unlink(missing_ok=True)
     run = launcher("mistaken", [override])
     assert run.returncode != 0
+    assert main(["status", str(launcher.workspace / "mistaken.yaml"), override]) == USER_ERROR
     assert message in run.output
     assert "Loading" not in run.output
     assert not Path(run.folder / "checkpoints").exists()

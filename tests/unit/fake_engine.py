@@ -20,6 +20,7 @@ from dpo_scale.distributed.parameter_slices import (
 from dpo_scale.training import checkpoints
 from dpo_scale.training.checkpoints import RunState
 
+TRAJECTORY = {"loss.beta": 0.5, "data.train": [{"path": "pairs.jsonl"}]}
 COUNTERS = EngineCounters(optimizer_steps=5, engine_steps=6, skipped_steps=1, loss_scale=LossScale(1024.0, 6, 2, 1))
 
 
@@ -105,7 +106,7 @@ def save(
     *,
     step: int = 1,
     world_size: int = 2,
-    digest: str = "digest",
+    trajectory: Mapping[str, Any] | None = None,
     keep_last: int = 9,
     keep_every: int | None = None,
     **fields: Any,
@@ -118,7 +119,7 @@ def save(
             snapshot_of(parameters, ranks.rank, world_size, **fields),
             RunState(step=step, pairs=8 * step, tracker_run_ids={"wandb": "x1"}),
             ranks,
-            trajectory_digest=digest,
+            trajectory=trajectory or TRAJECTORY,
             source_model="/models/source",
             keep_last=keep_last,
             keep_every=keep_every,

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from fake_engine import COUNTERS, make_parameters, on_ranks, save, snapshot_of
+from fake_engine import COUNTERS, TRAJECTORY, make_parameters, on_ranks, save, snapshot_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -93,7 +93,7 @@ def test_counters_and_run_state_come_back(tmp_path: Path) -> None:
     assert found.commit.run == RunState(step=100, pairs=800, tracker_run_ids={"wandb": "x1"})
     assert found.commit.counters == COUNTERS
     assert found.commit.parameters == SHAPES
-    assert found.commit.trajectory_digest == "digest"
+    assert found.commit.trajectory == TRAJECTORY
     with StoredState(found) as stored:
         assert stored.buffers()["scale"].item() == 2.5
 
@@ -174,7 +174,7 @@ def change_the_format(path: Path) -> None:
         (lose_a_rank, r"rank-00001-of-00002.safetensors: No such file"),
         (lose_the_record, r"writing it was not finished"),
         (cut_the_record, r"commit.json: not a commit record"),
-        (change_the_format, r"format 99, and this version reads 1"),
+        (change_the_format, r"format 99, and this version reads 2"),
     ],
 )
 def test_a_damaged_checkpoint_is_passed_over_with_its_reason(tmp_path: Path, damage: Any, reason: str) -> None:
@@ -237,7 +237,7 @@ def test_a_rank_that_fails_stops_all_with_one_message_and_harms_nothing(tmp_path
                 raise OSError(28, "No space left on device")
 
             snapshot = replace(snapshot, read_slices=read_slices)
-        checkpoints.save(tmp_path, snapshot, RunState(step=2), ranks, trajectory_digest="", source_model="")
+        checkpoints.save(tmp_path, snapshot, RunState(step=2), ranks, trajectory={}, source_model="")
 
     start = time.monotonic()
     errors = on_ranks(3, attempt)
@@ -296,7 +296,7 @@ def test_files_that_the_main_rank_cannot_see_are_not_committed(tmp_path: Path) -
             snapshot_of(make_parameters(SHAPES), ranks.rank, 2),
             RunState(step=1),
             ranks,
-            trajectory_digest="",
+            trajectory={},
             source_model="",
         )
 
@@ -365,7 +365,7 @@ def _save_and_die(
                     snapshot_of(parameters, 0, 1),
                     RunState(step=step),
                     ranks,
-                    trajectory_digest="",
+                    trajectory={},
                     source_model="",
                     keep_last=1,
                 )

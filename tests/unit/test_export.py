@@ -3,12 +3,13 @@ from __future__ import annotations
 import errno
 import gc
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from fake_engine import make_parameters, save
+from fake_engine import TRAJECTORY, make_parameters, save
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import (
@@ -22,6 +23,7 @@ from transformers import (
 )
 
 from dpo_scale.training import export
+from dpo_scale.training.checkpoints import CheckpointError, digest_of
 from dpo_scale.training.export import ExportError, export_checkpoint, plan_shards
 from dpo_scale.training.tensor_files import TensorEntry
 
@@ -226,7 +228,7 @@ def test_everything_but_the_weights_comes_from_the_source(tmp_path: Path) -> Non
     provenance = json.loads((out / "provenance.json").read_text())
     assert provenance["recipe"] == "r"
     assert provenance["step"] == 9
-    assert provenance["trajectory_digest"] == "digest"
+    assert provenance["trajectory_digest"] == digest_of(TRAJECTORY)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["model"]
 
 
@@ -250,7 +252,7 @@ def test_only_an_export_of_the_same_run_is_replaced(tmp_path: Path) -> None:
     path = checkpoint_of(model, tmp_path / "checkpoints", step=2)
     export_checkpoint(path, out, source_model=tmp_path / "source")
     assert json.loads((out / "provenance.json").read_text())["step"] == 2
-    other = checkpoint_of(model, tmp_path / "others", digest="another run")
+    other = checkpoint_of(model, tmp_path / "others", trajectory={"of": "another run"})
     with pytest.raises(ExportError, match="something else than an export of this run"):
         export_checkpoint(other, out, source_model=tmp_path / "source")
     mine = tmp_path / "mine"
@@ -281,6 +283,20 @@ def test_a_disk_that_fills_up_leaves_the_earlier_export_and_nothing_else(
         export_checkpoint(path, out, source_model=tmp_path / "source", max_shard_bytes=8000)
     assert (out / "model.safetensors").read_bytes() == before
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_checkpoint_with_a_flipped_byte_is_not_exported(tmp_path: Path) -> None:
+    model = llama()
+    source = source_folder(model, tmp_path / "source")
+    path = checkpoint_of(model, tmp_path / "checkpoints")
+    with (path / "rank-00001-of-00002.safetensors").open("r+b") as file:
+        file.seek(-40, os.SEEK_END)
+        byte = file.read(1)[0]
+        file.seek(-40, os.SEEK_END)
+        file.write(bytes([byte ^ 1]))
+    with pytest.raises(CheckpointError, match=r"damaged: rank-00001-of-00002.safetensors: its contents changed"):
+        export_checkpoint(path, tmp_path / "model", source_model=source)
+    assert not (tmp_path / "model").exists()
 
 
 def test_an_exported_tokenizer_can_be_loaded(tmp_path: Path) -> None:

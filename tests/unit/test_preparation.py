@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import os
+import signal
+import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +17,11 @@ from rich.console import Console
 from small_tokenizers import byte_level
 
 from dpo_scale.data import preparation, readers, token_pairs, token_store
+from dpo_scale.data.planning import CostModel, Schedule, layout_costs, plan_step
 from dpo_scale.data.preparation import prepare_pairs
 from dpo_scale.data.report import DataReport, describe, overlap
+from dpo_scale.data.rows import Block
+from dpo_scale.data.samples import sample_pairs, show
 from dpo_scale.data.token_pairs import TokenPair, TokenPairs
 from dpo_scale.errors import DataError, UserError
 from dpo_scale.recipe import DataSection, DataSource
@@ -102,7 +109,18 @@ def test_real_dialogues_are_counted_as_plain_python_counts_them(prepare):
     assert report.prompt_tokens.mean == pytest.approx(prompts.mean())
     assert report.chosen_tokens.max == chosen_ids.max() + 1
     assert report.chosen_longer == pytest.approx((chosen_ids > rejected_ids).mean())
+    assert report.rejected_longer == pytest.approx((chosen_ids < rejected_ids).mean())
     assert report.tokens == np.sum(lengths) + 2 * len(expected)
+    assert report.tokens_saved_by_sharing == prompts.sum()
+    for summary, counted in ((report.prompt_tokens, prompts), (report.chosen_tokens, chosen_ids + 1)):
+        spread = np.percentile(counted, (5, 50, 95, 99), method="nearest").tolist()
+        assert [summary.p5, summary.p50, summary.p95, summary.p99] == spread
+        expected_bins = Counter((counted // summary.bin_tokens).tolist())
+        assert dict(enumerate(summary.bins)) == {n: expected_bins[n] for n in range(len(summary.bins))}
+        assert len(summary.bins) <= 50
+    texts = [one[1:] for one in expected]
+    assert report.duplicates == len(texts) - len(set(texts))
+    assert report.contradictions == sum((prompt, rejected, chosen) in set(texts) for prompt, chosen, rejected in texts)
 
 
 def test_sources_are_reported_one_by_one(tmp_path, prepare):
@@ -167,6 +185,91 @@ def test_an_empty_set_has_a_report():
     assert (report.rows_read, report.pairs_kept, report.prompt_tokens.max) == (0, 0, 0)
 
 
+# --- several sources -----------------------------------------------------------------------------
+
+
+def test_a_row_of_weight_two_is_two_pairs_and_no_duplicate(tmp_path, prepare):
+    twice = write(tmp_path / "a.jsonl", row("Q:"), row("R:"), row(rejected=""))
+    once = write(tmp_path / "b.jsonl", row("S:"), row("R:"))
+    pairs, report = prepare(DataSource(path=twice, weight=2.0), once)
+    places = [f"{twice}:1", f"{twice}:1", f"{twice}:2", f"{twice}:2", f"{once}:1", f"{once}:2"]
+    assert [pair.row for pair in pairs] == places
+    assert np.array_equal(pairs[0].chosen, pairs[1].chosen)
+    assert [(one.rows_read, one.pairs_kept, one.copies) for one in report.sources] == [(3, 4, 2), (2, 2, 0)]
+    assert report.duplicates == 1  # "R:", which stands in both sources
+    assert sum(report.dropped.values()) == 1
+
+
+def test_half_a_source_is_drawn_by_the_seed_alone(tmp_path, prepare):
+    path = write(tmp_path / "a.jsonl", *(row(f"{n}:") for n in range(200)))
+    half = DataSource(path=path, weight=0.5)
+    drawn = [pair.row for pair in prepare(half)[0]]
+    assert 70 < len(drawn) < 130
+    beside_another = write(tmp_path / "b.jsonl", row("R:"))
+    assert [pair.row for pair in prepare(beside_another, half)[0]][1:] == drawn
+    assert [pair.row for pair in prepare(half, seed=1)[0]] != drawn
+
+
+def test_the_mix_of_a_step_is_that_of_the_sources_and_the_same_for_every_world_size(tmp_path, prepare):
+    large = write(tmp_path / "a.jsonl", *(row(f"{n}:") for n in range(300)))
+    small = write(tmp_path / "b.jsonl", *(row(f"{n}.") for n in range(50)))
+    pairs, _ = prepare(large, DataSource(path=small, weight=6.0))
+    assert len(pairs) == 600
+    schedule = Schedule(len(pairs), global_pairs=100, seed=3, epochs=1)
+    costs = layout_costs(pairs.lengths, "shared", CostModel())
+    for step in range(schedule.num_steps):
+        members = schedule.pairs_of(step)
+        shares = Counter(pairs[index].row.rpartition(":")[0] for index in members.tolist())
+        assert abs(shares[small] - 50) < 25  # 5 standard deviations
+        for world_size in (1, 3, 8):
+            plan = plan_step(members, costs, world_size=world_size, rank_tokens=200, step=step, epoch=0)
+            assert sorted(plan.pairs().tolist()) == sorted(members.tolist())
+
+
+def test_progress_counts_the_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "BLOCK_ROWS", 20)
+    path = write(tmp_path / "rows.jsonl", *(row(f"{n}:") for n in range(50)), row(rejected=""))
+    data = DataSection(train=[path], cache_dir=str(tmp_path / "store"), workers=1)
+    told: list[int] = []
+    for _ in range(2):  # the second finds the store filled, and has nothing to tell
+        prepare_pairs(data.train, data, byte_level(), seed=0, progress=told.append)
+        assert told == [20, 20, 11]
+
+
+def test_samples_show_every_token_and_which_are_scored(tmp_path, prepare):
+    tokenizer = byte_level()
+    path = write(tmp_path / "rows.jsonl", *(row(f"question {n}:", " yes" * 30) for n in range(20)))
+    pairs, _ = prepare(path, tokenizer=tokenizer)
+    samples = sample_pairs(pairs, tokenizer, seed=0)
+    assert len({sample.row for sample in samples}) == 5
+    assert samples == sample_pairs(pairs, tokenizer, seed=0) != sample_pairs(pairs, tokenizer, seed=1)
+    for sample in samples:
+        pair = pairs[int(sample.row.rpartition(":")[2]) - 1]
+        for sequence, completion in ((sample.chosen, pair.chosen), (sample.rejected, pair.rejected)):
+            assert list(sequence.ids) == [*pair.prompt, *completion]
+            assert list(sequence.scored) == [0] * len(pair.prompt) + [1] * len(completion)
+            assert list(sequence.tokens) == tokenizer.convert_ids_to_tokens(list(sequence.ids))
+    assert json.loads(json.dumps(samples[0].to_json()))["chosen"]["scored"][-1] == 1
+    assert len(sample_pairs(TokenPairs.from_pairs(pairs[index] for index in range(3)), tokenizer, seed=0)) == 3
+    console = Console(width=400, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    console.print(show(samples))
+    shown = console.export_text()
+    rejected = samples[0].rejected
+    scored = [token for token, is_scored in zip(rejected.tokens, rejected.scored, strict=True) if is_scored]
+    assert " " + "".join(f"[{token}]" for token in scored) in shown
+
+
+def test_sources_have_a_table_with_their_shares(tmp_path, prepare):
+    paths = [write(tmp_path / name, row(name), row(rejected="")) for name in ("a.jsonl", "b.jsonl")]
+    _, report = prepare(DataSource(path=paths[0], weight=3.0), paths[1])
+    console = Console(width=200, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    for table in report.tables("train"):
+        console.print(table)
+    text = console.export_text()
+    for expected in ("train by source", "75.0%", "25.0%", "50.0% rejected is empty", "further copies among them"):
+        assert expected in text
+
+
 # --- messages ------------------------------------------------------------------------------------
 
 
@@ -180,7 +283,7 @@ def test_bad_rows_are_reported_together_with_their_places(tmp_path, prepare):
     assert f"{path}:3: no field 'rejected'; the row has 'prompt', 'chosen'" in message
     assert f"{path}:4: a row is an object with named fields, this is a list" in message
     assert "data.on_bad_row=skip" in message
-    assert not list((tmp_path / "store").glob("[!f]*"))  # only the remembered file hashes
+    assert {path.name for path in (tmp_path / "store").iterdir()} <= {"sha256.jsonl"}  # remembered file hashes
 
 
 def test_at_most_twenty_bad_rows_are_listed(tmp_path, prepare):
@@ -257,7 +360,7 @@ def test_a_second_call_reads_the_store(tmp_path, prepare, tokenized_chunks):
 
 @pytest.mark.parametrize(
     "change",
-    ["data", "limit", "truncation", "tokenizer", "template", "columns", "sample", "seed"],
+    ["data", "limit", "truncation", "tokenizer", "template", "columns", "sample", "weight", "seed"],
 )
 def test_whatever_decides_the_tokens_decides_the_store(tmp_path, prepare, tokenized_chunks, change):
     path = write(tmp_path / "rows.jsonl", row(), row("R:"))
@@ -280,6 +383,8 @@ def test_whatever_decides_the_tokens_decides_the_store(tmp_path, prepare, tokeni
         source = DataSource(path=path, columns={"chosen": "rejected", "rejected": "chosen"})
     elif change == "sample":
         source = DataSource(path=path, rows=1)
+    elif change == "weight":
+        source = DataSource(path=path, weight=2.0)
     else:
         settings["seed"] = 1
     prepare(source, **settings)
@@ -307,6 +412,27 @@ def test_a_failure_half_way_leaves_nothing_behind(tmp_path, prepare, monkeypatch
     assert not [file for file in (tmp_path / "store").iterdir() if file.name != "sha256.jsonl"]
     pairs, _ = prepare(path)
     assert len(pairs) == 1
+
+
+def test_what_a_killed_writer_left_is_removed_after_a_day(tmp_path, prepare):
+    store = tmp_path / "store"
+    for name, age_hours in ((".dead", 25), (".alive", 23)):
+        (store / name).mkdir(parents=True)
+        (store / name / "tokens.i32").write_bytes(b"1234")
+        for path in (store / name / "tokens.i32", store / name):
+            os.utime(path, (time.time() - 3600 * age_hours,) * 2)
+    prepare(write(tmp_path / "rows.jsonl", row()))
+    assert [path.name for path in store.glob(".*")] == [".alive"]
+
+
+def test_a_full_disk_is_named(tmp_path, prepare, monkeypatch):
+    def fail(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(token_store.PairWriter, "add", fail)
+    with pytest.raises(UserError, match=r"data\.cache_dir: .*store: No space left on device; make room"):
+        prepare(write(tmp_path / "rows.jsonl", row()))
+    assert not list((tmp_path / "store").glob(".*"))
 
 
 def test_two_writers_of_one_store_agree(tmp_path, prepare, monkeypatch):
@@ -337,6 +463,19 @@ def test_worker_processes_give_what_this_process_gives(tmp_path, prepare, monkey
     assert many.digest() == alone.digest()
     assert [pair.row for pair in many] == [pair.row for pair in alone]
     assert many_report == alone_report
+
+
+def die(block: Block) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_is_killed_is_named(tmp_path, prepare, monkeypatch):
+    path = write(tmp_path / "rows.jsonl", *[row()] * 100)
+    monkeypatch.setattr(readers, "BLOCK_ROWS", 20)
+    monkeypatch.setattr(preparation, "INLINE_BLOCKS", 1)
+    monkeypatch.setattr(preparation, "_work", die)
+    with pytest.raises(DataError, match=r"killed, as happens where the memory is full; lower data\.workers"):
+        prepare(path, workers=2)
 
 
 def test_a_mistake_in_a_worker_process_reaches_the_user(tmp_path, prepare, monkeypatch):

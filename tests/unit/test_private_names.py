@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch.distributed
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from deepspeed.runtime.zero import parameter_offload, partition_parameters, stage3
@@ -75,3 +76,7 @@ def test_the_coordinators_cache_can_be_cleared() -> None:
     _clear_cache(cached)
     with pytest.raises(AssertionError, match="not where it was"):
         _clear_cache(lambda: None)
+
+
+def test_torch_has_the_rendezvous_store_that_waiting_ranks_look_into() -> None:
+    assert "_get_default_store" in dir(torch.distributed.distributed_c10d)

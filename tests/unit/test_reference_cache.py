@@ -39,7 +39,7 @@ from dpo_scale.reference.cache import (
     part_paths,
     row_keys,
 )
-from dpo_scale.reference.fingerprint import ReferenceFingerprint
+from dpo_scale.reference.fingerprint import ReferenceFingerprint, read_fingerprint
 from dpo_scale.reference.key_index import KeyIndex
 from dpo_scale.reference.parts import set_aside
 
@@ -102,17 +102,17 @@ def test_keys_of_pairs_are_the_keys_of_their_two_sequences() -> None:
     rng = np.random.default_rng(0)
     draw = lambda: rng.integers(0, 100, rng.integers(1, 9)).astype(np.int32)  # noqa: E731
     pairs = TokenPairs.from_pairs(TokenPair(draw(), draw(), draw(), f"f:{i}") for i in range(50))
-    chosen, rejected = pair_row_keys(pairs)
+    actual = pair_row_keys(pairs)
     prompts = [len(pair.prompt) for pair in pairs]
     expected_chosen = row_keys([np.concatenate([p.prompt, p.chosen]) for p in pairs], prompts)
     expected_rejected = row_keys([np.concatenate([p.prompt, p.rejected]) for p in pairs], prompts)
-    np.testing.assert_array_equal(chosen, expected_chosen)
-    np.testing.assert_array_equal(rejected, expected_rejected)
+    np.testing.assert_array_equal(actual[:, 0], expected_chosen)
+    np.testing.assert_array_equal(actual[:, 1], expected_rejected)
 
 
 def test_no_sequences_have_no_keys() -> None:
     assert row_keys([], []).shape == (0, 16)
-    assert pair_row_keys(TokenPairs.from_pairs([]))[0].shape == (0, 16)
+    assert pair_row_keys(TokenPairs.from_pairs([])).shape == (0, 2, 16)
 
 
 # The index
@@ -403,7 +403,7 @@ def test_a_lost_description_does_not_lose_rows(tmp_path: Path) -> None:
     again = ReferenceStore.open(tmp_path, FINGERPRINT)
     _assert_holds(again, range(3))
     _append(again, [3])
-    assert cache.read_fingerprint(store.folder) == FINGERPRINT
+    assert read_fingerprint(store.folder) == FINGERPRINT
 
 
 # Kills and other writers
@@ -463,7 +463,7 @@ def test_two_writers_of_overlapping_rows_leave_each_row_once(tmp_path: Path) -> 
     store = ReferenceStore.open(tmp_path, FINGERPRINT)
     assert len(store) == 310
     _assert_holds(store, range(310))
-    assert cache.read_fingerprint(store.folder) == FINGERPRINT
+    assert read_fingerprint(store.folder) == FINGERPRINT
 
 
 class StoreIsADict(RuleBasedStateMachine):

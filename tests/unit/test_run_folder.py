@@ -14,7 +14,8 @@ import pytest
 
 from dpo_scale.errors import RecipeError
 from dpo_scale.recipe import Recipe, load_recipe
-from dpo_scale.training.run_folder import RunFolder, changed_settings, flatten, trajectory_digest
+from dpo_scale.reference.fingerprint import ReferenceFingerprint, read_fingerprint
+from dpo_scale.training.run_folder import RunFolder, changed_settings, differences, flatten, trajectory_of
 
 
 def _recipe(folder: Path, **changes: Any) -> Recipe:
@@ -29,6 +30,10 @@ def _recipe(folder: Path, **changes: Any) -> Recipe:
         section, _, key = name.partition("__")
         values.setdefault(section, {})[key] = value
     return Recipe.model_validate(values)
+
+
+def _reference(**weights: str) -> ReferenceFingerprint:
+    return ReferenceFingerprint(1, "float32", weights or {"model.safetensors": "0" * 64}, {}, {}, "org/base")
 
 
 HOLDER = """
@@ -143,11 +148,16 @@ def test_what_matters_is_exactly_what_changes_the_trajectory(tmp_path: Path) -> 
     assert {line.partition(":")[0] for line in harmless} == set(names) - expected
 
 
-def test_the_trajectorys_digest_follows_settings_and_tokens(tmp_path: Path) -> None:
-    digest = trajectory_digest(_recipe(tmp_path), "tokens")
-    assert trajectory_digest(_recipe(tmp_path / "elsewhere", batch__rank_tokens=64), "tokens") == digest
-    assert trajectory_digest(_recipe(tmp_path, loss__beta=0.2), "tokens") != digest
-    assert trajectory_digest(_recipe(tmp_path), "other tokens") != digest
+def test_a_trajectory_follows_from_settings_tokens_and_the_reference(tmp_path: Path) -> None:
+    expected = trajectory_of(_recipe(tmp_path), "tokens", "reference")
+    elsewhere = _recipe(tmp_path / "elsewhere", batch__rank_tokens=64)
+    assert differences(expected, trajectory_of(elsewhere, "tokens", "reference")) == []
+    other = trajectory_of(_recipe(tmp_path, loss__beta=0.2), "other tokens", "another")
+    assert differences(expected, other) == [
+        "files of the reference: was 'reference', is 'another'",
+        "loss.beta: was 0.1, is 0.2",
+        "tokens of the training pairs: was 'tokens', is 'other tokens'",
+    ]
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
@@ -163,3 +173,14 @@ def test_the_environment_is_recorded(tmp_path: Path) -> None:
     assert written["world_size"] == 4
     assert written["python"] == ".".join(str(n) for n in sys.version_info[:3])
     assert set(written["packages"]) >= {"torch", "deepspeed", "dpo_scale"}
+
+
+def test_a_run_with_checkpoints_refuses_a_reference_whose_files_were_replaced(tmp_path: Path) -> None:
+    folder = RunFolder(_recipe(tmp_path / "run"))
+    folder.keep_reference(_reference())
+    folder.keep_reference(_reference(**{"model.safetensors": "1" * 64}))  # nothing is trained yet
+    folder.checkpoints.mkdir()
+    folder.keep_reference(_reference(**{"model.safetensors": "1" * 64}))
+    with pytest.raises(RecipeError, match=r"another reference\n  weights differ in model.safetensors\n.* org/base"):
+        folder.keep_reference(_reference())
+    assert read_fingerprint(folder.path) == _reference(**{"model.safetensors": "1" * 64})

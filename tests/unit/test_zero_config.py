@@ -11,6 +11,7 @@ import pytest
 
 from dpo_scale.distributed.zero_config import (
     OWNED_BY_THE_RECIPE,
+    pinning_fits,
     policy_config,
     read_policy_config,
     read_reference_config,
@@ -105,3 +106,9 @@ def test_the_references_nvme_folder_is_its_own() -> None:
 def test_shipped_configurations_state_nothing_that_the_recipe_owns(path: Path) -> None:
     config = read_policy_config(path)
     assert config == read_reference_config(path)
+
+
+def test_a_machine_pins_at_most_half_of_its_free_memory() -> None:
+    gib = 1 << 30
+    assert pinning_fits(140 * gib, 1 / 8, 36 * gib)
+    assert not pinning_fits(140 * gib, 1 / 8, 34 * gib)

@@ -1,0 +1,60 @@
+"""DeepSpeed's C++ parts that a run compiles at its first start: which, and whether this machine can."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SHM_COMM = "deepspeed_shm_comm"
+ASYNC_IO = "async_io"
+
+
+@dataclass(frozen=True, slots=True)
+class CompiledOp:
+    """An op that will be compiled, or was."""
+
+    name: str
+    purpose: str
+    compatible: bool
+    """Whether DeepSpeed's own probe finds what the op links with."""
+    built: bool
+    """Whether a compiled one lies in the extensions folder."""
+
+
+def needed_ops(policy: Mapping[str, Any], reference_offload: str, *, on_gpu: bool) -> dict[str, str]:
+    """Op -> what for, under a policy's DeepSpeed configuration and the reference's offload.
+
+    On GPUs nothing is compiled unless something goes to NVMe: the optimizer is PyTorch's.
+    """
+    zero = policy.get("zero_optimization", {})
+    offloads = [zero.get(f"offload_{part}", {}).get("device") for part in ("param", "optimizer")]
+    needed = {} if on_gpu else {SHM_COMM: "collectives on CPU"}
+    if "nvme" in (*offloads, reference_offload):
+        needed[ASYNC_IO] = "offload to NVMe"
+    return needed
+
+
+def extensions_folder() -> Path:
+    """Where PyTorch keeps what it compiles at run time."""
+    from torch.utils.cpp_extension import get_default_build_root
+
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+
+
+def probe_ops(needed: Mapping[str, str]) -> tuple[CompiledOp, ...]:
+    """Ask DeepSpeed about some ops, without compiling them."""
+    with contextlib.redirect_stdout(io.StringIO()):  # the probes print their opinions
+        from deepspeed.ops.op_builder.all_ops import ALL_OPS
+        from deepspeed.ops.op_builder.builder import probe_is_compatible
+
+        compatible = {name: name in ALL_OPS and bool(probe_is_compatible(ALL_OPS[name])) for name in needed}
+    root = extensions_folder()
+    return tuple(
+        CompiledOp(name, purpose, compatible[name], any(root.glob(f"**/{name}/{name}.so")))
+        for name, purpose in needed.items()
+    )

@@ -1,0 +1,101 @@
+"""`dpo-scale doctor`: whether training would start here, on one node or, under `srun`, on all nodes of a job."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from dpo_scale.distributed.nodes import Nodes
+from dpo_scale.operations.findings import Facts, Finding, Node, compare, examine, would_start
+from dpo_scale.operations.machine import gather_facts, versions
+from dpo_scale.recipe import Recipe
+
+STYLES = {"ok": ("ok", "green"), "warning": ("look", "yellow"), "error": ("wrong", "bold red")}
+
+
+def doctor(recipe: Recipe | None, config_file: str | None) -> int:
+    """Print what is wrong with this machine, and what mends it; returns 0 if training would start, else 1.
+
+    Under `srun` with one task a node, the first node prints a table of all; the others only say that they looked.
+    """
+    nodes = Nodes.of_srun()
+    facts = gather_facts(recipe, config_file, nodes.count)
+    node = _node(facts, recipe, nodes)
+    gathered = [_from_json(told) for told in nodes.gather("node", asdict(node))]
+    findings = compare(gathered)
+    if nodes.rank == 0:
+        show(findings, gathered)
+    nodes.gather("done", True)  # the first node keeps the store open until all have read it
+    return 0 if would_start(findings) else 1
+
+
+def show(findings: Sequence[Finding], nodes: Sequence[Node], console: Console | None = None) -> None:
+    """The table of findings, worst last, where the eye rests; a table of the nodes above it; the verdict below it."""
+    console = console or Console(highlight=False)
+    if len(nodes) > 1:
+        console.print(_nodes_table(nodes))
+    table = Table("", "", "found", "what mends it", title_justify="left")
+    order = list(STYLES)
+    for finding in sorted(findings, key=lambda finding: order.index(finding.severity)):
+        word, style = STYLES[finding.severity]
+        table.add_row(Text(word, style), Text(finding.topic), Text(finding.found), Text(finding.remedy, "cyan"))
+    console.print(table)
+    errors = sum(finding.severity == "error" for finding in findings)
+    if errors:
+        verdict = f"Training would not start: {errors} thing{'s are' if errors > 1 else ' is'} wrong."
+        console.print(Text(verdict, "bold red"))
+    else:
+        console.print(Text("Training would start.", "bold green"))
+
+
+def _nodes_table(nodes: Sequence[Node]) -> Table:
+    table = Table("node", "GPUs", "torch", "driver", "clock", "wrong", title_justify="left")
+    for node in nodes:
+        errors = sum(finding.severity == "error" for finding in node.findings)
+        told = [node.versions.get(name, "") for name in ("GPUs", "torch", "CUDA driver")]
+        clock = f"{1000 * node.clock_offset:+.0f} ms"
+        table.add_row(Text(node.host), *map(Text, told), clock, str(errors or ""))
+    return table
+
+
+def _node(facts: Facts, recipe: Recipe | None, nodes: Nodes) -> Node:
+    """This node, looked at. Collective over nodes."""
+    offset, uncertainty = nodes.clock_offset()
+    return Node(
+        host=facts.host,
+        versions=versions(facts),
+        findings=tuple(examine(facts)),
+        clock_offset=offset,
+        clock_uncertainty=uncertainty,
+        sees_output_dir=recipe is None or _sees_output_dir(Path(recipe.run.output_dir), nodes),
+    )
+
+
+def _sees_output_dir(folder: Path, nodes: Nodes) -> bool:
+    """Whether this node finds a file that the first node puts into the folder, or its nearest parent. Collective."""
+    if nodes.count == 1:
+        return True
+    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    mark = Path(nodes.gather("mark", str(existing / f".dpo-scale-doctor-{os.getpid()}"))[0])
+    if nodes.rank == 0:
+        with contextlib.suppress(OSError):  # told as a finding of the folder
+            mark.touch()
+    nodes.gather("marked", True)
+    seen = mark.exists()
+    nodes.gather("seen", True)
+    if nodes.rank == 0:
+        mark.unlink(missing_ok=True)
+    return seen
+
+
+def _from_json(told: dict[str, object]) -> Node:
+    findings = told["findings"]
+    assert isinstance(findings, list)
+    return Node(**{**told, "findings": tuple(Finding(**finding) for finding in findings)})  # type: ignore[arg-type]

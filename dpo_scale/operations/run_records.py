@@ -1,0 +1,195 @@
+"""What a run's folder tells, read as far as it can be: runs that were killed, failed or never began included."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import yaml
+
+from dpo_scale.errors import UserError
+
+Line = Mapping[str, Any]
+Values = npt.NDArray[np.float64]
+
+FILES_OF_A_RUN = ("metrics.jsonl", "recipe.yaml", "environment.json", "status.json")
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One start of a run, up to its end or to the next start."""
+
+    step: int
+    """The step it went on from."""
+    began: float
+    """Seconds since 1970; NaN where unknown."""
+    world_size: int | None
+    host: str
+    last_step: int
+    """The last step that it noted and that was kept."""
+    outcome: str
+    """finished, stopped, or empty where nothing was noted: it was killed, failed, or still runs."""
+    ended: float
+    """Seconds since 1970 of its last line."""
+    stage_seconds: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class RunRecords:
+    """A run's folder, read."""
+
+    folder: Path
+    training: tuple[Line, ...]
+    """Lines of log intervals."""
+    held_out: tuple[Line, ...]
+    """Lines of held-out passes; the first of each step."""
+    attempts: tuple[Attempt, ...]
+    recipe: Mapping[str, Mapping[str, Any]]
+    """Section -> field -> value; empty where it could not be read."""
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict)
+    status: Mapping[str, Any] = field(default_factory=dict)
+    unreadable: tuple[str, ...] = ()
+    """What could not be read and why, a line each."""
+
+    @property
+    def name(self) -> str:
+        """The folder's name; that of its parent too where it is as common as `run`."""
+        path = self.folder.resolve()
+        return f"{path.parent.name}/{path.name}" if path.name in ("run", "output", "out") else path.name
+
+    @property
+    def last_step(self) -> int:
+        """Newest step that was noted."""
+        return max((int(line["step"]) for line in (*self.training, *self.held_out)), default=0)
+
+    @property
+    def outcome(self) -> str:
+        """How the run stands: finished, stopped, failed, running, or unfinished where nobody knows more."""
+        if self.attempts and self.attempts[-1].outcome:
+            return self.attempts[-1].outcome
+        state = str(self.status.get("state", ""))
+        return state if state in ("failed", "running") else "unfinished"
+
+    @property
+    def skips(self) -> list[tuple[int, int]]:
+        """(step, how many) of log intervals in which optimizer steps were skipped and tried again."""
+        counts = column(self.training, "skipped_steps")
+        found, before = [], 0.0
+        for line, count in zip(self.training, counts, strict=True):
+            if count > before:
+                found.append((int(line["step"]), int(count - before)))
+            before = count if math.isfinite(count) else before
+        return found
+
+
+def column(lines: Sequence[Line], name: str) -> Values:
+    """One key of some lines, float64 [lines]; NaN where it is missing or no number."""
+    return np.array([_number(line.get(name)) for line in lines], np.float64)
+
+
+def read_run(folder: Path) -> RunRecords:
+    """Read a run's folder.
+
+    Raises UserError if it is no run's folder; anything less is told in `unreadable`.
+    """
+    if not any((folder / name).exists() for name in FILES_OF_A_RUN):
+        raise UserError(f"{folder}: no run here; a run's folder holds {' or '.join(FILES_OF_A_RUN[:2])}")
+    unreadable: list[str] = []
+    lines = _metrics(folder / "metrics.jsonl", unreadable)
+    held_out = {line["step"]: line for line in reversed(lines) if "eval/loss" in line}
+    return RunRecords(
+        folder=folder,
+        training=tuple(line for line in lines if "loss" in line),
+        held_out=tuple(held_out[step] for step in sorted(held_out)),
+        attempts=_attempts(lines),
+        recipe=_sections(_document(folder / "recipe.yaml", unreadable)),
+        environment=_document(folder / "environment.json", unreadable),
+        data=_document(folder / "data_report.json", unreadable),
+        status=_document(folder / "status.json", unreadable, optional=True),
+        unreadable=tuple(unreadable),
+    )
+
+
+def _metrics(path: Path, unreadable: list[str]) -> list[dict[str, Any]]:
+    """The objects that have a step; others are counted."""
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        unreadable.append(f"{path.name}: {error.strerror}")
+        return []
+    lines, bad = [], []
+    for number, text_line in enumerate(text.splitlines(), 1):
+        try:
+            line = json.loads(text_line)
+        except ValueError:
+            bad.append(number)
+            continue
+        if isinstance(line, dict) and math.isfinite(_number(line.get("step"))):
+            lines.append(line)
+        else:
+            bad.append(number)
+    if bad:
+        torn = " (the last one, cut off by a kill)" if bad == [len(text.splitlines())] else ""
+        unreadable.append(f"{path.name}: {len(bad)} of {len(bad) + len(lines)} lines cannot be read{torn}")
+    if not lines and not bad:
+        unreadable.append(f"{path.name}: empty")
+    return lines
+
+
+def _attempts(lines: Sequence[Line]) -> tuple[Attempt, ...]:
+    starts = [index for index, line in enumerate(lines) if line.get("event") == "start"]
+    found = []
+    for index, following in zip(starts, [*starts[1:], len(lines)], strict=True):
+        start, rest = lines[index], list(lines[index + 1 : following])
+        end = next((line for line in rest if line.get("event") == "end"), None)
+        if end is not None:
+            rest = rest[: rest.index(end) + 1]  # what follows was written by `evaluate`
+        last = rest[-1] if rest else start
+        seconds = end.get("stage_seconds") if end else None
+        found.append(
+            Attempt(
+                step=int(start["step"]),
+                began=_number(start.get("time")),
+                world_size=start.get("world_size"),
+                host=str(start.get("host", "")),
+                last_step=int(last["step"]),
+                outcome=str(end.get("outcome", "")) if end else "",
+                ended=_number(last.get("time")),
+                stage_seconds=seconds if isinstance(seconds, dict) else {},
+            )
+        )
+    return tuple(found)
+
+
+def _document(path: Path, unreadable: list[str], *, optional: bool = False) -> dict[str, Any]:
+    """A JSON or YAML mapping; empty, with a remark, where it cannot be read."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except OSError as error:
+        if not (optional and isinstance(error, FileNotFoundError)):
+            unreadable.append(f"{path.name}: {error.strerror}")
+        return {}
+    except (ValueError, yaml.YAMLError):
+        unreadable.append(f"{path.name}: damaged")
+        return {}
+    if not isinstance(value, dict):
+        unreadable.append(f"{path.name}: {'empty' if value is None else 'damaged'}")
+        return {}
+    return value
+
+
+def _sections(recipe: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    return {name: fields for name, fields in recipe.items() if isinstance(fields, dict)}
+
+
+def _number(value: Any) -> float:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return float(value) if is_number else math.nan

@@ -1,0 +1,64 @@
+"""Go on where a run was left: the newest valid checkpoint, put into the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dpo_scale.console import BYTES, Console
+from dpo_scale.distributed import engine_state
+from dpo_scale.distributed.lockstep import Ranks
+from dpo_scale.errors import UserError
+from dpo_scale.recipe import Recipe
+from dpo_scale.training.checkpoints import UNFINISHED, Checkpoint, RunState, find_checkpoint
+from dpo_scale.training.run_folder import differences
+from dpo_scale.training.stored_state import StoredState, check_fits
+
+
+def resume(recipe: Recipe, ranks: Ranks, console: Console, engine: Any, trajectory: Mapping[str, Any]) -> RunState:
+    """Put the checkpoint to go on from into the engine and return its state; a fresh state where there is none.
+
+    Collective. Raises UserError for a checkpoint of another run, naming what differs.
+    """
+    found = _find(recipe, ranks, console)
+    if found is None:
+        return RunState()
+    differing = differences(found.commit.trajectory, trajectory)
+    if differing:
+        raise UserError(
+            f"{found.path}: the checkpoint of another run\n"
+            + "\n".join(f"  {line}" for line in differing)
+            + "\nchoose another run.output_dir, or restore what changed"
+        )
+    snapshot = engine_state.snapshot(engine)
+    check_fits(found, snapshot.parameters)
+    with (
+        StoredState(found) as stored,
+        console.progress("Restoring the checkpoint", snapshot.stored_bytes, BYTES) as bar,
+    ):
+        engine_state.restore(engine, stored.watched(bar.advance), stored.buffers(), found.commit.counters)
+        stored.restore_random_state(ranks)
+    console.say(f"Resuming from {found.path}")
+    before, named = found.commit.run, recipe.run.resume
+    return replace(before, resumes=before.resumes + 1, origin=before.origin if named == "auto" else named)
+
+
+def _find(recipe: Recipe, ranks: Ranks, console: Console) -> Checkpoint | None:
+    """The checkpoint that the recipe asks for; of one named by path, the newest that went on from it in this folder."""
+    folder, named = Path(recipe.run.output_dir) / "checkpoints", recipe.run.resume
+    if named not in ("auto", "never"):
+        newest, _ = find_checkpoint(folder, "auto", ranks)
+        if newest is not None and newest.commit.run.origin == named:
+            return newest  # else each preemption would send the run back
+    with console.progress("Verifying checkpoints", None):
+        found, passed_over = find_checkpoint(folder, named, ranks)
+    for line in passed_over:
+        console.say(f"Passed over {line}")
+    if found is None and any(UNFINISHED not in line for line in passed_over):
+        raise UserError(
+            f"{folder}: no checkpoint is whole, and starting anew would overwrite what is left of this run; "
+            "restore one, or move the folder away"
+        )
+    return found

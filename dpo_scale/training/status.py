@@ -1,0 +1,214 @@
+"""What became of a run, for people and for batch scripts: `status.json`, written by the run, and a judgement of it.
+
+The launcher turns every failure of a rank into exit code 1, so a script must ask the run's folder. A process that is
+killed writes nothing; that it is gone shows in its lock, which the kernel drops with it. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Literal
+
+from dpo_scale.errors import UserError
+from dpo_scale.files import write_json
+from dpo_scale.training.locks import is_held_by, this_process
+
+State = Literal["running", "stopped", "failed", "finished"]
+
+FINISHED = 0
+FAILED_TWICE = 1
+USER_ERROR = 2
+RUNNING = 3
+UNFINISHED = 85
+"""Exit codes of `dpo-scale status`; the last one is also that of a rank whose run stopped on request."""
+
+SECONDS_BETWEEN_STEPS = 15.0
+"""Pause between two notes of the step alone: on a network file system a note is not free."""
+
+FILES = {
+    "train": ("status.json", ".lock"),
+    "score": ("status-score.json", ".score.lock"),
+}
+"""Command that leaves a status -> its file, and the lock that its main rank holds while it works."""
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """A status file's contents."""
+
+    state: State
+    stage: str = ""
+    """What it does, or did last, such as `training`."""
+    step: int = 0
+    """Optimizer steps done, as far as noted."""
+    reason: str = ""
+    """Why it stopped, or the first line of the error."""
+    users_mistake: bool = False
+    """Whether it failed over something that starting again cannot mend."""
+    process: str = ""
+    """The main rank that wrote it, as it stands in the lock."""
+    launch: str = ""
+    """Which launch it was."""
+    time: str = ""
+    """When it was written, in ISO 8601, UTC."""
+    failed_at: int | None = None
+    """Newest committed step at the last failure that a batch script counted."""
+    failures: int = 0
+    """Failures counted at that step, one after the other."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A status as its reader needs it: one line, and the exit code."""
+
+    line: str
+    code: int
+
+
+class StatusFile:
+    """The main rank's notes on its run; on other ranks, whose folder is None, every method does nothing."""
+
+    def __init__(self, folder: Path | None, command: str) -> None:
+        self._folder, self._command = folder, command
+        before = None if folder is None else read_status(folder, command)
+        self._status = Status(
+            state="running",
+            process=this_process(),
+            launch=_this_launch(),
+            failed_at=before.failed_at if before else None,
+            failures=before.failures if before else 0,
+        )
+        self._wrote = 0.0
+        self.enter("starting")
+
+    def enter(self, stage: str, step: int | None = None) -> None:
+        """Another stage begins, such as `training`."""
+        self._write(replace(self._status, stage=stage, step=self._status.step if step is None else step))
+
+    def advance(self, step: int) -> None:
+        """A step is done; noted at most every quarter of a minute."""
+        if time.monotonic() - self._wrote > SECONDS_BETWEEN_STEPS:
+            self._write(replace(self._status, step=step))
+
+    def stop(self, reason: str, step: int) -> None:
+        """The run ends before its plan does, as it was asked to."""
+        self._write(replace(self._status, state="stopped", reason=reason, step=step))
+
+    def finish(self) -> None:
+        """All is done."""
+        self._write(replace(self._status, state="finished", failed_at=None, failures=0))
+
+    def _write(self, status: Status) -> None:
+        self._status, self._wrote = status, time.monotonic()
+        if self._folder is not None:
+            _write(self._folder, self._command, status)
+
+
+def record_failure(folder: Path, command: str, reason: str, *, users_mistake: bool) -> None:
+    """Note why a launch failed; any of its ranks may call it, and the first one is believed.
+
+    Does nothing where another launch works in the folder: the failure is then that this one may not.
+    """
+    before = read_status(folder, command)
+    own = before is not None and before.launch == _this_launch()
+    if before is not None and own and before.state != "running":
+        return
+    if before is not None and not own and is_alive(folder, command, before):
+        return
+    if before is None or not own:
+        before = replace(before or Status(state="failed"), stage="starting", step=0)
+    failed = replace(before, state="failed", reason=reason, users_mistake=users_mistake, launch=_this_launch())
+    try:
+        _write(folder, command, failed)
+    except OSError:  # a full disk, or no folder: it may be what the launch failed over
+        return
+
+
+def read_status(folder: Path, command: str) -> Status | None:
+    """The status in a run's folder; None where there is none. Raises UserError for a file of another form."""
+    path = folder / FILES[command][0]
+    try:
+        return Status(**json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: not a status that this version wrote ({error}); remove it") from error
+
+
+def is_alive(folder: Path, command: str, status: Status) -> bool:
+    """Whether the process that wrote a status still works in the folder."""
+    return is_held_by(folder / FILES[command][1], status.process)
+
+
+def committed_step(folder: Path) -> int | None:
+    """Step of the newest checkpoint that has its commit record; None where there is none."""
+    steps = [
+        int(match[1])
+        for path in (folder / "checkpoints").glob("step-*")
+        if (match := re.fullmatch(r"step-(\d{8,})", path.name)) and (path / "commit.json").is_file()
+    ]
+    return max(steps, default=None)
+
+
+def judge(status: Status | None, *, alive: bool, committed: int | None) -> Verdict:
+    """What a status means, given whether its process lives and the newest committed step."""
+    kept = "no checkpoint yet" if committed is None else f"step {committed} is committed"
+    if status is None:
+        return Verdict(f"not started; {kept}", UNFINISHED)
+    doing = f"{status.stage}, step {status.step}" if status.step else status.stage
+    if status.state == "finished":
+        return Verdict(f"finished; {kept}" if committed is not None else "finished", FINISHED)
+    if alive:
+        return Verdict(f"running: {doing}; {kept}; {status.process}, noted {status.time}", RUNNING)
+    if status.state == "stopped":
+        return Verdict(f"stopped by {status.reason} ({doing}); {kept}; start it again to go on", UNFINISHED)
+    if status.state == "running":
+        status = replace(status, reason="its process was killed or lost, without a word")
+    if status.users_mistake:
+        return Verdict(f"failed ({doing}): {status.reason}; mend this first, starting again would not help", USER_ERROR)
+    if status.failures > 1 and status.failed_at == committed:
+        times = "twice" if status.failures == 2 else f"{status.failures} times"
+        return Verdict(f"failed {times} without a new checkpoint ({doing}): {status.reason}; {kept}", FAILED_TWICE)
+    return Verdict(f"failed ({doing}): {status.reason}; {kept}; start it again to go on", UNFINISHED)
+
+
+def count_failure(folder: Path, command: str) -> None:
+    """Count that a launch of this run has failed, for a later verdict on whether another try is worth it.
+
+    For a script whose launch has just ended; does nothing if the run finished, stopped on request or is running.
+    Raises UserError if the folder cannot be written.
+    """
+    status, committed = read_status(folder, command), committed_step(folder)
+    if status is not None and (status.state in ("finished", "stopped") or is_alive(folder, command, status)):
+        return
+    status = status or Status(state="failed", reason="its launch ended before it began")
+    again = status.failures > 0 and status.failed_at == committed
+    counted = replace(status, failed_at=committed, failures=status.failures + 1 if again else 1)
+    try:
+        _write(folder, command, counted)
+    except OSError as error:
+        raise UserError(f"run.output_dir: {folder}: {error.strerror}") from error
+
+
+def as_json(status: Status | None, verdict: Verdict, committed: int | None) -> dict[str, Any]:
+    """A status and its judgement in one flat object."""
+    return {**(asdict(status) if status else {"state": None}), "committed_step": committed, **asdict(verdict)}
+
+
+def _write(folder: Path, command: str, status: Status) -> None:
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    write_json(folder / FILES[command][0], asdict(replace(status, time=now)))
+
+
+def _this_launch() -> str:
+    """A name that the ranks of one launch share and no other launch of this run has."""
+    names = ("MASTER_ADDR", "MASTER_PORT", "SLURM_JOB_ID", "SLURM_RESTART_COUNT")
+    return " ".join(os.environ.get(name, "-") for name in names)

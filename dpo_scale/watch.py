@@ -1,0 +1,132 @@
+"""Ends a rank that waits in vain: another rank of its machine is gone, or nothing has moved for too long.
+
+The main thread cannot see to this, for it may sit in a collective of which nothing returns. A rank signs on with a file
+that holds its process id, in a folder that the launcher gives each attempt, and signs off when it ends well: a file
+whose process is gone belongs to a rank that died.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+GRACE_SECONDS = 5.0
+"""For the main thread to fail by itself, which tells more, and for other ranks to give their account."""
+POLL_SECONDS = 0.25
+
+
+class LastWords(Protocol):
+    """How a rank says why it ends."""
+
+    def __call__(self, message: str, *, cause: bool) -> None:
+        """Say it; a `cause` is said by one rank of a machine only."""
+        ...
+
+
+class Watch:
+    """Watches over the ranks of this machine and over this rank's progress, from a thread of its own."""
+
+    def __init__(
+        self, attempt: Path | None, rank: int, say: LastWords, end: Callable[[int], object] = os._exit
+    ) -> None:
+        """`attempt` is shared by the ranks that one launcher started on this machine; None where there is none."""
+        self._attempt, self._rank, self._say, self._end = attempt, rank, say, end
+        self._main = threading.current_thread()
+        self.started = time.monotonic()
+        self._limit = 0.0
+        self._moved: tuple[float, str] | None = None
+        self._closed = threading.Event()
+        if attempt is not None:
+            _sign(attempt / f"{rank}.pid")
+        threading.Thread(target=self._watch, name="watch", daemon=True).start()
+
+    def expect(self, seconds: float | None) -> None:
+        """Take a rank for stalled after so many seconds without `moved`; None: never."""
+        self._limit = seconds or 0.0
+
+    def moved(self, doing: str) -> None:
+        """Note progress, and what begins now."""
+        self._moved = time.monotonic(), doing
+
+    def rest(self) -> None:
+        """Expect no progress until the next `moved`: what begins now takes as long as it takes."""
+        self._moved = None
+
+    def close(self) -> None:
+        """Sign off: this rank ends well."""
+        self._closed.set()
+        if self._attempt is not None:
+            (self._attempt / f"{self._rank}.pid").unlink(missing_ok=True)
+
+    def gone(self, within: float = 0.0) -> dict[int, int]:
+        """Rank -> process id of the ranks of this machine that died; waits `within` seconds for one to be found."""
+        end = time.monotonic() + within
+        while not (found := self._gone()) and time.monotonic() < end:
+            time.sleep(0.05)
+        return found
+
+    def _gone(self) -> dict[int, int]:
+        found = {}
+        for path in self._attempt.glob("*.pid") if self._attempt is not None else ():
+            try:
+                pid = int(path.read_text())
+                os.kill(pid, 0)  # no signal: asks whether there is such a process
+            except FileNotFoundError:  # signed off meanwhile
+                continue
+            except ProcessLookupError:
+                found[int(path.stem)] = pid
+        return found
+
+    def _watch(self) -> None:
+        while not self._closed.wait(POLL_SECONDS):
+            if gone := self._gone():
+                self._follow(gone)
+            moved = self._moved
+            if moved is not None and 0 < self._limit < time.monotonic() - moved[0]:
+                self._report_stall(*moved)
+
+    def _follow(self, gone: dict[int, int]) -> None:
+        """End this rank after another, unless it does so by itself."""
+        if self._closed.wait(GRACE_SECONDS):
+            return
+        faulthandler.dump_traceback(sys.stderr)
+        self._say(died(gone), cause=True)
+        self._end(1)
+
+    def _report_stall(self, since: float, doing: str) -> None:
+        minutes = (time.monotonic() - since) / 60
+        faulthandler.dump_traceback(sys.stderr)
+        frame = sys._current_frames()[self._main.ident or 0]
+        stack = "".join(traceback.format_stack(frame))
+        self._say(
+            f"rank {self._rank}: nothing has moved for {minutes:.3g} minutes (run.stall_after), since: {doing}. "
+            f"It is at\n{stack}",
+            cause=False,
+        )
+        # The last ranks to have moved give their account later.
+        self._closed.wait(max(GRACE_SECONDS, self._limit / 10))
+        if self._moved == (since, doing) and not self._closed.is_set():
+            self._say(f"stalled since: {doing}; the stack of each rank stands above and in its log", cause=True)
+            self._end(1)
+
+
+def died(gone: dict[int, int]) -> str:
+    """What to say for ranks that can no longer speak."""
+    ranks = ", ".join(f"rank {rank} (process {pid})" for rank, pid in sorted(gone.items()))
+    return (
+        f"{ranks} died without a word: killed by a signal, for example by the kernel for want of memory, or crashed "
+        "(its log may tell). Checkpoints are untouched; the same command goes on from the newest."
+    )
+
+
+def _sign(path: Path) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(str(os.getpid()))
+    os.replace(temporary, path)  # nobody reads half a number

@@ -1,0 +1,232 @@
+"""What became of a run must be right for a person and for a script, also where nothing could be written down."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from dpo_scale.cli import main
+from dpo_scale.training import locks
+from dpo_scale.training.status import (
+    FAILED_TWICE,
+    FINISHED,
+    RUNNING,
+    UNFINISHED,
+    USER_ERROR,
+    Status,
+    StatusFile,
+    committed_step,
+    judge,
+    read_status,
+    record_failure,
+)
+
+RUN = """
+import sys, time
+from pathlib import Path
+from dpo_scale.training import locks
+from dpo_scale.training.status import StatusFile
+
+folder = Path(sys.argv[1])
+lock = locks.take(folder / ".lock")
+status = StatusFile(folder, "train")
+status.enter("training", 7)
+print("training", flush=True)
+time.sleep(60)
+"""
+
+
+def _commit(folder: Path, step: int) -> None:
+    path = folder / "checkpoints" / f"step-{step:08d}"
+    path.mkdir(parents=True)
+    (path / "commit.json").write_text("{}")
+
+
+def _code(folder: Path, *options: str) -> int:
+    return main(["status", str(folder), *options])
+
+
+@pytest.fixture(autouse=True)
+def _one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_PORT", "1")
+
+
+def _another_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_PORT", "2")
+
+
+@pytest.mark.parametrize(
+    ("status", "alive", "code", "line"),
+    [
+        (None, False, UNFINISHED, "not started; step 5 is committed"),
+        (Status("finished"), False, FINISHED, "finished; step 5 is committed"),
+        (Status("finished"), True, FINISHED, "finished"),  # its process is just leaving
+        (Status("running", "training", 6), True, RUNNING, "running: training, step 6; step 5 is committed"),
+        (Status("running", "training", 6), False, UNFINISHED, r"failed \(training, step 6\): .* killed or lost"),
+        (Status("stopped", "training", 5, "SIGTERM"), False, UNFINISHED, "stopped by SIGTERM .* start it again"),
+        (Status("failed", reason="CUDA out of memory"), False, UNFINISHED, "CUDA out of memory; .* start it again"),
+        (Status("failed", reason="no such file", users_mistake=True), False, USER_ERROR, "no such file; mend this"),
+        (Status("failed", failed_at=5, failures=1), False, UNFINISHED, "start it again"),
+        (Status("failed", failed_at=5, failures=2), False, FAILED_TWICE, "failed twice without a new checkpoint"),
+        (Status("running", failed_at=5, failures=3), False, FAILED_TWICE, "failed 3 times without a new checkpoint"),
+        (Status("failed", failed_at=4, failures=2), False, UNFINISHED, "start it again"),
+        (Status("stopped", failed_at=5, failures=2), False, UNFINISHED, "stopped"),
+    ],
+)
+def test_a_status_is_judged(status: Status | None, alive: bool, code: int, line: str) -> None:
+    verdict = judge(status, alive=alive, committed=5)
+    assert verdict.code == code
+    assert re.search(line, verdict.line), verdict.line
+
+
+def test_a_killed_run_is_told_from_a_running_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    process = subprocess.Popen([sys.executable, "-c", RUN, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "training\n"
+    assert _code(tmp_path) == RUNNING
+    assert f"running: training, step 7; no checkpoint yet; process {process.pid} on " in capsys.readouterr().out
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert _code(tmp_path) == UNFINISHED
+    assert "failed (training, step 7): its process was killed" in capsys.readouterr().out
+
+
+def test_another_process_in_the_folder_does_not_bring_a_dead_run_to_life(tmp_path: Path) -> None:
+    StatusFile(tmp_path, "train")._write(Status("running", process="process 1 on elsewhere"))
+    with locks.take(tmp_path / ".lock"):  # an evaluation
+        assert _code(tmp_path) == UNFINISHED
+
+
+def test_looking_at_a_lock_does_not_keep_its_taker_out(tmp_path: Path) -> None:
+    with open(tmp_path / ".lock", "w") as looking:
+        assert locks._try(looking, locks.fcntl.LOCK_SH)
+
+        threading.Timer(0.3, looking.close).start()
+        locks.take(tmp_path / ".lock").close()
+
+
+def test_the_first_failure_of_a_launch_is_believed(tmp_path: Path) -> None:
+    with locks.take(tmp_path / ".lock"):
+        StatusFile(tmp_path, "train").enter("training", 3)
+        record_failure(tmp_path, "train", "CUDA out of memory", users_mistake=False)
+        record_failure(tmp_path, "train", "connection reset by peer", users_mistake=False)
+    status = read_status(tmp_path, "train")
+    assert status is not None
+    assert (status.state, status.reason, status.users_mistake) == ("failed", "CUDA out of memory", False)
+    assert (status.stage, status.step) == ("training", 3)
+
+
+def test_a_launch_that_is_refused_leaves_the_status_of_the_one_that_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with locks.take(tmp_path / ".lock"):
+        StatusFile(tmp_path, "train")
+        before = (tmp_path / "status.json").read_bytes()
+        _another_launch(monkeypatch)
+        record_failure(tmp_path, "train", "in use", users_mistake=True)
+        assert (tmp_path / "status.json").read_bytes() == before
+    record_failure(tmp_path, "train", "another mistake", users_mistake=True)
+    assert _code(tmp_path) == USER_ERROR
+
+
+def test_a_mistake_is_forgotten_when_the_run_starts_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record_failure(tmp_path, "train", "no such file", users_mistake=True)
+    assert _code(tmp_path) == USER_ERROR
+    _another_launch(monkeypatch)
+    status = StatusFile(tmp_path, "train")
+    assert _code(tmp_path) == UNFINISHED
+    status.finish()
+    assert _code(tmp_path) == FINISHED
+
+
+def test_failures_are_counted_until_a_new_checkpoint_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    codes = []
+    for attempt, commits in enumerate([None, 4, None, 8]):
+        monkeypatch.setenv("MASTER_PORT", str(attempt))
+        StatusFile(tmp_path, "train").enter("training", 9)  # and is killed
+        if commits:
+            _commit(tmp_path, commits)
+        codes.append(_code(tmp_path, "--count-failure"))
+    assert codes == [UNFINISHED, UNFINISHED, FAILED_TWICE, UNFINISHED]
+    assert _code(tmp_path) == UNFINISHED
+
+
+def test_a_stop_is_no_failure(tmp_path: Path) -> None:
+    StatusFile(tmp_path, "train").stop("SIGUSR1", 4)
+    for _ in range(2):
+        assert _code(tmp_path, "--count-failure") == UNFINISHED
+    status = read_status(tmp_path, "train")
+    assert status is not None
+    assert status.failures == 0
+
+
+def test_a_launch_that_never_began_is_counted_too(tmp_path: Path) -> None:
+    assert _code(tmp_path, "--count-failure") == UNFINISHED
+    assert _code(tmp_path, "--count-failure") == FAILED_TWICE
+
+
+def test_only_commits_count_as_checkpoints(tmp_path: Path) -> None:
+    assert committed_step(tmp_path) is None
+    _commit(tmp_path, 12)
+    _commit(tmp_path, 7)
+    (tmp_path / "checkpoints" / "step-00000099").mkdir()
+    (tmp_path / "checkpoints" / ".step-00000050.partial").mkdir()
+    assert committed_step(tmp_path) == 12
+
+
+def test_training_and_scoring_have_a_status_each(tmp_path: Path) -> None:
+    StatusFile(tmp_path, "score").finish()
+    StatusFile(tmp_path, "train").stop("SIGTERM", 3)
+    assert _code(tmp_path, "--of", "score") == FINISHED
+    assert _code(tmp_path) == UNFINISHED
+
+
+def test_the_other_ranks_are_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    status = StatusFile(None, "train")
+    status.enter("training", 1)
+    status.finish()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_steps_alone_are_noted_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr("dpo_scale.training.status.time.monotonic", lambda: clock[0])
+    status = StatusFile(tmp_path, "train")
+    status.enter("training", 0)
+    noted = []
+    for step in range(1, 41):
+        clock[0] += 1.0
+        status.advance(step)
+        noted.append(json.loads((tmp_path / "status.json").read_text())["step"])
+    assert sorted(set(noted)) == [0, 16, 32]
+
+
+def test_a_recipe_stands_for_its_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model: {{path: base}}\ndata: {{train: [pairs.jsonl]}}\nbatch: {{global_pairs: 8}}\nloss: {{beta: 0.1}}\n"
+        f"run: {{output_dir: {tmp_path / 'run'}}}\n"
+    )
+    assert main(["status", "--folder", "--", str(recipe), f"run.output_dir={tmp_path / 'other'}"]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'other'}\n"
+    StatusFile(tmp_path / "run", "train").finish()
+    assert main(["status", str(recipe)]) == FINISHED
+    assert main(["status", str(recipe), "loss.betta=1"]) == USER_ERROR
+    assert main(["status", str(tmp_path / "nowhere")]) == USER_ERROR
+
+
+def test_json_holds_status_verdict_and_commit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _commit(tmp_path, 4)
+    StatusFile(tmp_path, "train").stop("SIGUSR1", 4)
+    assert _code(tmp_path, "--json") == UNFINISHED
+    told = json.loads(capsys.readouterr().out)
+    assert (told["state"], told["reason"], told["step"], told["committed_step"]) == ("stopped", "SIGUSR1", 4, 4)
+    assert told["code"] == UNFINISHED
