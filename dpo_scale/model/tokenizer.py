@@ -68,9 +68,11 @@ def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bo
         raise UserError(f"{path}: a file; give the folder that holds the tokenizer")
     elif not _HUB_NAME.fullmatch(path):
         raise UserError(f"{path}: no such folder, and not the name of a hub model")
+    # Whether mistral-common happens to be installed must not decide which tokenizer a folder with tekken.json has.
+    of_mistral = {"mistral_format": False} if (folder / "tekken.json").is_file() else {}
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            path, revision=revision, trust_remote_code=trust_remote_code
+            path, revision=revision, trust_remote_code=trust_remote_code, **of_mistral
         )
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]

@@ -100,8 +100,21 @@ def test_the_models_of_mistral_common_give_the_ids_of_sentencepiece(tmp_path):
         folder.mkdir()
         (folder / "tokenizer.model").write_bytes(file.read_bytes())
         tokenizer, oracle = load_tokenizer(str(folder)), processor(folder)
-        for text in [*TEXTS, *SENTENCES, "def f(x):\n    return x  # \t漢字"]:
+        for text in [*TEXTS, *SENTENCES[:6], "def f(x):\n    return x  # \t漢字"]:
             assert tokenizer(text, add_special_tokens=False)["input_ids"] == oracle.encode(text), text
+
+
+def test_a_tekken_file_gives_the_ids_of_mistral_common(tmp_path):
+    tekken = pytest.importorskip("mistral_common.tokens.tokenizers.tekken", reason="mistral-common brings real models")
+    file = sorted((Path(tekken.__file__).parents[2] / "data").glob("tekken_*.json"))[-1]
+    (tmp_path / "tekken.json").write_bytes(file.read_bytes())
+    (tmp_path / "config.json").write_text('{"model_type": "mistral"}')
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    tokenizer, oracle = load_tokenizer(str(tmp_path)), tekken.Tekkenizer.from_file(file)
+    assert tokenizer.is_fast
+    assert tokenizer.eos_token_id == oracle.eos_id
+    for text in [*TEXTS, *SENTENCES[:6], "def f(x):\n    return x  # \t漢字"]:
+        assert tokenizer(text, add_special_tokens=False)["input_ids"] == oracle.encode(text, bos=False, eos=False), text
 
 
 def test_a_bare_model_has_bos_end_and_round_trips(tmp_path):
