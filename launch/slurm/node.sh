@@ -14,11 +14,11 @@ cache="${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/dpo_scale-$(id -un)"
 export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$cache/torch_extensions}"
 export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$cache/triton}"
 mkdir -p "$TORCH_EXTENSIONS_DIR" "$TRITON_CACHE_DIR"
-find "$TORCH_EXTENSIONS_DIR" -name lock -mmin +30 -delete   # of a build that was killed: others would wait for ever
 
 export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"       # nodes seldom have a way out: fetch models before
 export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"   # micro-batches differ in length
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=300          # for a checkpoint after SIGTERM; the default is 30 s
+# Seconds for a checkpoint after a SIGTERM; the launcher's default is 30.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}"
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
 # The last collectives of every rank, written down when one of them times out.
 export TORCH_NCCL_TRACE_BUFFER_SIZE=2000 TORCH_NCCL_DUMP_ON_TIMEOUT=1
