@@ -56,8 +56,8 @@ def score(recipe: Recipe, console: Console, watch: Watch) -> int:
         reason = interruption.reason() or "another rank"
         status.stop(reason)
         console.say(f"Stopped by {reason}: {reference.store.folder} holds what was scored; the same command goes on")
+        started.ranks.barrier()  # all have read why; and a rank that leaves takes the launch down, the main one too
         interruption.consume_file()
-        started.ranks.barrier()  # a rank that leaves takes the launch down, the main one too
         return STOPPED
     status.finish()
     console.say(f"Done: {reference.rows_computed:,} rows scored, in {reference.store.folder}")

@@ -95,8 +95,8 @@ def train(
     reason = interruption.reason() or "another rank"
     status.stop(reason)
     console.say(f"Stopped by {reason} {reached}; the same command goes on from there")
+    ranks.barrier()  # all have read why; and a rank that leaves takes the launch down, the main one too
     interruption.consume_file()
-    ranks.barrier()  # a rank that leaves takes the launch down, the main one too
     return STOPPED
 
 

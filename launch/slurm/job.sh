@@ -4,7 +4,7 @@
 set -euo pipefail
 stage="$1"
 shift
-PATH="$PWD/.venv/bin:$PATH"                        # where launch/install.sh puts it; an active environment works as well
+PATH="$PWD/.venv/bin:$PATH"                        # where launch/install.sh puts it; or an active environment
 
 run="$(dpo-scale status --folder -- "$@")"         # a mistake in the recipe ends the job here
 export DPO_SCALE_LOGS="$run/logs/job-$SLURM_JOB_ID-start-${SLURM_RESTART_COUNT:-0}"
@@ -15,7 +15,7 @@ FIRST_NODE="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
 export FIRST_NODE
 export PORT="$((20000 + SLURM_JOB_ID % 10000))"    # below the range that systems give away
 
-is_ours_to_requeue() {                              # not cancelled, preempted or short of a node: that is SLURM's affair
+is_ours_to_requeue() {                             # else it is cancelled, preempted or has lost a node: SLURM's affair
     [ "$(squeue --noheader --job="$SLURM_JOB_ID" --format=%T)" = RUNNING ]
 }
 
@@ -36,10 +36,12 @@ while kill -0 "$launch" 2>/dev/null; do
     wait "$launch" || true                         # a trap ends a wait early
 done
 
-is_ours_to_requeue || exit 1
+ours=""
+if is_ours_to_requeue; then ours=yes; fi
 code=0
-dpo-scale status --of "$stage" --count-failure -- "$@" || code=$?
-case "$code" in
-    85) scontrol requeue "$SLURM_JOB_ID" ;;
-    *) exit "$code" ;;
-esac
+dpo-scale status --of "$stage" ${ours:+--count-failure} -- "$@" || code=$?
+if [ "$ours$code" = yes85 ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+else
+    exit "$code"
+fi

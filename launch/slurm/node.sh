@@ -6,21 +6,23 @@ shift
 ranks="${SLURM_GPUS_ON_NODE:-1}"
 cores="$((SLURM_CPUS_ON_NODE > ranks ? SLURM_CPUS_ON_NODE / ranks : 1))"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$cores}"   # an offloaded optimizer needs them
-ulimit -l unlimited 2>/dev/null || echo "$(hostname): memory for offload may not be pinned; ask for memlock unlimited" >&2
+ulimit -l unlimited 2>/dev/null ||
+    echo "$(hostname): offload cannot pin much memory here (ulimit -l); ask for an unlimited memlock" >&2
 
 # Compilers lock their caches, and network file systems lock badly.
 cache="${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/dpo_scale-$(id -un)"
 export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$cache/torch_extensions}"
 export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$cache/triton}"
 mkdir -p "$TORCH_EXTENSIONS_DIR" "$TRITON_CACHE_DIR"
-find "$TORCH_EXTENSIONS_DIR" -name lock -mmin +30 -delete   # of a build that was killed: others would wait for ever
 
 export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"       # nodes seldom have a way out: fetch models before
 export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"   # micro-batches differ in length
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=300          # for a checkpoint after SIGTERM; the default is 30 s
+# Seconds for a checkpoint after a SIGTERM; the launcher's default is 30.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}"
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
 # The last collectives of every rank, written down when one of them times out.
-export TORCH_FR_BUFFER_SIZE=2000 TORCH_NCCL_DUMP_ON_TIMEOUT=1 TORCH_FR_DUMP_TEMP_FILE="$DPO_SCALE_LOGS/collectives-rank-"
+export TORCH_NCCL_TRACE_BUFFER_SIZE=2000 TORCH_NCCL_DUMP_ON_TIMEOUT=1
+export TORCH_NCCL_DEBUG_INFO_TEMP_FILE="$DPO_SCALE_LOGS/collectives-rank-"
 
 exec accelerate launch --config_file "$LAUNCH_CONFIG" \
     --num_machines "$SLURM_JOB_NUM_NODES" --num_processes "$((SLURM_JOB_NUM_NODES * ranks))" \

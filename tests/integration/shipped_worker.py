@@ -33,7 +33,8 @@ def engine_of(config: dict[str, Any], source: Path, *, trains: bool) -> Any:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2) if trains else None
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     del keep
-    return engine.train(trains) and engine
+    engine.train(trains)
+    return engine
 
 
 def policy_losses(path: Path, recipe: Recipe, source: Path) -> list[float]:
