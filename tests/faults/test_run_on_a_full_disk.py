@@ -52,7 +52,7 @@ def test_a_disk_that_fills_up_ends_the_run_with_its_message_and_keeps_what_was_c
     assert "No space left on device" in output
     assert "Earlier checkpoints are untouched" in output
     assert output.count(failed) == 2, output  # once when it happened, once by the launcher, whatever the ranks
-    assert "Traceback" not in output.partition("accelerate")[0]
+    assert "CheckpointError" not in output  # no traceback of ours: a full disk is the user's to mend
 
 
 def test_the_same_command_goes_on_from_the_newest_checkpoint_that_is_whole(

@@ -40,7 +40,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "persistent_tied": {"persistence": 10_000_000, "tied": True, "dtype": "bfloat16"},
     "sub_groups_hpz": {"dtype": "bfloat16", "sub_group_size": 3000, "hpz": True},
     "cpu_adam": {"offload": True, "cpu_adam": True},
-    "shards": {"hidden": 512, "intermediate": 1400, "layers": 5},
+    "shards": {"hidden": 510, "intermediate": 1400, "layers": 7},
     "nvme": {"offload": True, "cpu_adam": True, "nvme": True, "sub_group_size": 300_000},
 }
 

@@ -76,7 +76,7 @@ def test_slices_hold_what_deepspeed_itself_gathers(runs: Path, variant: str) -> 
 
 def test_an_export_of_several_shards_adds_far_less_than_one_to_any_ranks_memory(runs: Path) -> None:
     found = report(runs, "shards", 2)
-    assert found["shards"] == 4
+    assert found["shards"] >= 4
     assert max(found["peak_in_shards"]) < 1.0, found
 
 

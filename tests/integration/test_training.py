@@ -25,12 +25,13 @@ def weights(run: Launched) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def stopped(launcher: Launcher) -> Launched:
-    """The undisturbed run's recipe, stopped by a STOP file after its first step."""
+def stopped(launcher: Launcher, undisturbed: Launched) -> Launched:
+    """The undisturbed run's recipe, stopped by a STOP file after its first step: scoring and held-out passes, which
+    would stop too, have nothing to do."""
     folder = launcher.workspace / "stopped"
     folder.mkdir()
     (folder / "STOP").touch()
-    return launcher("stopped")
+    return launcher("stopped", ["evaluate.at_start=false"])
 
 
 @pytest.fixture(scope="module")

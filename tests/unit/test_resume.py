@@ -1,0 +1,101 @@
+"""Which checkpoint a run goes on from, and what it refuses to go on from."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_engine import TRAJECTORY, make_parameters, on_ranks, snapshot_of
+
+from dpo_scale.console import Console
+from dpo_scale.errors import UserError
+from dpo_scale.recipe import Recipe
+from dpo_scale.training import checkpoints
+from dpo_scale.training.checkpoints import RunState
+from dpo_scale.training.resume import _find, resume
+
+
+def recipe(folder: Path, wanted: str) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "model": {"path": "base"},
+            "data": {"train": "pairs.jsonl"},
+            "batch": {"global_pairs": 8},
+            "loss": {"beta": 0.1},
+            "run": {"output_dir": str(folder), "resume": wanted},
+        }
+    )
+
+
+def commit(folder: Path, step: int, origin: str = "") -> Path:
+    def save(ranks: Any) -> Path:
+        return checkpoints.save(
+            folder / "checkpoints",
+            snapshot_of(make_parameters({"weight": (3, 4)}), ranks.rank, ranks.world_size),
+            RunState(step=step, origin=origin, unlogged=(0.5, 2.0)),
+            ranks,
+            trajectory=TRAJECTORY,
+            source_model="/models/source",
+            keep_last=9,
+        )
+
+    path = on_ranks(1, save)[0]
+    assert isinstance(path, Path), path
+    return path
+
+
+def found(folder: Path, wanted: str) -> Path | None:
+    def find(ranks: Any) -> Any:
+        return _find(recipe(folder, wanted), ranks, Console(io.StringIO()))  # type: ignore[arg-type]
+
+    answer = on_ranks(1, find)[0]
+    if isinstance(answer, Exception):
+        raise answer
+    return None if answer is None else answer.path
+
+
+def refused(folder: Path, trajectory: dict[str, Any]) -> Exception:
+    def go_on(ranks: Any) -> Any:
+        return resume(recipe(folder, "auto"), ranks, Console(io.StringIO()), None, trajectory)  # type: ignore[arg-type]
+
+    error = on_ranks(1, go_on)[0]
+    assert isinstance(error, UserError), error
+    return error
+
+
+def test_a_checkpoint_named_by_path_is_where_to_start_and_not_where_each_preemption_leads_back_to(
+    tmp_path: Path,
+) -> None:
+    run, other = tmp_path / "run", tmp_path / "other"
+    named = str(commit(other, step=3))
+    commit(run, step=9)  # of an attempt that did not start there
+    assert found(run, named) == Path(named)
+    further = commit(run, step=11, origin=named)
+    assert found(run, named) == further
+    assert found(run, "auto") == further
+    assert found(run, "never") is None
+
+
+def test_damage_everywhere_is_no_reason_to_start_anew(tmp_path: Path) -> None:
+    path = commit(tmp_path, step=3)
+    (path / "rank-00000-of-00001.safetensors").write_bytes(b"rotten")
+    with pytest.raises(UserError, match="no checkpoint is whole, and starting anew would overwrite"):
+        found(tmp_path, "auto")
+
+
+def test_what_differs_from_the_run_of_a_checkpoint_is_named(tmp_path: Path) -> None:
+    path = commit(tmp_path, step=3)
+    error = refused(tmp_path, {**TRAJECTORY, "loss.beta": 0.7, "files of the reference": "abc"})
+    assert str(error).splitlines() == [
+        f"{path}: the checkpoint of another run",
+        "  files of the reference: was None, is 'abc'",
+        "  loss.beta: was 0.5, is 0.7",
+        "choose another run.output_dir, or restore what changed",
+    ]
+
+
+def test_the_open_log_interval_comes_back(tmp_path: Path) -> None:
+    path = commit(tmp_path, step=3)
+    assert checkpoints.open_checkpoint(path).commit.run == RunState(step=3, unlogged=(0.5, 2.0))
