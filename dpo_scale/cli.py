@@ -18,6 +18,9 @@ USER_ERROR = 2
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code: 0, or 2 for a mistake that the user can mend."""
     parser = _parser()
+    if not (sys.argv[1:] if arguments is None else arguments):
+        parser.print_help()
+        return USER_ERROR
     options, rest = parser.parse_known_args(arguments)
     # argparse takes positionals in one go only: settings behind an option are left over
     if rest and not ("overrides" in options and all("=" in word for word in rest)):
@@ -155,16 +158,18 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
+    recipe = load_recipe(options.recipe, options.overrides)  # its mistakes are told before torch is loaded
     from dpo_scale.operations.check import check
 
-    check(load_recipe(options.recipe, options.overrides), options.rows, options.config_file)
+    check(recipe, options.rows, options.config_file)
     return 0
 
 
 def _plan(options: argparse.Namespace) -> int:
+    recipe = load_recipe(options.recipe, options.overrides)
     from dpo_scale.operations.plan_command import run_plan
 
-    return run_plan(load_recipe(options.recipe, options.overrides), options)
+    return run_plan(recipe, options)
 
 
 def _status(options: argparse.Namespace) -> int:

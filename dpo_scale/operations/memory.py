@@ -68,7 +68,7 @@ class Device:
     chunk_elements: int
     """Logits that exist at once, see `model.log_probs.CHUNK_ELEMENTS`."""
     gather_copies: int
-    """Copies of what is being gathered beside the parameters that it becomes."""
+    """Copies that a gather takes of its output."""
     reduce_copies: int
     """Copies that a reduction takes of its input."""
 
@@ -77,9 +77,9 @@ class Device:
         return self.name == "cpu"
 
 
-GPU = Device("gpu", chunk_elements=CHUNK_ELEMENTS["cuda"], gather_copies=1, reduce_copies=0)
-CPU = Device("cpu", chunk_elements=CHUNK_ELEMENTS["cpu"], gather_copies=2, reduce_copies=1)
-"""gloo, which CPU processes use, works on copies of its own."""
+GPU = Device("gpu", chunk_elements=CHUNK_ELEMENTS["cuda"], gather_copies=0, reduce_copies=0)
+CPU = Device("cpu", chunk_elements=CHUNK_ELEMENTS["cpu"], gather_copies=1, reduce_copies=1)
+"""gloo, which CPU processes use, works on a copy of its own: measured, once the size of the whole tensor for both."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -148,8 +148,8 @@ def read_workload(recipe: Recipe, assumed: AssumedData | None, console: Console)
 
 
 def meta_model(recipe: Recipe, config: Any) -> MetaModel:
-    """The recipe's model on the meta device, with the attention kernel that a recent GPU gets."""
-    kernel: Kernel = "flex" if recipe.model.dtype == "float32" else "varlen"
+    """The recipe's model on the meta device, with the attention kernel of half precision on a recent GPU."""
+    kernel: Kernel = "sdpa" if recipe.model.dtype == "float32" else "varlen"
     return build_meta_model(
         config, DTYPES[recipe.model.dtype], kernel, trust_remote_code=recipe.model.trust_remote_code
     )

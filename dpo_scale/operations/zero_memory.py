@@ -111,8 +111,7 @@ def states(parameters: Sequence[Parameter], zero: ZeroSettings, ranks: int, dtyp
     """A rank's share of weights, optimizer state and gradients.
 
     Args:
-        dtype_bytes: of the weights in forward and backward. In fp32 the master weight is the same memory, unless the
-            optimizer is offloaded.
+        dtype_bytes: of the weights in forward and backward. The master weights are another copy in fp32 too.
         cpu: the device is a CPU, whose reduce bucket costs only what is written to it.
     """
     own = shard_elements(parameters, ranks)
@@ -121,8 +120,7 @@ def states(parameters: Sequence[Parameter], zero: ZeroSettings, ranks: int, dtyp
     places = {"none": held.device, "cpu": held.host, "nvme": held.nvme}
     optimizer, param = places[zero.offload_optimizer], places[zero.offload_param]
     param["weights"] = own * dtype_bytes
-    shared = dtype_bytes == MASTER_BYTES and zero.offload_optimizer == "none" and zero.offload_param == "none"
-    optimizer["fp32 master weights"] = 0 if shared else own * MASTER_BYTES
+    optimizer["fp32 master weights"] = own * MASTER_BYTES
     optimizer["Adam moments"] = own * MOMENTS_BYTES
     gradients = held.device if zero.offload_optimizer == "none" else held.host
     in_pinned = zero.offload_optimizer != "none" and zero.pin_optimizer
@@ -157,15 +155,27 @@ class Gathered:
     """Collectives that this takes."""
 
 
-def gathered(units: Sequence[Unit], zero: ZeroSettings, *, recompute: bool, copies: int = 1) -> Gathered:
+@dataclass(slots=True)
+class _Gather:
+    """A collective that brings several parameters."""
+
+    elements: int
+    unused: int
+    """Parameters that no module has waited for."""
+    copied: bool = False
+    """Whether the parameters have left the buffer."""
+
+
+def gathered(units: Sequence[Unit], zero: ZeroSettings, *, recompute: bool, copies: int = 0) -> Gathered:
     """Follow DeepSpeed's fetches, prefetches and releases through a micro-batch whose trace is complete.
 
-    A module's parameters are released behind it unless they come up again within `max_reuse_distance` elements, or the
-    prefetch has already passed over their next use.
+    What is gathered together arrives in one buffer, which stays until the last of its parameters is used, beside the
+    parameters that are copied out of it. A module's parameters are released behind it unless they come up again within
+    `max_reuse_distance` elements, or the prefetch has already passed over their next use.
 
     Args:
         recompute: activations are checkpointed.
-        copies: how often what is being gathered exists beside the parameters it becomes.
+        copies: how often the communication copies what it gathers.
     """
     threshold = zero.param_persistence_threshold
     steps = [
@@ -182,30 +192,39 @@ def gathered(units: Sequence[Unit], zero: ZeroSettings, *, recompute: bool, copi
 
     peaks = {"forward": [0] * len(units), "backward": [0] * len(units)}
     available: dict[int, int] = {}
+    in_flight: dict[int, _Gather] = {}
     seen: set[int] = set()
     planned_until: dict[int, int] = {}
-    position = live = fetched = again = gathers = 0
+    position = live = buffers = fetched = again = gathers = 0
     for step, (phase, unit, module) in enumerate(steps):
         while position < len(uses) and uses[position][0] <= step:
             position += 1
-        arriving = [p for p in module if p.key not in available]
-        room = min(zero.max_live_parameters - live - sum(p.elements for p in arriving), zero.prefetch_bucket_size)
-        ahead = 0
-        while position < len(uses) and ahead < room:
+        now = [p for p in module if p.key not in available]
+        room = zero.max_live_parameters - sum(available.values()) - sum(p.elements for p in now)
+        ahead: list[Parameter] = []
+        while position < len(uses) and sum(p.elements for p in ahead) < min(room, zero.prefetch_bucket_size):
             at, p = uses[position]
             position += 1
             planned_until[p.key] = at
-            if p.key not in available and p not in arriving:
-                arriving.append(p)
-                ahead += p.elements
-        for p in arriving:
-            available[p.key] = p.elements
-            again += p.elements * (p.key in seen)
-            seen.add(p.key)
-        arrived = sum(p.elements for p in arriving)
-        live, fetched = live + arrived, fetched + arrived
-        gathers += arrived > 0
-        peaks[phase][unit] = max(peaks[phase][unit], live + copies * arrived)
+            if p.key not in available and p not in now and p not in ahead:
+                ahead.append(p)
+        for together in filter(None, (now, ahead)):
+            gather = _Gather(sum(p.elements for p in together), len(together))
+            buffers, fetched, gathers = buffers + gather.elements, fetched + gather.elements, gathers + 1
+            for p in together:
+                available[p.key], in_flight[p.key] = p.elements, gather
+                again += p.elements * (p.key in seen)
+                seen.add(p.key)
+        arriving = sum(p.elements for p in (*now, *ahead))
+        done = 0
+        for p in module:
+            if (waited := in_flight.pop(p.key, None)) is not None:
+                live += 0 if waited.copied else waited.elements
+                waited.copied = True
+                waited.unused -= 1
+                done += 0 if waited.unused else waited.elements
+        peaks[phase][unit] = max(peaks[phase][unit], live + buffers, live + buffers + (copies * arriving if now else 0))
+        buffers -= done
         for p in module:
             following = next((at for at in later_uses[p.key] if at > step), None)
             near = following is not None and traversed[following] - traversed[step + 1] < zero.max_reuse_distance

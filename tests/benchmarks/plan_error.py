@@ -30,7 +30,7 @@ from dpo_scale.data.layouts import Layout
 from dpo_scale.distributed.zero_config import read_policy_config
 from dpo_scale.operations.memory import CPU, GPU, training_moments
 from dpo_scale.operations.memory_trace import build_meta_model, micro_batch_shape
-from dpo_scale.operations.zero_memory import MOMENTS_BYTES, ZeroSettings, parameters_of, shard_elements
+from dpo_scale.operations.zero_memory import GRADIENT_BYTES, MOMENTS_BYTES, ZeroSettings, parameters_of, shard_elements
 from dpo_scale.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -164,8 +164,8 @@ def predict(
         device=CPU if on_cpu else GPU,
     )
     check, *steps = moments
-    # AdamW's moments are made by the first step
-    moments_of_adam = shard_elements(parameters_of(meta.units), options.processes) * MOMENTS_BYTES
+    # AdamW's moments are made by the first step, and DeepSpeed's first buffer for gradients goes with it
+    moments_of_adam = shard_elements(parameters_of(meta.units), options.processes) * (MOMENTS_BYTES - GRADIENT_BYTES)
     worst = max(steps, key=lambda moment: moment.total)
     loading = sum(p.numel() for p in meta.model.parameters()) * DTYPE_BYTES[options.dtype]
     return (

@@ -51,7 +51,8 @@ def test_without_reuse_and_prefetch_one_module_is_whole_at_a_time(model: list[li
     units = units_of(model)
     total = sum(p.elements for p in parameters_of(units))
     whole = gathered(units, NOTHING_KEPT, recompute=False, copies=0)
-    expected_peaks = tuple(max(sum(module) for module in unit) for unit in model)
+    # and the buffer that they came in, until they are used
+    expected_peaks = tuple(2 * max(sum(module) for module in unit) for unit in model)
     # the last module of the forward is the first of the backward: its parameters are still there
     assert whole.forward == expected_peaks
     assert whole.backward == expected_peaks
@@ -68,7 +69,7 @@ def test_a_model_within_the_reuse_distance_is_gathered_once(model: list[list[lis
     whole = gathered(units, keep, recompute=False, copies=0)
     assert whole.fetched == total
     assert whole.fetched_again == 0
-    assert max(whole.forward) == total
+    assert total < max(whole.forward) <= 2 * total
 
 
 @given(models, st.integers(0, 10**4), st.integers(0, 10**4), st.booleans())
@@ -80,8 +81,8 @@ def test_no_more_is_gathered_than_there_is(
     zero = replace(NOTHING_KEPT, max_reuse_distance=reuse, prefetch_bucket_size=prefetch)
     whole = gathered(units, zero, recompute=recompute, copies=0)
     largest = max(sum(module) for unit in model for module in unit)
-    assert largest <= max(whole.forward) <= total
-    assert largest <= max(whole.backward) <= total
+    assert largest <= max(whole.forward) <= 2 * total  # parameters and the buffers that they came in
+    assert largest <= max(whole.backward) <= 2 * total
     assert whole.fetched - whole.fetched_again == total
 
 
@@ -103,10 +104,10 @@ def test_a_tied_weight_is_one_parameter_whose_gradient_waits_for_its_last_use() 
     assert gradient_bytes(untied, replace(NOTHING_KEPT, reduce_bucket_size=100), 2, 2)[1] == 2 * (1000 + 10) + 4 * 500
 
 
-def test_states_are_sixteen_bytes_in_fp32_and_eighteen_in_bf16() -> None:
+def test_states_are_eighteen_bytes_in_bf16_and_twenty_in_fp32() -> None:
     parameters = [Parameter(0, 4000), Parameter(1, 96)]
     zero = replace(NOTHING_KEPT, reduce_bucket_size=0)
-    for dtype_bytes, expected in ((2, 18), (4, 16)):
+    for dtype_bytes, expected in ((2, 18), (4, 20)):
         held = states(parameters, zero, 4, dtype_bytes, cpu=False)
         assert sum(held.device.values()) == expected * 4096 // 4
         assert not held.host
