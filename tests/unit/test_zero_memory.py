@@ -98,7 +98,7 @@ def test_a_tied_weight_is_one_parameter_whose_gradient_waits_for_its_last_use() 
     units = [Unit("embedding", ((shared,),)), Unit("layer", ((Parameter(1, 10),),)), Unit("head", ((shared,),))]
     assert sum(p.elements for p in parameters_of(units)) == 1010
     gradients = gradient_bytes(units, replace(NOTHING_KEPT, reduce_bucket_size=100), 2, 2)
-    assert gradients[1] == 2 * 1000  # the head's, while the layer runs, whose own is in the bucket
+    assert gradients[1] == 2 * (1000 + 10)  # the head's, while the layer makes its own
     untied = [units[0], units[1], Unit("head", ((Parameter(2, 1000),),))]
     # a large one waits on its own until the next arrives, and is then reduced to fp32 halves
     assert gradient_bytes(untied, replace(NOTHING_KEPT, reduce_bucket_size=100), 2, 2)[1] == 2 * (1000 + 10) + 4 * 500
