@@ -16,7 +16,9 @@ export FIRST_NODE
 export PORT="$((20000 + SLURM_JOB_ID % 10000))"    # below the range that systems give away
 
 is_ours_to_requeue() {                             # else it is cancelled, preempted or has lost a node: SLURM's affair
-    [ "$(squeue --noheader --job="$SLURM_JOB_ID" --format=%T)" = RUNNING ]
+    # A script that outlives the loss of a node may see its own job's next start.
+    [[ "$(scontrol show job --oneliner "$SLURM_JOB_ID")" == \
+        *" JobState=RUNNING "*" Restarts=${SLURM_RESTART_COUNT:-0} "* ]]
 }
 
 stop_in_time() {
