@@ -105,6 +105,7 @@ class ChunkedLogProbs(torch.autograd.Function):
                 head.add_weight_grad(grad_weight_VH, grad_cV, hidden_CH[rows])
             if grad_bias_V is not None:
                 grad_bias_V += grad_cV.sum(0)
+            del grad_cV  # else it would lie beside the next chunk's logits
         return grad_hidden_CH, grad_weight_VH, grad_bias_V, None, None
 
 

@@ -124,9 +124,7 @@ def head_memory(head: Head, dtype_bytes: int, device: Device) -> HeadMemory:
     forward = saved + converted + 2 * 4 * chunk - (4 * chunk if only else 0)
     held = saved + converted + rows * head.hidden * dtype_bytes + 4 * weight
     product = (dtype_bytes * chunk + 4 * weight) if native else 0
-    # the gradient of the logits takes their place; of the chunk before it is still there
-    working = 4 * chunk if only else 2 * 4 * chunk
-    backward = held + max(working, 4 * chunk + product)
+    backward = held + 4 * chunk + product  # the gradient of the logits takes their place
     return HeadMemory(saved, forward, max(backward, held + dtype_bytes * weight * (dtype_bytes < 4)))
 
 
