@@ -122,7 +122,7 @@ def make_plan(
 
     Raises UserError for whatever cannot be read, or a pair that no micro-batch can hold.
     """
-    zero, name = policy_zero(deepspeed)
+    zero, name = policy_zero(deepspeed, cluster.gpus_per_node)
     workload = read_workload(recipe, assumed, console)
     check_budget(workload.costs, recipe.batch.rank_tokens, workload.rows, "batch.rank_tokens")
     memory = MemoryPlan(workload, reference_zero(recipe))
@@ -149,11 +149,11 @@ def make_plan(
     )
 
 
-def policy_zero(path: Path | None) -> tuple[ZeroSettings, str]:
+def policy_zero(path: Path | None, ranks_per_node: int) -> tuple[ZeroSettings, str]:
     """The policy's DeepSpeed settings, and the file they stand in."""
     wanted = path or Path("ds_configs/zero3.json")
     found = wanted if wanted.exists() else shipped_file(str(wanted))
-    return ZeroSettings.of_config(read_policy_config(found)), str(wanted)
+    return ZeroSettings.of_config(read_policy_config(found), ranks_per_node), str(wanted)
 
 
 def reference_zero(recipe: Recipe) -> ZeroSettings:

@@ -52,8 +52,8 @@ class ZeroSettings:
     """Whether what is offloaded lies in pinned memory."""
 
     @classmethod
-    def of_config(cls, config: dict[str, Any]) -> ZeroSettings:
-        """The settings of a parsed DeepSpeed JSON."""
+    def of_config(cls, config: dict[str, Any], ranks_per_node: int = 1) -> ZeroSettings:
+        """The settings of a parsed DeepSpeed JSON; a secondary partition that is `auto` spans a node."""
         zero = config.get("zero_optimization", {})
 
         optimizer, param = zero.get("offload_optimizer") or {}, zero.get("offload_param") or {}
@@ -68,7 +68,9 @@ class ZeroSettings:
             param_persistence_threshold=size("stage3_param_persistence_threshold", cls.param_persistence_threshold),
             max_live_parameters=size("stage3_max_live_parameters", cls.max_live_parameters),
             max_reuse_distance=size("stage3_max_reuse_distance", cls.max_reuse_distance),
-            hpz_partition_size=size("zero_hpz_partition_size", cls.hpz_partition_size),
+            hpz_partition_size=size("zero_hpz_partition_size", ranks_per_node)
+            if "zero_hpz_partition_size" in zero
+            else cls.hpz_partition_size,
             offload_optimizer=optimizer.get("device", "none"),
             offload_param=param.get("device", "none"),
             pin_optimizer=optimizer.get("pin_memory", cls.pin_optimizer),

@@ -98,7 +98,7 @@ def test_checkpointing_trades_activations_for_time(one_node: Plan) -> None:
 @pytest.mark.parametrize("name", ["zero3_offload_optimizer", "zero3_offload_all", "zero3_nvme", "zero3_hpz"])
 def test_deepspeed_files_move_memory_to_where_they_say(one_node: Plan, name: str) -> None:
     memory, setting = one_node.memory, one_node.fit.setting
-    zero, _ = policy_zero(Path(f"ds_configs/{name}.json"))
+    zero, _ = policy_zero(Path(f"ds_configs/{name}.json"), 8)
     other = replace(setting, zero=zero)
     gpu, host = memory.fit(other, NODE).gpu.total, sum(memory.host(other, NODE).values())
     base_gpu, base_host = one_node.fit.gpu.total, sum(one_node.fit.host.values())
@@ -205,4 +205,4 @@ def test_check_tells_mistakes_of_several_parts_at_once(own: Path, capsys: pytest
 def test_a_setting_is_not_lost_behind_an_option() -> None:
     with pytest.raises(SystemExit):
         main(["check", "own.yaml", "--rows", "8", "nonsense"])
-    assert Setting(policy_zero(None)[0], False, 1).change == ()
+    assert Setting(policy_zero(None, 8)[0], False, 1).change == ()

@@ -168,4 +168,6 @@ def test_a_deepspeed_json_is_read_with_deepspeeds_own_defaults() -> None:
         }
     )
     assert (read.prefetch_bucket_size, read.reduce_bucket_size) == (50_000_000, ours.reduce_bucket_size)
+    secondary = {"zero_optimization": {"zero_hpz_partition_size": "auto"}}
+    assert ZeroSettings.of_config(secondary, ranks_per_node=8).hpz_partition_size == 8
     assert (read.offload_optimizer, read.offload_param, read.pin_optimizer) == ("cpu", "none", False)
