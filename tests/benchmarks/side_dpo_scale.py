@@ -83,8 +83,8 @@ def main(stage: str, job: Job, results: Path) -> None:
 
     log = Path(recipe.run.output_dir) / "metrics.jsonl"
     if stage != "score" and log.exists():
-        lines = [json.loads(line) for line in log.read_text().splitlines()]
-        measured.losses = [line["loss"] for line in lines if "loss" in line]
+        lines = [line for line in map(json.loads, log.read_text().splitlines()) if "loss" in line]
+        measured.losses = [line["loss"] for line in lines]
         measured.tokens = lines[-1]["tokens"]
     measured.save(results / f"rank-{os.environ['RANK']}.json")
     os._exit(0)

@@ -42,7 +42,7 @@ def read_paths(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The files whose bytes were read for a digest."""
     paths: list[Path] = []
 
-    def recording(path: Path) -> str:
+    def recording(path: Path, progress: object = None) -> str:
         paths.append(path)
         return sha256_of_file(path)
 
@@ -205,7 +205,7 @@ def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path: Path, monkey
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(b"half")
 
-    def read_while_written(path: Path) -> str:
+    def read_while_written(path: Path, progress: object = None) -> str:
         digest = sha256_of_file(path)
         path.write_bytes(b"half and the rest")
         return digest

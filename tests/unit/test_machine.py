@@ -80,7 +80,7 @@ def test_a_folder_that_is_not_there_yet_has_its_parents_facts(tmp_path: Path) ->
 def test_a_launch_file_that_starts_no_zero3_run_says_why(tmp_path: Path, settings: dict[str, Any], said: str) -> None:
     path = tmp_path / "accelerate.yaml"
     path.write_text(yaml.safe_dump(settings))
-    assert said in machine._launch_file(str(path), on_gpu=False).problems[0]
+    assert said in machine.launch_file(str(path), on_gpu=False).problems[0]
 
 
 def test_doctor_refuses_a_stage_that_is_not_3(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,6 +25,7 @@ from dpo_scale.training.checkpoints import RunState
 from dpo_scale.training.guards import NumericalError, explain_non_finite
 from dpo_scale.training.loop import Run
 from dpo_scale.training.optimizer import learning_rate
+from dpo_scale.training.status import StatusFile
 from dpo_scale.training.step import StepOutput
 
 STEPS, PAIRS_A_STEP = 3, 2
@@ -135,7 +136,7 @@ def test_steps_that_overflow_float16_are_counted_and_move_nothing_else(
 ) -> None:
     policy = FakePolicy([False, False, True, True, False, True])
     run, commits = make_run(policy, "float16", monkeypatch, tmp_path)
-    assert run.train(UNDISTURBED)
+    assert run.train(UNDISTURBED, StatusFile(None, "train"))
     rates = [learning_rate(step, STEPS, run.recipe.optim) for step in range(STEPS)]
     assert [rate for rate, _ in policy.asked] == [rates[i] for i in (0, 0, 0, 1, 2, 2)]
     tokens = PAIRS_A_STEP * 4
@@ -150,7 +151,7 @@ def test_float16_that_overflows_at_every_scale_stops_the_run(monkeypatch: pytest
     policy = FakePolicy([True] + [False] * 100)
     run, commits = make_run(policy, "float16", monkeypatch, tmp_path)
     with pytest.raises(NumericalError, match="step 2: the gradient overflows float16 at every loss scale"):
-        run.train(UNDISTURBED)
+        run.train(UNDISTURBED, StatusFile(None, "train"))
     assert (run.state.step, commits) == (1, [])
 
 
@@ -160,7 +161,7 @@ def test_a_step_that_the_engine_skips_in_another_precision_stops_the_run(
 ) -> None:
     run, commits = make_run(FakePolicy([True, False]), dtype, monkeypatch, tmp_path)
     with pytest.raises(NumericalError, match="step 2: not a finite number") as caught:
-        run.train(UNDISTURBED)
+        run.train(UNDISTURBED, StatusFile(None, "train"))
     assert "every loss is finite; the gradient of the step is not" in str(caught.value)
     assert (run.state.step, commits) == (1, [])
 
@@ -172,7 +173,7 @@ def test_a_loss_that_is_no_number_is_not_tried_again(
     policy = FakePolicy([False], losses=float("nan"))
     run, commits = make_run(policy, dtype, monkeypatch, tmp_path)
     with pytest.raises(NumericalError) as caught:
-        run.train(UNDISTURBED)
+        run.train(UNDISTURBED, StatusFile(None, "train"))
     expected = sorted(run.data.train.rows[int(index)] for index in run.schedule.pairs_of(0))
     first, rank = str(caught.value).splitlines()[:2]
     assert first.startswith("step 1: not a finite number")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -171,9 +172,20 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_check_shows_pairs_as_they_are_trained_on_and_a_plan(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "own.yaml"]) == 0
     output = capsys.readouterr().out
-    row = json.loads((own / "pairs.jsonl").read_text().splitlines()[0])
-    assert f"tokens not scored: <s>{row['prompt']}" in output or f"not scored: {row['prompt']}" in output
-    assert f"tokens scored: {row['chosen']}</s>" in output
+    rows = [json.loads(line) for line in (own / "pairs.jsonl").read_text().splitlines()]
+    shown = re.findall(r"pairs\.jsonl:(\d+)\n +chosen: (.*)\n +rejected: (.*)", output)
+    assert len(shown) == 3
+    for number, *sides in shown:
+        row = rows[int(number) - 1]
+        for name, line in zip(("chosen", "rejected"), sides, strict=True):
+            letters = [letter.replace(" ", "\u0120") for letter in row[name]]  # a token each
+            scored = [f"[{token}]" for token in [*letters, "</s>"]]
+            assert "?" in line.partition("[")[0], "the prompt's last letter is not scored"
+            if len(scored) <= 20:
+                assert line.endswith("".join(scored))
+            else:
+                assert "".join(scored[:16]) in line
+                assert line.endswith("".join(scored[-4:]))
     assert "10 steps of 4 pairs" in output
     assert "Fits on" in output
     assert output.rstrip().endswith("Nothing is wrong with this recipe")

@@ -382,7 +382,7 @@ def test_a_part_is_read_whole_once_a_machine(tmp_path: Path, monkeypatch: pytest
     time.sleep(0.06)
     read: list[Path] = []
 
-    def recording(path: Path) -> str:
+    def recording(path: Path, progress: object = None) -> str:
         read.append(path)
         return hashlib.sha256(path.read_bytes()).hexdigest()
 

@@ -123,6 +123,8 @@ TRAJECTORY = {
         "chat_template",
         "on_bad_row",
         "on_no_preference",
+        "completion_pairs",
+        "completion_margin",
     },
     "batch": {"global_pairs"},
     "loss": {"type", "beta", "reduction", "label_smoothing"},
