@@ -18,13 +18,12 @@ from dpo_scale.console import BYTES, Console
 from dpo_scale.data.layouts import Layout
 from dpo_scale.data.planning import Costs, Schedule, StepPlan, check_budget, layout_costs, plan_step
 from dpo_scale.distributed import engine_state
-from dpo_scale.distributed.engines import PolicyEngine, loading_for
+from dpo_scale.distributed.engines import PolicyEngine
 from dpo_scale.distributed.lockstep import by_main
 from dpo_scale.distributed.runtime import Runtime
 from dpo_scale.files import write_json
 from dpo_scale.inputs import Data, prepare_data
-from dpo_scale.model.layout_check import check_layout
-from dpo_scale.model.loading import DTYPES, checkpoint_activations, load_model, register_attention, stored_elements
+from dpo_scale.model.loading import DTYPES
 from dpo_scale.recipe import Recipe
 from dpo_scale.reference.scoring import ReferenceRows
 from dpo_scale.reference.session import Reference
@@ -34,10 +33,10 @@ from dpo_scale.training.export import export_engine
 from dpo_scale.training.guards import NumericalError, check_first_step, explain_non_finite, first_step_gap
 from dpo_scale.training.interruption import STOPPED, Interruption, StopRequestedError, StopTime, agree, heed
 from dpo_scale.training.metrics import MetricsFile, MetricSums
-from dpo_scale.training.optimizer import build_optimizer, learning_rate, set_learning_rate
+from dpo_scale.training.optimizer import learning_rate, set_learning_rate
+from dpo_scale.training.policy import load_policy
 from dpo_scale.training.provenance import model_folder
 from dpo_scale.training.records import Records
-from dpo_scale.training.resume import resume
 from dpo_scale.training.run_folder import RunFolder, trajectory_of
 from dpo_scale.training.status import StatusFile
 from dpo_scale.training.step import PairBatch, StepOutput, pair_batches, run_step
@@ -121,43 +120,10 @@ def _start(
     watch: Watch,
     between_batches: Callable[[], None],
 ) -> Run:
-    """Load the policy, resume it if there is something to resume, and check its layout. The order matters:
-
-    1. weights are loaded sharded, and the optimizer is built on the shards;
-    2. the stored state replaces both, before any forward, whose trace it would invalidate;
-    3. the layout is checked on the weights that training goes on with.
-    """
-    ranks = runtime.ranks
+    """The run with its policy loaded, resumed and checked, and its plan."""
     watch.rest()
-    register_attention(recipe.model, ranks.device)
-    torch.manual_seed(recipe.run.seed)
-    console.say(f"Loading the policy from {data.model_folder}")
-    with (
-        console.progress("Loading the policy", stored_elements(data.model_folder), "parameters") as bar,
-        loading_for(runtime.accelerator, "policy", bar.advance),
-    ):
-        model = load_model(data.model_folder, recipe.model)
-    if recipe.model.activation_checkpointing:
-        checkpoint_activations(model)
-    with console.progress("Building the engine", None):
-        optimizer = build_optimizer(model, recipe.optim)
-        policy = PolicyEngine(runtime.accelerator, model, optimizer, recipe)
-    console.say(policy.describe())
     trajectory = trajectory_of(recipe, data.train.digest(), reference.fingerprint.key)
-    state = resume(recipe, ranks, console, policy.engine, trajectory)
-    policy.train(False)  # with dropout, two layouts would differ
-    with console.progress("Checking the layout", None):
-        layout = check_layout(
-            policy,
-            data.train,
-            wanted=recipe.batch.layout,
-            dtype=DTYPES[recipe.model.dtype],
-            device=ranks.device,
-            pad_id=data.pad_id,
-        )
-    for line in layout.describe("policy"):
-        console.say(line)
-    policy.train()
+    policy, layout, state = load_policy(recipe, runtime, console, data, trajectory)
     schedule = Schedule(
         num_pairs=len(data.train),
         global_pairs=recipe.batch.global_pairs,
@@ -165,7 +131,7 @@ def _start(
         epochs=recipe.run.epochs,
         max_steps=recipe.run.max_steps,
     )
-    costs = layout_costs(data.train.lengths, layout.layout, data.cost)
+    costs = layout_costs(data.train.lengths, layout, data.cost)
     check_budget(costs, recipe.batch.rank_tokens, data.train.rows, "batch.rank_tokens")
     return Run(
         recipe=recipe,
@@ -176,7 +142,7 @@ def _start(
         train_rows=needed[0],
         evaluate_rows=needed[1],
         policy=policy,
-        layout=layout.layout,
+        layout=layout,
         schedule=schedule,
         costs=costs,
         trajectory=trajectory,
