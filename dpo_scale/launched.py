@@ -123,25 +123,29 @@ class LastWords:
         """
         with suppress(OSError):  # a full disk
             print(message, file=sys.stderr, flush=True)
-        if cause and not self._is_first():
-            return
         if cause:
-            self.tell_launcher(message)
+            first = self._first_cause(message)
+            self.tell_launcher(first)  # also from a rank that only follows: the launcher may see its end before
+            if first is not message:
+                return
         if cause and self.run is not None and self.run[1] in status.FILES:
             status.record_failure(*self.run, reason or message.splitlines()[0], users_mistake=users_mistake)
         self.console.is_main = True
         self.console.say(message)
 
-    def _is_first(self) -> bool:
+    def _first_cause(self, message: str) -> str:
+        """The cause that the first rank of this machine to fail gave: this very message, if that is this rank."""
         if self.attempt is None:
-            return True
-        try:
-            os.close(os.open(self.attempt / "said", os.O_CREAT | os.O_EXCL))
-        except FileExistsError:
-            return False
-        except OSError:  # better said twice than not at all
-            return True
-        return True
+            return message
+        said = self.attempt / "said"
+        with suppress(OSError):  # a full disk: better said twice than not at all
+            try:
+                descriptor = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+            except FileExistsError:
+                return said.read_text(encoding="utf-8") or message
+            with open(descriptor, "w", encoding="utf-8") as file:
+                file.write(message)
+        return message
 
     def tell_launcher(self, message: str) -> None:
         """Put a message where the launcher looks for what to repeat at its end."""

@@ -28,7 +28,7 @@ import launching
 
 PHASES = {"scoring": 0.2, "training": 0.35, "checkpoint": 0.3, "export": 0.15}
 """Share of the kills. An event is a micro-batch scored, a forward, or a tensor, fsync or rename of a file."""
-MOST_EVENTS = {"scoring": 3, "training": 12, "checkpoint": 70, "export": 50}
+MOST_EVENTS = {"scoring": 3, "training": 12, "checkpoint": 70, "export": 25}
 SECONDS_AFTER_AN_EVENT = 0.02
 EXACT = (
     *("step", "epoch", "loss", "grad_norm", "learning_rate", "pairs", "tokens", "completion_tokens"),

@@ -112,7 +112,7 @@ def test_the_run_ends_as_if_nothing_had_happened(
 
 def test_tensorboard_shows_each_step_once(launches: dict[str, Struck]) -> None:
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    found = event_accumulator.EventAccumulator(str(launches["stall"].launched.folder / "dpo_scale"))
+    found = event_accumulator.EventAccumulator(str(launches["stall"].launched.folder / "trackers" / "dpo_scale"))
     found.Reload()
     assert [event.step for event in found.Scalars("loss")] == list(range(1, len(found.Scalars("loss")) + 1))
     assert len(found.Scalars("loss")) >= 8
