@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from submit_folder import ROOT, SubmitFolder, copy_of_launch
 from two_nodes import TwoNodes, missing
-from workplace import ROOT, Workplace, copy_of_launch
 
 
 @pytest.fixture(scope="session")
@@ -20,9 +20,9 @@ def two_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoNodes]:
 
 
 @pytest.fixture(scope="module")
-def workplace(two_nodes: TwoNodes, tmp_path_factory: pytest.TempPathFactory) -> Workplace:
-    folder = tmp_path_factory.mktemp("workplace")
+def submit_folder(two_nodes: TwoNodes, tmp_path_factory: pytest.TempPathFactory) -> SubmitFolder:
+    folder = tmp_path_factory.mktemp("submit_folder")
     copy_of_launch(folder)
     path = f"{Path(sys.executable).parent}:{two_nodes.environment['PATH']}"
     python_path = f"{ROOT}:{two_nodes.environment.get('PYTHONPATH', '')}"
-    return Workplace(folder, two_nodes, {"PATH": path, "PYTHONPATH": python_path, "OMP_NUM_THREADS": "1"})
+    return SubmitFolder(folder, two_nodes, {"PATH": path, "PYTHONPATH": python_path, "OMP_NUM_THREADS": "1"})

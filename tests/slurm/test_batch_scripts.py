@@ -15,9 +15,9 @@ import torch
 import yaml
 from launching import make_model, make_pairs
 from safetensors.torch import load_file
+from submit_folder import SubmitFolder
 from torch.utils.cpp_extension import get_default_build_root
 from two_nodes import NODES, until
-from workplace import Workplace
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(2400)]
 
@@ -25,9 +25,9 @@ NUM_STEPS = 100  # 20 pairs, 4 a step, 20 epochs
 
 
 @pytest.fixture(scope="module")
-def user(workplace: Workplace) -> Workplace:
-    """The workplace with a small model, pairs and a recipe in it."""
-    folder = workplace.folder
+def user(submit_folder: SubmitFolder) -> SubmitFolder:
+    """The submit_folder with a small model, pairs and a recipe in it."""
+    folder = submit_folder.folder
     recipe: dict[str, Any] = {
         "model": {"path": str(make_model(folder / "model")), "dtype": "float32"},
         "reference": {"cache_dir": str(folder / "cache")},
@@ -47,22 +47,22 @@ def user(workplace: Workplace) -> Workplace:
     # Compiled already by other tests, where they have run.
     built = Path(get_default_build_root()) / f"py{sys.version_info.major}{sys.version_info.minor}_cpu"
     extensions = os.environ.get("TORCH_EXTENSIONS_DIR", str(built))
-    environment = {**workplace.environment, "DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": extensions}
-    return replace(workplace, environment=environment)
+    environment = {**submit_folder.environment, "DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": extensions}
+    return replace(submit_folder, environment=environment)
 
 
-def weights(user: Workplace, run: str) -> dict[str, torch.Tensor]:
+def weights(user: SubmitFolder, run: str) -> dict[str, torch.Tensor]:
     return load_file(user.folder / run / "model" / "model.safetensors")
 
 
-def losses(user: Workplace, run: str) -> list[tuple[int, float, float]]:
+def losses(user: SubmitFolder, run: str) -> list[tuple[int, float, float]]:
     """Step, loss and gradient norm of every step."""
     lines = map(json.loads, (user.folder / run / "metrics.jsonl").read_text().splitlines())
     return [(line["step"], line["loss"], line["grad_norm"]) for line in lines if "loss" in line]
 
 
 @pytest.fixture(scope="module")
-def undisturbed(user: Workplace) -> str:
+def undisturbed(user: SubmitFolder) -> str:
     """A scoring job and the training job that waits for it; the training job's id, when it has ended."""
     told = user.submit("launch/slurm/train_after_score.sh", "recipe.yaml")
     score, train = re.findall(r"job (\d+)", told)
@@ -73,7 +73,7 @@ def undisturbed(user: Workplace) -> str:
     return train
 
 
-def test_training_on_two_nodes_finishes_after_scoring(user: Workplace, undisturbed: str) -> None:
+def test_training_on_two_nodes_finishes_after_scoring(user: SubmitFolder, undisturbed: str) -> None:
     said = user.said(undisturbed)
     assert user.state(undisturbed) == "COMPLETED", said
     assert user.restarts(undisturbed) == 0
@@ -85,7 +85,7 @@ def test_training_on_two_nodes_finishes_after_scoring(user: Workplace, undisturb
 
 
 def test_a_run_that_is_requeued_loses_a_node_and_meets_its_time_limit_ends_bitwise_as_if_undisturbed(
-    user: Workplace, undisturbed: str
+    user: SubmitFolder, undisturbed: str
 ) -> None:
     cluster = user.cluster
     job = user.train("disturbed")

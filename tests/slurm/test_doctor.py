@@ -5,8 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+from submit_folder import ROOT
 from two_nodes import NODES, TwoNodes
-from workplace import ROOT
 
 
 def test_doctor_looks_at_every_node_and_its_clock(two_nodes: TwoNodes) -> None:

@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from submit_folder import SubmitFolder
 from two_nodes import NODES, until
-from workplace import Workplace
 
 from dpo_scale.training.status import FAILED_TWICE, USER_ERROR
 
@@ -23,15 +23,15 @@ run: {output_dir: run}
 
 
 @pytest.fixture(scope="module")
-def miniature(workplace: Workplace) -> Workplace:
-    """The workplace with another `accelerate` first on the path."""
-    (workplace.folder / "recipe.yaml").write_text(RECIPE)
-    path = f"{MINIATURE}:{workplace.environment['PATH']}"
-    return replace(workplace, environment={**workplace.environment, "PATH": path}, patience_s=120.0)
+def miniature(submit_folder: SubmitFolder) -> SubmitFolder:
+    """The submit_folder with another `accelerate` first on the path."""
+    (submit_folder.folder / "recipe.yaml").write_text(RECIPE)
+    path = f"{MINIATURE}:{submit_folder.environment['PATH']}"
+    return replace(submit_folder, environment={**submit_folder.environment, "PATH": path}, patience_s=120.0)
 
 
 @pytest.fixture(scope="module")
-def at_its_limit(miniature: Workplace) -> str:
+def at_its_limit(miniature: SubmitFolder) -> str:
     """A job that heeds no request to stop, and whose time is up in two minutes; other tests pass meanwhile."""
     job = miniature.train("deaf", MINIATURE="steps=100000 deaf")
     until(lambda: miniature.state(job) == "RUNNING", 60, "the job runs")
@@ -40,7 +40,7 @@ def at_its_limit(miniature: Workplace) -> str:
 
 
 @pytest.mark.usefixtures("at_its_limit")
-def test_each_node_starts_its_own_share_and_a_request_to_an_earlier_start_is_forgotten(miniature: Workplace) -> None:
+def test_each_node_starts_its_own_share_and_a_request_to_an_earlier_start_is_forgotten(miniature: SubmitFolder) -> None:
     (miniature.folder / "plain").mkdir()
     (miniature.folder / "plain" / "STOP").touch()
     job = miniature.train("plain", "loss.beta=0.5")
@@ -58,7 +58,7 @@ def test_each_node_starts_its_own_share_and_a_request_to_an_earlier_start_is_for
 
 
 @pytest.mark.parametrize("overrides", [[], ["loss.betta=1"]], ids=["seen by the run", "seen by the recipe"])
-def test_a_mistake_is_not_queued_again(miniature: Workplace, overrides: list[str]) -> None:
+def test_a_mistake_is_not_queued_again(miniature: SubmitFolder, overrides: list[str]) -> None:
     job = miniature.train("mistake", *overrides, MINIATURE="mistake")
     assert miniature.until_it_ends(job) == "FAILED"
     assert miniature.cluster.job(job)["ExitCode"] == f"{USER_ERROR}:0"
@@ -67,7 +67,7 @@ def test_a_mistake_is_not_queued_again(miniature: Workplace, overrides: list[str
 
 
 @pytest.mark.parametrize("how", ["crash_at", "die_at"])
-def test_a_failure_is_queued_again_until_it_comes_twice_without_progress(miniature: Workplace, how: str) -> None:
+def test_a_failure_is_queued_again_until_it_comes_twice_without_progress(miniature: SubmitFolder, how: str) -> None:
     job = miniature.train(how, MINIATURE=f"steps=60 {how}=15")
     miniature.until_it_starts_again(job, 1)
     assert miniature.until_it_ends(job) == "FAILED"
@@ -77,7 +77,7 @@ def test_a_failure_is_queued_again_until_it_comes_twice_without_progress(miniatu
     assert (miniature.folder / how / "logs" / f"job-{job}-start-1").is_dir()
 
 
-def test_a_cancelled_job_does_not_come_back(miniature: Workplace) -> None:
+def test_a_cancelled_job_does_not_come_back(miniature: SubmitFolder) -> None:
     job = miniature.train("cancelled", MINIATURE="steps=1000")
     miniature.until_committed("cancelled", 10, job)
     miniature.cluster.run("scancel", job)
@@ -88,7 +88,7 @@ def test_a_cancelled_job_does_not_come_back(miniature: Workplace) -> None:
 
 
 def test_a_job_whose_stage_cannot_stop_in_time_is_queued_again_before_its_limit(
-    miniature: Workplace, at_its_limit: str
+    miniature: SubmitFolder, at_its_limit: str
 ) -> None:
     until(lambda: miniature.restarts(at_its_limit) == 1, 150, "the job is queued again")
     assert miniature.state(at_its_limit) in ("PENDING", "COMPLETING", "RUNNING")

@@ -27,7 +27,7 @@ ENDS = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL")
 
 
 @dataclass(frozen=True)
-class Workplace:
+class SubmitFolder:
     """A user's folder: a copy of launch/, recipes, runs, and what SLURM writes."""
 
     folder: Path
