@@ -42,6 +42,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     launch(folder, 2, *ON_TWO, "shards")
     launch(folder, 3, *ON_OTHERS)
+    launch(folder, 4, *ON_OTHERS)
     launch(folder, 1, *ON_OTHERS)
     return folder
 
@@ -54,7 +55,7 @@ def test_as_many_ranks_go_on_bitwise(runs: Path, variant: str) -> None:
     assert actual["counters"] == [3, 0]
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("ranks", [1, 3, 4])
 @pytest.mark.parametrize("variant", ON_OTHERS)
 def test_other_numbers_of_ranks_go_on_with_the_same_losses(runs: Path, variant: str, ranks: int) -> None:
     expected, actual = report(runs, variant, 2), report(runs, variant, ranks)
