@@ -2,7 +2,7 @@
 
 Each repeat measures, one after the other and each in a process of its own: the Rust tokenizer alone, the
 tokenizer as a user calls it, and `prepare_pairs` from the JSON Lines file to the stored tokens. The texts are
-prompt, prompt + chosen and prompt + rejected of real dialogues where the file is there (DPO_SCALE_DATA), else of
+prompt, prompt + chosen and prompt + rejected of real dialogues where the file is there (DPO_SCALE_HH_PAIRS), else of
 made-up words. Prints one JSON object; ratios are medians over repeats.
 """
 
@@ -23,7 +23,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-HH = Path(os.environ.get("DPO_SCALE_DATA", "../shared/data")) / "hh_harmless_1500.jsonl.gz"
+HH = Path(os.environ.get("DPO_SCALE_HH_PAIRS", "../shared/data/hh_harmless_1500.jsonl.gz"))
 SIDES = ("rust", "tokenizer", "prepare_pairs")
 BATCH_PAIRS = 512
 VOCABULARY = 32_000

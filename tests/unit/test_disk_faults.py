@@ -134,7 +134,7 @@ def run_rank(tmp_path: Path) -> Callable[[str], tuple[int, str, str]]:
         "data": {"train": "t"},
         "batch": {"global_pairs": 1},
         "loss": {"beta": 1.0},
-        "run": {"output_dir": "r"},
+        "run": {"output_dir": str(tmp_path / "run")},
     }
     recipe.write_text(json.dumps(sections))
 

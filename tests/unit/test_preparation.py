@@ -26,8 +26,6 @@ from dpo_scale.data.token_pairs import TokenPair, TokenPairs
 from dpo_scale.errors import DataError, UserError
 from dpo_scale.recipe import DataSection, DataSource
 
-HH = Path(os.environ.get("DPO_SCALE_DATA", "../shared/data")) / "hh_harmless_1500.jsonl.gz"
-
 
 def row(prompt: str = "Q:", chosen: str = " yes", rejected: str = " no") -> dict[str, str]:
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
@@ -82,25 +80,23 @@ def test_every_row_is_kept_or_counted_under_its_reason(tmp_path, prepare):
     assert report.rejected_longer == 0.5
 
 
-def test_real_dialogues_are_counted_as_plain_python_counts_them(prepare):
-    if not HH.is_file():
-        pytest.skip(f"{HH} is not there; DPO_SCALE_DATA names its folder")
+def test_real_dialogues_are_counted_as_plain_python_counts_them(prepare, hh_pairs_path):
     tokenizer = byte_level()
     expected = []
-    with gzip.open(HH, "rt", encoding="utf-8") as lines:
+    with gzip.open(hh_pairs_path, "rt", encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             chosen, rejected = json.loads(line)["chosen"], json.loads(line)["rejected"]
             size = next(n for n in range(len(chosen), -1, -1) if rejected.startswith(chosen[:n]))
             cut = chosen[:size].rindex("\n\nAssistant:") + len("\n\nAssistant:")
             if chosen != rejected and chosen[cut:].strip() and rejected[cut:].strip():
                 expected.append((number, chosen[:cut], chosen[cut:], rejected[cut:]))
-    pairs, report = prepare(str(HH), tokenizer=tokenizer, max_length=100_000)
+    pairs, report = prepare(str(hh_pairs_path), tokenizer=tokenizer, max_length=100_000)
     assert report.rows_read == 1500
     assert report.pairs_kept == len(pairs) == len(expected)
     assert sum(report.dropped.values()) == 1500 - len(expected)
     assert report.sources[0].boundaries_moved == 0
     for pair, (number, prompt, chosen, rejected) in zip(pairs, expected, strict=True):
-        assert pair.row == f"{HH}:{number}"
+        assert pair.row == f"{hh_pairs_path}:{number}"
         assert tokenizer.decode(pair.prompt) == prompt
         assert tokenizer.decode(pair.chosen) == chosen + "<|end|>"
         assert tokenizer.decode(pair.rejected) == rejected + "<|end|>"
