@@ -74,12 +74,16 @@ def choose_layout(
     device: torch.device,
     pad_id: int,
 ) -> LayoutChoice:
-    """Compare layouts with the model's own forward over padded rows and its full logits.
+    """Compare layouts with the model's own forward over each sequence by itself, and its logits.
 
     `auto` falls back from shared to packed to padded and says why. All ranks must pass the same samples. Raises
     UserError if the layout that was asked for, or the last resort, disagrees with the plain form.
     """
-    expected = [engine(collate([sample], "padded", pad_id).to(device), plain=True) for sample in samples]
+    expected = []
+    for sample in samples:
+        for completion in sample.completions:
+            sequence = PromptCompletions(sample.prompt, (completion,))
+            expected.append(engine(collate([sequence], "padded", pad_id).to(device), plain=True))
     num_layers = engine.model.config.get_text_config().num_hidden_layers  # type: ignore[union-attr, operator]
     candidates: tuple[Layout, ...] = ("shared", "packed", "padded")
     passed_over: list[str] = []

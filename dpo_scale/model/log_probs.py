@@ -9,6 +9,7 @@ Shape suffixes: B rows, T tokens of a row, C completion tokens, c those of a chu
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -19,6 +20,9 @@ from dpo_scale.data.layouts import MicroBatch
 
 CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**27}
 """Logits in a chunk, by device type: 64 MiB and 512 MiB of fp32."""
+
+PLAIN_CHUNK = 1024
+"""Tokens whose logits the plain form turns into fp32 log-probs at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +174,7 @@ class CompletionLogProbs(nn.Module):
         self._decoder = cast("tuple[nn.Module]", (decoder,))  # in a tuple: no second name for the parameters
         transform = LogitTransform.of_config(model.config.get_text_config())  # type: ignore[union-attr, operator]
         head = model.get_output_embeddings()  # type: ignore[operator]
+        self._takes_positions = "logits_to_keep" in inspect.signature(model.forward).parameters
         plain_forward = head.forward
 
         def forward(hidden: Tensor, targets_C: Tensor | None = None) -> Tensor:
@@ -186,7 +191,7 @@ class CompletionLogProbs(nn.Module):
     def forward(self, batch: MicroBatch, *, plain: bool = False) -> Tensor:
         """Completion log-probs, fp32 [C].
 
-        `plain` takes the model's own forward with its full logits, the oracle of the start-up check.
+        `plain` takes the model's own forward of a single sequence and its logits, the oracle of the start-up check.
         """
         kwargs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
         kwargs["position_ids"] = batch.position_ids
@@ -194,10 +199,20 @@ class CompletionLogProbs(nn.Module):
         if batch.segments is not None:
             kwargs["segments"] = batch.segments
         if plain:
-            logits_CV: Tensor = self.model(**kwargs).logits.flatten(0, 1)[batch.predictors]
-            return logits_CV.float().log_softmax(-1).gather(1, batch.targets[:, None])[:, 0]
+            return self._plain(kwargs, batch)
         hidden_BTH = self._decoder[0](**kwargs).last_hidden_state
         hidden_CH = hidden_BTH.flatten(0, 1).index_select(0, batch.predictors)
         head = self.model.get_output_embeddings()  # type: ignore[operator]
         logps_C: Tensor = head(hidden_CH, batch.targets)
         return logps_C
+
+    def _plain(self, kwargs: dict[str, Any], batch: MicroBatch) -> Tensor:
+        # Of a long sequence and a large vocabulary, all logits would need more memory than a training step.
+        if self._takes_positions:
+            logits_CV = self.model(**kwargs, logits_to_keep=batch.predictors).logits[0]
+        else:
+            logits_CV = self.model(**kwargs).logits[0, batch.predictors]
+        chunks = zip(logits_CV.split(PLAIN_CHUNK), batch.targets.split(PLAIN_CHUNK), strict=True)
+        return torch.cat(
+            [logits.float().log_softmax(-1).gather(1, targets[:, None])[:, 0] for logits, targets in chunks]
+        )

@@ -26,7 +26,7 @@ def scaled(shape: MicroBatchShape, tokens: int) -> MicroBatchShape:
     """The same mix of pairs with another number of tokens."""
     completions = int(shape.head.completion_tokens * tokens / shape.activations.tokens)
     head = Head(completions, shape.head.hidden, shape.head.vocabulary)
-    return MicroBatchShape(shape.activations.of(tokens), head, shape.longest)
+    return MicroBatchShape(shape.activations.of(tokens), head, shape.checked_tokens)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dpo_scale.model.log_probs import CHUNK_ELEMENTS
+from dpo_scale.model.log_probs import CHUNK_ELEMENTS, PLAIN_CHUNK
 from dpo_scale.operations.zero_memory import (
     Parameter,
     Unit,
@@ -128,17 +128,16 @@ def head_memory(head: Head, dtype_bytes: int, device: Device) -> HeadMemory:
     return HeadMemory(saved, forward, max(backward, held + dtype_bytes * weight * (dtype_bytes < 4)))
 
 
-def layout_check_bytes(longest: tuple[int, int], vocabulary: int, dtype_bytes: int) -> int:
-    """Logits of the start-up check, which runs the longest pair through the model's plain forward without gradients.
+def layout_check_bytes(completion_tokens: int, vocabulary: int, dtype_bytes: int) -> int:
+    """Logits of the start-up check: one sequence after the other goes through the model's plain forward.
+
+    Follows `CompletionLogProbs`, without gradients.
 
     Args:
-        longest: tokens of the longer padded row of that pair, and its completion tokens.
+        completion_tokens: of the longest completion in the checked pairs.
     """
-    row, completions = longest
-    logits = 2 * row * vocabulary * dtype_bytes
-    picked = completions * vocabulary * dtype_bytes
-    as_fp32 = completions * vocabulary * 4 * (2 if dtype_bytes < 4 else 1)
-    return max(logits + picked, picked + as_fp32)
+    as_fp32 = min(completion_tokens, PLAIN_CHUNK) * vocabulary * 4 * (2 if dtype_bytes < 4 else 1)
+    return completion_tokens * vocabulary * dtype_bytes + as_fp32
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +146,7 @@ class MicroBatchShape:
 
     activations: Activations
     head: Head
-    longest: tuple[int, int]
+    checked_tokens: int
     """Of the start-up check, see `layout_check_bytes`."""
 
 
@@ -167,7 +166,7 @@ def training_moments(
     whole = gathered(units, zero, recompute=checkpointing, copies=device.gather_copies)
     gradients = gradient_bytes(units, zero, ranks, dtype_bytes, copies=device.reduce_copies)
     head = head_memory(shape.head, dtype_bytes, device)
-    check = layout_check_bytes(shape.longest, shape.head.vocabulary, dtype_bytes)
+    check = layout_check_bytes(shape.checked_tokens, shape.head.vocabulary, dtype_bytes)
     last = len(units) - 1
     moments = [Moment("layout check", resting, dtype_bytes * whole.forward[last], head=check)]
     kept = 0
@@ -204,7 +203,7 @@ def scoring_moments(
     resting = held.get("weights", 0) + held["small weights, kept whole"]
     whole = gathered(units, zero, recompute=False, copies=device.gather_copies)
     head = head_memory(shape.head, dtype_bytes, device)
-    check = layout_check_bytes(shape.longest, shape.head.vocabulary, dtype_bytes)
+    check = layout_check_bytes(shape.checked_tokens, shape.head.vocabulary, dtype_bytes)
     last = dtype_bytes * whole.forward[len(units) - 1]
     return [
         Moment("layout check", resting, last, head=check),

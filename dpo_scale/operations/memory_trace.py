@@ -293,7 +293,7 @@ class _SavedByAttention(torch.autograd.Function):
 
 
 def micro_batch_shape(
-    meta: MetaModel, lengths: Lengths, layout: Layout, longest: tuple[int, int], *, checkpointing: bool, training: bool
+    meta: MetaModel, lengths: Lengths, layout: Layout, checked_tokens: int, *, checkpointing: bool, training: bool
 ) -> MicroBatchShape:
     """What the memory of a micro-batch depends on.
 
@@ -302,7 +302,7 @@ def micro_batch_shape(
 
     Args:
         lengths: int64 [pairs, 3], tokens of prompt, chosen and rejected.
-        longest: of the start-up check, see `memory.layout_check_bytes`.
+        checked_tokens: of the start-up check, see `memory.layout_check_bytes`.
     """
     once = [
         PromptCompletions(np.zeros(prompt, np.int32), (np.zeros(chosen, np.int32), np.zeros(rejected, np.int32)))
@@ -312,4 +312,4 @@ def micro_batch_shape(
     head: Any = meta.model.get_output_embeddings()  # type: ignore[operator]
     vocabulary, hidden = head.weight.shape
     small, large = (trace(meta, b, checkpointing=checkpointing, training=training) for b in (batch, twice))
-    return MicroBatchShape(large - small, Head(batch.targets.numel(), hidden, vocabulary), longest)
+    return MicroBatchShape(large - small, Head(batch.targets.numel(), hidden, vocabulary), checked_tokens)

@@ -119,7 +119,7 @@ class Workload:
             self.meta,
             self.typical_micro_batch(TRACED_TOKENS),
             self.layout,
-            (int(sums.max()), int(longest[1:].sum())),
+            int(longest[1:].max()),
             checkpointing=checkpointing,
             training=training,
         )

@@ -150,9 +150,9 @@ def predict(
     on_cpu = options.device == "cpu"
     config = AutoConfig.from_pretrained(recipe.model.path)
     meta = build_meta_model(config, getattr(torch, options.dtype), "sdpa" if on_cpu else "varlen")
-    longest = (int(lengths[0, 0] + lengths[0, 1:].max()), int(lengths[0, 1:].sum()))
+    checked_tokens = int(lengths[0, 1:].max())
     micro_batch = micro_batch_shape(
-        meta, lengths[1:], shape.layout, longest, checkpointing=shape.checkpointing, training=True
+        meta, lengths[1:], shape.layout, checked_tokens, checkpointing=shape.checkpointing, training=True
     )
     moments = training_moments(
         meta.units,
@@ -208,11 +208,11 @@ def worker(recipe_path: str, results: Path) -> None:
     from dpo_scale import stages
     from dpo_scale.console import Console
     from dpo_scale.distributed.engines import PolicyEngine
-    from dpo_scale.training import loop
+    from dpo_scale.training import loop, policy
     from dpo_scale.watch import Watch
 
     noted: dict[str, Any] = {"peaks": dict.fromkeys(PHASES, 0.0)}
-    plain_load, plain_check, plain_step = loop.load_model, loop.check_layout, loop.run_step
+    plain_load, plain_check, plain_step = policy.load_model, policy.check_layout, loop.run_step
 
     def note(phase: str) -> None:
         noted["peaks"][phase] = max(noted["peaks"][phase], peak_memory_mib())
@@ -223,10 +223,11 @@ def worker(recipe_path: str, results: Path) -> None:
         noted["baseline"] = memory_mib()
         return plain_load(*args, **kwargs)
 
-    class Noted(PolicyEngine):
-        def __init__(self, *args: Any) -> None:
-            super().__init__(*args)
-            note("loading")
+    plain_build = PolicyEngine.__init__
+
+    def build(*args: Any) -> None:
+        plain_build(*args)
+        note("loading")
 
     def check(*args: Any, **kwargs: Any) -> Any:
         lengths = args[1].lengths
@@ -235,8 +236,8 @@ def worker(recipe_path: str, results: Path) -> None:
         note("layout check")
         return choice
 
-    def step(policy: Any, batches: Any, *args: Any, **kwargs: Any) -> Any:
-        output = plain_step(policy, batches, *args, **kwargs)
+    def step(engine: Any, batches: Any, *args: Any, **kwargs: Any) -> Any:
+        output = plain_step(engine, batches, *args, **kwargs)
         note("steps")
         for item in batches:
             if item.batch.input_ids.numel() > noted.get("tokens", 0):
@@ -252,8 +253,8 @@ def worker(recipe_path: str, results: Path) -> None:
         noted["gathered"] = max(noted.get("gathered", 0), getattr(coordinator, counter))
 
     PartitionedParameterCoordinator.fetch_sub_module = fetch
-    loop.load_model, loop.check_layout, loop.run_step = load, check, step
-    loop.PolicyEngine = Noted  # type: ignore[misc]
+    policy.load_model, policy.check_layout, loop.run_step = load, check, step
+    PolicyEngine.__init__ = build  # type: ignore[method-assign]
     loop.Run.commit = lambda run: None  # type: ignore[method-assign]
 
     def lengths_of(run: Any) -> None:
