@@ -4,6 +4,9 @@
 class UserError(ValueError):
     """Something outside the program is wrong: a file, a row, a setting. The message says what, where and the fix."""
 
+    may_pass = False
+    """Whether the same command may succeed later with nothing mended: a batch script then tries once more."""
+
 
 class RecipeError(UserError):
     """A recipe that cannot be run as it is written."""

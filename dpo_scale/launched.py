@@ -46,7 +46,7 @@ def run_stage(name: str) -> NoReturn:
         if code:
             words.tell_launcher("stopped as it was asked to, which is no fault; the same command goes on")
     except UserError as error:
-        words(f"error: {error}", cause=True, reason=_first_line(error), users_mistake=True)
+        words(f"error: {error}", cause=True, reason=_first_line(error), users_mistake=not error.may_pass)
         code = USER_ERROR
     except BaseException as error:  # the last words of a rank, whatever ended it
         if isinstance(error, SystemExit):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,32 @@ from launching import Launched, Launcher, make_launcher
 def _one_thread() -> None:
     """Sums of floats depend on how many threads share them."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _clean_tree() -> Iterator[None]:
+    """What tests write belongs into their temporary folders."""
+    before = _untracked_files()
+    yield
+    assert sorted(_untracked_files() - before) == [], "tests have left files in the working tree"
+
+
+def _untracked_files() -> set[str]:
+    command = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "ls-files",
+        "--others",
+        "--exclude-standard",
+        "--full-name",
+        ":/",
+    ]
+    try:
+        listed = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):  # not in a checkout
+        return set()
+    return set(listed.stdout.splitlines())
 
 
 @pytest.fixture(scope="session")

@@ -21,6 +21,7 @@ ZERO3 = {
         "overlap_comm": False,
         "contiguous_gradients": True,
         "reduce_bucket_size": 4096,
+        "sub_group_size": 4096,
         "stage3_prefetch_bucket_size": 4096,
         # DeepSpeed's default keeps parameters as small as these whole, which would hide faults of sharding.
         "stage3_param_persistence_threshold": 0,

@@ -18,6 +18,10 @@ from dpo_scale.data.hashing import splitmix64
 from dpo_scale.errors import DataError
 
 Indices = npt.NDArray[np.int64]
+Work = npt.NDArray[np.float64]
+
+ITEMS_AT_ONCE = 2**20
+"""Items whose costs are worked out together: of many millions, the intermediate numbers would need a gigabyte."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +45,7 @@ class Costs:
     """
 
     tokens: Indices
-    work: npt.NDArray[np.float64]
+    work: Work
     padded_rows: int = 0
 
 
@@ -118,6 +122,14 @@ def layout_costs(lengths: npt.NDArray[np.int64], layout: str, cost: CostModel) -
         layout: shared, packed or padded.
         cost: relative costs, see `CostModel`.
     """
+    tokens, work = np.empty(len(lengths), np.int64), np.empty(len(lengths), np.float64)
+    for start in range(0, len(lengths), ITEMS_AT_ONCE):
+        block = slice(start, start + ITEMS_AT_ONCE)
+        tokens[block], work[block] = _costs_of_block(lengths[block], layout, cost)
+    return Costs(tokens, work, padded_rows=lengths.shape[1] - 1 if layout == "padded" else 0)
+
+
+def _costs_of_block(lengths: npt.NDArray[np.int64], layout: str, cost: CostModel) -> tuple[Indices, Work]:
     prompt, completions = lengths[:, :1], lengths[:, 1:]
     sequences = np.where(completions > 0, prompt + completions, 0)
     scored = completions.sum(axis=1)
@@ -127,13 +139,8 @@ def layout_costs(lengths: npt.NDArray[np.int64], layout: str, cost: CostModel) -
     else:
         tokens = sequences.sum(axis=1)
         attended = (sequences**2 / 2).sum(axis=1)
-    work = np.asarray(
-        cost.per_token * tokens + cost.per_scored_token * scored + cost.per_attended_position * attended,
-        np.float64,
-    )
-    if layout == "padded":
-        return Costs(sequences.max(axis=1), work, padded_rows=completions.shape[1])
-    return Costs(tokens, work)
+    work = cost.per_token * tokens + cost.per_scored_token * scored + cost.per_attended_position * attended
+    return (sequences.max(axis=1) if layout == "padded" else tokens), work
 
 
 def check_budget(costs: Costs, rank_tokens: int, rows: Sequence[str], setting: str) -> None:

@@ -27,12 +27,12 @@ from dpo_scale.data.rows import BadRow, Block, Numbers
 from dpo_scale.data.sources import read_blocks
 from dpo_scale.data.token_pairs import Lengths, TokenIds, TokenPairs
 from dpo_scale.data.token_store import PairWriter, TokenStore
-from dpo_scale.data.tokenization import NO_PREFERENCE, TEMPLATE_FAILED, Dropped, Kept, PairTokenizer
+from dpo_scale.data.tokenization import NO_PREFERENCE, TEMPLATE_FAILED, Dropped, Kept, PairTokenizer, no_preference
 from dpo_scale.errors import DataError
 from dpo_scale.recipe import DataSection, DataSource
 
 INLINE_BLOCKS = 4
-"""Blocks tokenized in this process before others are started, which takes them seconds."""
+"""Blocks tokenized in this process before others are started."""
 MAX_LISTED = 20
 """Bad rows named in one error."""
 LOOK_AHEAD_BLOCKS = 100
@@ -70,6 +70,29 @@ def prepare_pairs(
         stored = store.load()
         assert stored is not None
     return stored
+
+
+def check_rows(sources: Sequence[DataSource], data: DataSection, *, seed: int) -> None:
+    """Read all rows as text, where there is no tokenizer to go on with.
+
+    Raises DataError for rows that cannot be used (listed together), or a missing file.
+    """
+    bad_rows: list[BadRow] = []
+
+    def set_aside(place: str, reason: str, stops: bool) -> None:
+        if stops:
+            bad_rows.append(BadRow(place, reason))
+
+    for source in sources:
+        check_columns(source.columns)
+        for block in read_blocks(source, seed):
+            for pair in _recognized(block, source.columns, data, set_aside):
+                if reason := no_preference(pair):
+                    set_aside(pair.row, reason, data.on_no_preference == "error")
+            if len(bad_rows) >= MAX_LISTED:
+                break
+    if bad_rows:
+        raise _bad_rows_error(bad_rows)
 
 
 @dataclass(slots=True)
@@ -169,22 +192,32 @@ def _tokenized(
     if ahead is None:
         return
     # Spawned, not forked: this process may hold CUDA, communicator and tokenizer threads.
-    with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (tokenizer, columns)) as pool:
-        waiting: deque[Future[_Chunk]] = deque()
-        try:
-            for block in itertools.chain([ahead], blocks):
-                waiting.append(pool.submit(_work, block))
-                if len(waiting) > 3 * workers:
-                    yield waiting.popleft().result()
-            while waiting:
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (tokenizer, columns))
+    waiting: deque[Future[_Chunk]] = deque()
+    first_signs: list[Future[int]] = []
+    try:
+        first_signs += [pool.submit(os.getpid) for _ in range(workers)]
+        while ahead is not None and _are_starting(first_signs):
+            yield _tokenize_block(tokenizer, columns, ahead)
+            ahead = next(blocks, None)
+        while ahead is not None:
+            waiting.append(pool.submit(_work, ahead))
+            if len(waiting) > 3 * workers:
                 yield waiting.popleft().result()
-        except BrokenProcessPool as error:
-            raise DataError(
-                "a process that tokenizes was killed, as happens where the memory is full; lower data.workers"
-            ) from error
-        finally:
-            for future in waiting:
-                future.cancel()
+            ahead = next(blocks, None)
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a process that tokenizes was killed, as happens where the memory is full; lower data.workers"
+        ) from error
+    finally:
+        pool.shutdown(wait=not _are_starting(first_signs), cancel_futures=True)
+
+
+def _are_starting(first_signs: Sequence[Future[int]]) -> bool:
+    """Whether no worker has come up yet; it takes them seconds, in which this process tokenizes on."""
+    return not any(sign.done() for sign in first_signs)
 
 
 _worker: tuple[PairTokenizer, dict[str, str] | None]
@@ -211,16 +244,7 @@ def _tokenize_block(tokenizer: PairTokenizer, columns: dict[str, str] | None, bl
         else:
             _count_dropped(counts, place, reason)
 
-    pairs: list[PreferencePair] = []
-    for row in block.rows():
-        try:
-            if isinstance(row, BadRow):
-                raise RowError(row.reason)
-            pairs += to_preferences(row, columns, data.completion_pairs, data.completion_margin)
-        except RowError as error:
-            set_aside(row.place, str(error), data.on_bad_row == "error")
-        except RecursionError:
-            set_aside(row.place, "nested too deeply", data.on_bad_row == "error")
+    pairs = list(_recognized(block, columns, data, set_aside))
     counts.formats.update(pair.format for pair in pairs)
     kept: list[Kept] = []
     for outcome in tokenizer.tokenize(pairs):
@@ -235,6 +259,21 @@ def _tokenize_block(tokenizer: PairTokenizer, columns: dict[str, str] | None, bl
             counts.truncated.update(outcome.cuts)
             counts.boundaries_moved += outcome.boundary_moved
     return _chunk(block, kept, counts, bad_rows)
+
+
+def _recognized(
+    block: Block, columns: dict[str, str] | None, data: DataSection, set_aside: Callable[[str, str, bool], None]
+) -> Iterator[PreferencePair]:
+    """The pairs of a block's rows. `set_aside` gets the place of any other row, why, and whether it stops the run."""
+    for row in block.rows():
+        try:
+            if isinstance(row, BadRow):
+                raise RowError(row.reason)
+            yield from to_preferences(row, columns, data.completion_pairs, data.completion_margin)
+        except RowError as error:
+            set_aside(row.place, str(error), data.on_bad_row == "error")
+        except RecursionError:
+            set_aside(row.place, "nested too deeply", data.on_bad_row == "error")
 
 
 def _chunk(block: Block, kept: list[Kept], counts: _Counts, bad_rows: list[BadRow]) -> _Chunk:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 from collections.abc import Callable, Iterator
@@ -16,7 +17,6 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dpo_scale.data.layouts import MicroBatch
-from dpo_scale.distributed.host_memory import give_back_freed_memory
 from dpo_scale.distributed.zero_config import pinning_fits
 from dpo_scale.model.log_probs import CompletionLogProbs
 from dpo_scale.recipe import Recipe
@@ -219,7 +219,9 @@ class ReferenceEngine:
                 torch.accelerator.memory.empty_host_cache()
             else:
                 torch._C._host_emptyCache()
-        give_back_freed_memory()
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "malloc_trim"):  # glibc keeps what is freed, as much as half a model, until it is told
+            libc.malloc_trim(0)
 
 
 def release_zero3(engine: Any) -> None:

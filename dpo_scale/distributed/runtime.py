@@ -19,7 +19,6 @@ from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs, ProjectCon
 
 from dpo_scale.distributed import zero_config
 from dpo_scale.distributed.build_locks import build_root, own_ninja_first, wait_for_builds
-from dpo_scale.distributed.host_memory import keep_freed_memory
 from dpo_scale.distributed.ops import leave_out_unused_ops
 from dpo_scale.distributed.patience import work_and_wait
 from dpo_scale.errors import RecipeError, UserError
@@ -118,8 +117,6 @@ def start(recipe: Recipe, say: Callable[[str], None] = logger.warning) -> Runtim
     leave_out_unused_ops()
     # Without a named backend Accelerate believes, on CPUs, that every rank is alone.
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    if backend == "gloo":
-        keep_freed_memory()
     # Read by the plugin as a second source of the configuration that is already given.
     os.environ.pop("ACCELERATE_DEEPSPEED_CONFIG_FILE", None)
     accelerator = Accelerator(

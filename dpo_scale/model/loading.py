@@ -147,10 +147,25 @@ def cost_model(config: Any) -> CostModel:
     heads = text.num_attention_heads
     head_size = getattr(text, "head_dim", None) or hidden // heads
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    inner = getattr(text, "intermediate_size", None) or 4 * hidden
     attention = 2 * hidden * head_size * (heads + kv_heads)
     return CostModel(
-        per_token=layers * (attention + 3 * hidden * inner),
+        per_token=layers * attention + 3 * hidden * _feed_forward_width(text),
         per_scored_token=hidden * text.vocab_size,
         per_attended_position=2 * layers * heads * head_size,
     )
+
+
+def _feed_forward_width(text: Any) -> int:
+    """Inner width of the feed-forward parts that a token passes, over all layers; of experts, those it is sent to."""
+
+    def setting(name: str) -> int:
+        return int(getattr(text, name, None) or 0)
+
+    layers, dense = setting("num_hidden_layers"), setting("intermediate_size") or 4 * text.hidden_size
+    if not setting("num_experts_per_tok"):
+        return layers * dense
+    expert = setting("moe_intermediate_size") or dense
+    sparse = expert * (setting("num_experts_per_tok") + setting("n_shared_experts"))
+    sparse += setting("shared_expert_intermediate_size")
+    dense_layers = setting("first_k_dense_replace") or len(getattr(text, "mlp_only_layers", None) or ())
+    return (layers - dense_layers) * sparse + dense_layers * dense

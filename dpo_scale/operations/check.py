@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dpo_scale.console import Console
 from dpo_scale.data.planning import check_budget, layout_costs
+from dpo_scale.data.preparation import check_rows
 from dpo_scale.data.samples import sample_pairs, show
 from dpo_scale.distributed.lockstep import OneProcess
 from dpo_scale.distributed.zero_config import read_policy_config
@@ -37,8 +38,10 @@ def check(recipe: Recipe, rows: int | None = None, config_file: str | None = Non
 
     Raises UserError with every mistake that was found.
     """
-    console, mistakes = Console(), _Mistakes()
+    console, mistakes, has_model = Console(), _Mistakes(), False
     with mistakes.noted():
+        resolve_folder(recipe.model.path, recipe.model.revision, "model.path", weights=False)
+        has_model = True
         _check_weights(recipe.model.path, recipe.model.revision, "model.path", recipe)
     if recipe.reference.path:
         with mistakes.noted():
@@ -50,6 +53,10 @@ def check(recipe: Recipe, rows: int | None = None, config_file: str | None = Non
     if rows is not None:
         recipe = _fewer_rows(recipe, rows)
         console.say(f"Read are {rows:,} rows of each source: counts and steps below are theirs")
+    if not has_model:
+        with mistakes.noted():
+            check_rows([*recipe.data.train, *recipe.data.evaluate], recipe.data, seed=recipe.run.seed)
+        mistakes.raise_all()
     with mistakes.noted():
         data = prepare_data(recipe, OneProcess(), console, weights=False)
         _check_budgets(recipe, data)

@@ -114,8 +114,9 @@ class MemoryPlan:
         loading = {
             **processes,
             "checkpoint, read whole by rank 0": checkpoint,
-            "weights, offloaded": max(weights, reference),
         }
+        if max(weights, reference):  # one after the other, the policy's last
+            loading[("weights" if weights >= reference else "reference") + ", offloaded"] = max(weights, reference)
         training = {**processes, **{f"{name}, offloaded": size for name, size in offloaded.items()}}
         if self.workload.recipe.reference.schedule == "per_batch":
             for use in (loading, training):

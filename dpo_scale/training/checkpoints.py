@@ -48,6 +48,12 @@ class CheckpointError(UserError):
     """A checkpoint that cannot be written or read. Raised alike on every rank."""
 
 
+class CommitError(CheckpointError):
+    """A checkpoint that could not be written: a disk that is full or away, for now or until somebody sees to it."""
+
+    may_pass = True
+
+
 @dataclass(frozen=True, slots=True)
 class RunState:
     """Where a run stands after `step` optimizer steps; counters go on across restarts."""
@@ -144,8 +150,8 @@ def save(
 ) -> Path:
     """Commit a checkpoint of `run.step` in `folder`, then remove superseded ones. Collective.
 
-    Returns the checkpoint's folder. Raises CheckpointError on every rank if any rank fails; what
-    was committed before is then untouched.
+    Returns the checkpoint's folder. Raises CommitError on every rank if any rank fails; what was
+    committed before is then untouched.
     """
     target = folder / _name(run.step)
     partial = folder / f".{target.name}.partial"
@@ -168,7 +174,7 @@ def save(
     except CheckpointError as error:
         if ranks.is_main:
             shutil.rmtree(partial, ignore_errors=True)  # a full disk needs the room
-        raise CheckpointError(
+        raise CommitError(
             f"{target}: not written\n{error}\nEarlier checkpoints are untouched. "
             "Free space or mend the folder, then run the same command again."
         ) from error

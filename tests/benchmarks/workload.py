@@ -23,7 +23,7 @@ from dpo_scale.recipe import DataSource
 TOKENIZER_TOKENS = 8000
 END = "<end>"
 SEED = 0
-DEEPSPEED = Path(__file__).resolve().parents[2] / "ds_configs" / "zero3.json"
+DEEPSPEED = Path(__file__).resolve().parents[2] / "ds_configs"
 
 SHAPES: dict[str, dict[str, Any]] = {
     "small": {
@@ -222,7 +222,7 @@ def make_job(folder: Path, model: Path, rows: Sequence[Row], settings: Settings,
         model=str(model),
         pairs=str(write_pairs(rows, folder / "pairs.jsonl")),
         recipe=str(folder / "recipe.yaml"),
-        deepspeed=str(DEEPSPEED),
+        deepspeed=str(DEEPSPEED / ("zero3.json" if torch.cuda.is_available() else "zero3_cpu.json")),
         step_pairs=settings.step_pairs,
         steps=settings.steps,
         beta=settings.beta,

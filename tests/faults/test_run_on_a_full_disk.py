@@ -13,6 +13,7 @@ from run_kill import wrong_lines
 from safetensors.torch import load_file
 
 from dpo_scale.training.checkpoints import open_checkpoint, verify
+from dpo_scale.training.status import read_status
 
 pytestmark = pytest.mark.launch
 
@@ -52,7 +53,10 @@ def test_a_disk_that_fills_up_ends_the_run_with_its_message_and_keeps_what_was_c
     assert "No space left on device" in output
     assert "Earlier checkpoints are untouched" in output
     assert output.count(failed) == 2, output  # once when it happened, once by the launcher, whatever the ranks
-    assert "CheckpointError" not in output  # no traceback of ours: a full disk is the user's to mend
+    assert "CommitError" not in output  # no traceback of ours: a full disk is the user's to mend
+    status = read_status(cramped.disk.path, "train")
+    assert status is not None
+    assert (status.state, status.users_mistake) == ("failed", False)  # a batch script tries once more
 
 
 def test_the_same_command_goes_on_from_the_newest_checkpoint_that_is_whole(

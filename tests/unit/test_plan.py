@@ -214,6 +214,27 @@ def test_check_tells_mistakes_of_several_parts_at_once(own: Path, capsys: pytest
     assert "model" in error
 
 
+def test_check_reads_the_rows_as_text_where_the_model_is_not_found(
+    own: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with open(own / "pairs.jsonl", "a") as file:
+        file.write('{"prompt": "x", "chosen": 3, "rejected": "y"}\n{"prompt": "x"\n')
+        file.write('{"prompt": "x", "chosen": "same", "rejected": "same"}\n')
+    assert main(["check", "own.yaml", "model.path=nowhere"]) == 2
+    error = capsys.readouterr().err
+    assert "2 parts of this recipe are wrong" in error
+    assert "model.path: 'nowhere'" in error
+    assert "2 rows cannot be used" in error  # the equal answers of row 43 are left out and counted, unless told
+    assert "pairs.jsonl:41" in error
+    assert "pairs.jsonl:42" in error
+    assert main(["check", "own.yaml", "model.path=nowhere", "data.on_no_preference=error"]) == 2
+    assert "pairs.jsonl:43: chosen and rejected are equal" in capsys.readouterr().err
+    assert main(["check", "own.yaml", "model.path=nowhere", "data.on_bad_row=skip"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: model.path: 'nowhere'")
+    assert "pairs.jsonl" not in error
+
+
 def test_a_setting_is_not_lost_behind_an_option() -> None:
     with pytest.raises(SystemExit):
         main(["check", "own.yaml", "--rows", "8", "nonsense"])

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from dpo_scale.data import planning
 from dpo_scale.data.planning import (
     CostModel,
     Costs,
@@ -188,6 +189,17 @@ def test_eight_ranks_get_similar_work(global_pairs: int, most_over_mean: float) 
     print(f"{global_pairs} pairs: heaviest rank {ratio:.3f} of the mean, with waiting {waited:.3f}")
     assert ratio < most_over_mean
     assert waited < most_over_mean
+
+
+def test_costs_of_many_items_are_worked_out_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = _real_like_lengths(1000)
+    cost = CostModel(per_token=3.0, per_scored_token=2.0, per_attended_position=0.5)
+    whole = [layout_costs(lengths, layout, cost) for layout in LAYOUTS]
+    monkeypatch.setattr(planning, "ITEMS_AT_ONCE", 300)
+    for layout, expected in zip(LAYOUTS, whole, strict=True):
+        costs = layout_costs(lengths, layout, cost)
+        np.testing.assert_array_equal(costs.tokens, expected.tokens)
+        np.testing.assert_array_equal(costs.work, expected.work)
 
 
 def test_the_heavier_of_two_micro_batches_goes_to_the_rank_that_is_behind() -> None:

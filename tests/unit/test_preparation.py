@@ -455,6 +455,7 @@ def test_worker_processes_give_what_this_process_gives(tmp_path, prepare, monkey
     alone, alone_report = prepare(path)
     monkeypatch.setattr(readers, "BLOCK_ROWS", 20)
     monkeypatch.setattr(preparation, "INLINE_BLOCKS", 2)
+    monkeypatch.setattr(preparation, "_are_starting", lambda signs: False)
     many, many_report = prepare(path, workers=2, cache_dir=str(tmp_path / "other"))
     assert many.digest() == alone.digest()
     assert [pair.row for pair in many] == [pair.row for pair in alone]
@@ -465,10 +466,23 @@ def die(block: Block) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def test_this_process_works_on_while_others_start(tmp_path, prepare, monkeypatch):
+    path = write(tmp_path / "rows.jsonl", *[row(f"question {n}:") for n in range(200)])
+    alone, alone_report = prepare(path)
+    monkeypatch.setattr(readers, "BLOCK_ROWS", 20)
+    monkeypatch.setattr(preparation, "INLINE_BLOCKS", 1)
+    monkeypatch.setattr(preparation, "_are_starting", lambda signs: True)
+    monkeypatch.setattr(preparation, "_work", die)
+    many, many_report = prepare(path, workers=2, cache_dir=str(tmp_path / "other"))
+    assert many.digest() == alone.digest()
+    assert many_report == alone_report
+
+
 def test_a_worker_that_is_killed_is_named(tmp_path, prepare, monkeypatch):
     path = write(tmp_path / "rows.jsonl", *[row()] * 100)
     monkeypatch.setattr(readers, "BLOCK_ROWS", 20)
     monkeypatch.setattr(preparation, "INLINE_BLOCKS", 1)
+    monkeypatch.setattr(preparation, "_are_starting", lambda signs: False)
     monkeypatch.setattr(preparation, "_work", die)
     with pytest.raises(DataError, match=r"killed, as happens where the memory is full; lower data\.workers"):
         prepare(path, workers=2)
@@ -478,5 +492,6 @@ def test_a_mistake_in_a_worker_process_reaches_the_user(tmp_path, prepare, monke
     path = write(tmp_path / "rows.jsonl", *[row()] * 60, "{", *[row()] * 200)
     monkeypatch.setattr(readers, "BLOCK_ROWS", 20)
     monkeypatch.setattr(preparation, "INLINE_BLOCKS", 2)
+    monkeypatch.setattr(preparation, "_are_starting", lambda signs: False)
     with pytest.raises(DataError, match=f"{path}:61: not valid JSON"):
         prepare(path, workers=2)

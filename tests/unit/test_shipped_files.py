@@ -45,6 +45,7 @@ def test_the_files_are_found() -> None:
         "reference_gpu.json",
         "reference_nvme.json",
         "zero3.json",
+        "zero3_cpu.json",
         "zero3_hpz.json",
         "zero3_nvme.json",
         "zero3_offload_all.json",
