@@ -70,7 +70,8 @@ def show(samples: tuple[SampledPair, ...]) -> Group:
 
 def _line(name: str, sequence: SampledSequence) -> Text:
     boundary = len(sequence.scored) - sum(sequence.scored)
-    prompt, completion = sequence.tokens[:boundary], sequence.tokens[boundary:]
+    tokens = [_on_one_line(token) for token in sequence.tokens]
+    prompt, completion = tokens[:boundary], tokens[boundary:]
     head, tail = _SHOWN_COMPLETION
     line = Text(f"  {name:>8}: ")
     left_out = len(prompt) - _SHOWN_PROMPT
@@ -83,3 +84,8 @@ def _line(name: str, sequence: SampledSequence) -> Text:
         line.append(f" ({left_out} tokens) ", "dim")
         line.append("".join(f"[{token}]" for token in completion[-tail:]), "green")
     return line
+
+
+def _on_one_line(token: str) -> str:
+    """The token with line breaks and other invisible characters spelled out."""
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in token)

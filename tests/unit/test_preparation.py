@@ -21,7 +21,7 @@ from dpo_scale.data.planning import CostModel, Schedule, layout_costs, plan_step
 from dpo_scale.data.preparation import prepare_pairs
 from dpo_scale.data.report import DataReport, describe, overlap
 from dpo_scale.data.rows import Block
-from dpo_scale.data.samples import sample_pairs, show
+from dpo_scale.data.samples import SampledPair, SampledSequence, sample_pairs, show
 from dpo_scale.data.token_pairs import TokenPair, TokenPairs
 from dpo_scale.errors import DataError, UserError
 from dpo_scale.recipe import DataSection, DataSource
@@ -253,6 +253,15 @@ def test_samples_show_every_token_and_which_are_scored(tmp_path, prepare):
     rejected = samples[0].rejected
     scored = [token for token, is_scored in zip(rejected.tokens, rejected.scored, strict=True) if is_scored]
     assert " " + "".join(f"[{token}]" for token in scored) in shown
+
+
+def test_a_line_break_in_a_token_breaks_no_line():
+    sequence = SampledSequence((1, 2, 3, 4), ("a\n", "b", "\n\t", "</s>"), (0, 0, 1, 1))
+    console = Console(width=400, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    console.print(show((SampledPair("f:1", sequence, sequence),)))
+    lines = console.export_text().splitlines()
+    assert len(lines) == 4
+    assert lines[2].endswith(r"a\n b [\n\t][</s>]")
 
 
 def test_sources_have_a_table_with_their_shares(tmp_path, prepare):
