@@ -184,7 +184,8 @@ def main() -> None:
             keys, columns = (tuple(entries[0]),) * 2 if name == "pairs" else (KEYS, COLUMNS)
             if name == "balance":
                 keys, columns = (*KEYS, "throughput_kept"), (*COLUMNS, "tokens/s kept")
-            show(f"{title}; {bench.machine}", columns, [[entry[key] for key in keys] for entry in entries])
+            where = title if name == "balance" else f"{title}; {bench.machine}"
+            show(where, columns, [[entry[key] for key in keys] for entry in entries])
             results += [{"table": name, **entry} for entry in entries]
             write_json(options.json, results, options)
 
