@@ -61,5 +61,8 @@ def launcher(tmp_path_factory: pytest.TempPathFactory) -> Launcher:
 
 @pytest.fixture(scope="session")
 def undisturbed(launcher: Launcher) -> Launched:
-    """Two epochs on two ranks, ten steps, from nothing to an exported model, tracked by TensorBoard too."""
+    """Two epochs on two ranks, ten steps, from nothing to an exported model, tracked by TensorBoard too.
+
+    It comes before every other launch of the same recipe, since it fills the store of reference log-probs for them.
+    """
     return launcher("undisturbed", ["track.to=[tensorboard]"])

@@ -51,7 +51,7 @@ def struck(launcher: Launcher, fault: str) -> Struck:
 
 
 @pytest.fixture(scope="module")
-def launches(launcher: Launcher) -> dict[str, Struck]:
+def launches(launcher: Launcher, undisturbed: Launched) -> dict[str, Struck]:
     """What happened, in this order."""
     faults = {"raise": "raise 1 7", "kill": "kill 1 7", "terminate": "terminate 0 7", "stall": "stall 1 9"}
     return {name: struck(launcher, fault) for name, fault in faults.items()}

@@ -33,7 +33,7 @@ class Cramped:
 
 
 @pytest.fixture(scope="module")
-def cramped(launcher: Launcher) -> Iterator[Cramped]:
+def cramped(launcher: Launcher, undisturbed: Launched) -> Iterator[Cramped]:
     with small_disk(launcher.workspace / "cramped", kilobytes=int(4.5 * CHECKPOINT_KILOBYTES)) as disk:
         done = launcher("cramped", SETTINGS)
         folder = disk.path / "checkpoints"

@@ -17,7 +17,7 @@ from torch import Tensor
 from dpo_scale.data.layouts import Layout, MicroBatch, PromptCompletions, Segment, Segments, collate
 from dpo_scale.data.token_pairs import TokenPair, TokenPairs
 from dpo_scale.errors import UserError
-from dpo_scale.model import layout_check
+from dpo_scale.model import layout_check, log_probs
 from dpo_scale.model.attention import register
 from dpo_scale.model.layout_check import LayoutChoice, check_layout
 from dpo_scale.model.loading import load_model
@@ -215,6 +215,25 @@ def test_the_longest_sequence_is_among_the_samples(engine: Callable[..., InProce
     probe = InProcess(engine("llama").model)
     _check(probe, "padded", pairs)
     assert probe.seen[0].input_ids.shape == (2 * 3, 33)
+
+
+@pytest.mark.parametrize("takes_positions", [True, False])
+def test_the_plain_form_takes_logits_of_completions_alone_where_the_model_can(
+    takes_positions: bool, engine: Callable[..., InProcess], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llama = engine("llama")
+    monkeypatch.setattr(log_probs, "PLAIN_CHUNK", 3)  # tokens in fp32 at once
+    monkeypatch.setattr(llama.model, "_takes_positions", takes_positions)
+    shapes: list[torch.Size] = []
+    head = llama.model.model.get_output_embeddings()  # type: ignore[operator]
+    handle = head.register_forward_hook(lambda module, inputs, output: shapes.append(output.shape))
+    assert _check(llama).gap < 1e-5
+    handle.remove()
+    tokens = [shape[-2] for shape in shapes if shape[-1] == VOCABULARY]
+    of_completions = [4, 12, 11, 7, 2, 5]  # of the longest pair, then of the first two
+    prompts = [14, 14, 9, 9, 3, 3]
+    whole = [prompt + completion for prompt, completion in zip(prompts, of_completions, strict=True)]
+    assert tokens == (of_completions if takes_positions else whole)
 
 
 def test_a_window_that_only_the_longest_sequence_exceeds_shows(tmp_path: Path) -> None:
