@@ -101,8 +101,12 @@ def test_a_run_that_is_requeued_loses_a_node_and_meets_its_time_limit_ends_bitwi
     user.until_it_starts_again(job, 2)
 
     before = user.committed("disturbed")
-    # SLURM checks limits every half minute and gives USR1 ten minutes ahead: with this limit at its next check.
-    cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=10")
+    user.until_committed("disturbed", before + 5, job)
+    # SLURM checks limits every half minute and gives USR1 ten minutes ahead: with this limit at its next check. The
+    # run stands still until then, since it may have less than half a minute to go.
+    with cluster.ranks_held():
+        cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=10")
+        until((user.folder / "disturbed" / "STOP").exists, user.patience_s, "the script asks the run to stop")
     until(lambda: user.restarts(job) == 3, user.patience_s, "the run stops ahead of its time limit")
     cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=120")
     assert "stopped by the STOP file" in user.said(job)

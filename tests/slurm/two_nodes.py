@@ -10,7 +10,8 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol", "squeue")
@@ -151,6 +152,20 @@ class TwoNodes:
         self._end(f"slurmd-{node}", signal.SIGKILL)
         for process in processes:
             _kill(process)
+
+    @contextmanager
+    def ranks_held(self) -> Iterator[None]:
+        """Inside, the ranks of all jobs stand still; their launchers and scripts go on."""
+        environments = {process: Path(f"/proc/{process}/environ") for process in self._processes_of_jobs()}
+        ranks = [process for process, path in environments.items() if b"\0LOCAL_RANK=" in path.read_bytes()]
+        assert len(ranks) == len(NODES), "a rank a node"
+        for rank in ranks:
+            os.kill(rank, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for rank in ranks:
+                os.kill(rank, signal.SIGCONT)
 
     def run(self, *command: str) -> str:
         """Run one of SLURM's commands; its output."""
