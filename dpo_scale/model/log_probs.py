@@ -191,7 +191,7 @@ class CompletionLogProbs(nn.Module):
     def forward(self, batch: MicroBatch, *, plain: bool = False) -> Tensor:
         """Completion log-probs, fp32 [C].
 
-        `plain` takes the model's own forward of a single sequence and its logits, the oracle of the start-up check.
+        `plain` takes the model's own forward and its logits, the oracle of the start-up check.
         """
         kwargs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
         kwargs["position_ids"] = batch.position_ids
@@ -208,10 +208,10 @@ class CompletionLogProbs(nn.Module):
 
     def _plain(self, kwargs: dict[str, Any], batch: MicroBatch) -> Tensor:
         # Of a long sequence and a large vocabulary, all logits would need more memory than a training step.
-        if self._takes_positions:
+        if self._takes_positions and len(batch.input_ids) == 1:
             logits_CV = self.model(**kwargs, logits_to_keep=batch.predictors).logits[0]
         else:
-            logits_CV = self.model(**kwargs).logits[0, batch.predictors]
+            logits_CV = self.model(**kwargs).logits.flatten(0, 1)[batch.predictors]
         chunks = zip(logits_CV.split(PLAIN_CHUNK), batch.targets.split(PLAIN_CHUNK), strict=True)
         return torch.cat(
             [logits.float().log_softmax(-1).gather(1, targets[:, None])[:, 0] for logits, targets in chunks]
