@@ -13,7 +13,7 @@ Shape suffixes: B rows, T tokens of a row, S sequences, C completion tokens of a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -70,6 +70,8 @@ class Segments:
     """int32 [segments + 1], cumulative numbers of keys."""
     key_index: Tensor | None
     """int64 [keys], the row position of each key, segment by segment; None where keys are the row itself."""
+    masks: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+    """Masks that a kernel made of the segments, kept for the layers that follow."""
 
     @cached_property
     def max_queries(self) -> int:
@@ -100,6 +102,7 @@ class Segments:
             cu_queries=self.cu_queries.to(device, non_blocking=True),
             cu_keys=self.cu_keys.to(device, non_blocking=True),
             key_index=None if self.key_index is None else self.key_index.to(device, non_blocking=True),
+            masks={},
         )
 
 
@@ -126,12 +129,12 @@ class MicroBatch:
 
     def to(self, device: torch.device | str) -> MicroBatch:
         moved: dict[str, Any] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for name in (each.name for each in fields(self)):
+            value = getattr(self, name)
             if isinstance(value, Tensor):
-                moved[field.name] = value.to(device, non_blocking=True)
+                moved[name] = value.to(device, non_blocking=True)
             elif isinstance(value, Segments):
-                moved[field.name] = value.to(device)
+                moved[name] = value.to(device)
         return replace(self, **moved)
 
 

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -210,7 +210,9 @@ def segment_attention(
     if kernel == "flex":
         if dropout:
             _object("FlexAttention has no dropout; set model.dropout: false")
-        return _flex(query_BNTD, key_BGTD, value_BGTD, segments, scale, sliding_window, softcap)
+        from dpo_scale.model.flex_attention import flex_segment_attention  # loads torch's compiler
+
+        return flex_segment_attention(query_BNTD, key_BGTD, value_BGTD, segments, scale, sliding_window, softcap)
     # Both kernels take [tokens, heads, head size] and grouped key-value heads.
     query_TND, key_KGD, value_KGD = (x[0].transpose(0, 1) for x in (query_BNTD, key_BGTD, value_BGTD))
     if segments.key_index is not None:
@@ -294,16 +296,14 @@ def _by_segment(
     queries = query_BNTD.split([segment.num_queries for segment in segments.segments], dim=2)
     keys, values = _keys_of_segments(key_BGTD, segments), _keys_of_segments(value_BGTD, segments)
     outputs = []
-    for segment, query, key, value in zip(segments.segments, queries, keys, values, strict=True):
-        windowed = sliding_window is not None and segment.num_keys > sliding_window
+    kind = (sliding_window, query_BNTD.dtype, bool(softcap))
+    if kind not in segments.masks:
+        segments.masks[kind] = [_causal_mask(s, sliding_window, query_BNTD, bool(softcap)) for s in segments.segments]
+    for query, key, value, mask_QK in zip(queries, keys, values, segments.masks[kind], strict=True):
         if softcap:
-            mask_QK = _causal_mask(segment, sliding_window, query.device)
             output = _soft_capped(query, key, value, mask_QK, scale, dropout, softcap)
-        elif windowed or segment.num_queries != segment.num_keys:
-            mask_QK = _causal_mask(segment, sliding_window, query.device)
-            output = attend(query, key, value, attn_mask=mask_QK)
         else:
-            output = attend(query, key, value, is_causal=True)
+            output = attend(query, key, value, attn_mask=mask_QK, is_causal=mask_QK is None)
         outputs.append(output.transpose(1, 2))
     return torch.cat(outputs, dim=1)
 
@@ -318,15 +318,21 @@ def _keys_of_segments(states_BNTD: Tensor, segments: Segments) -> list[Tensor]:
     return [part[0] if len(part) == 1 else torch.cat(part, dim=2) for part in parts]
 
 
-def _causal_mask(segment: Segment, sliding_window: int | None, device: torch.device) -> Tensor:
-    """True where query may see key, [Q, K], aligned to the bottom right."""
+def _causal_mask(segment: Segment, sliding_window: int | None, like: Tensor, always: bool) -> Tensor | None:
+    """What is added to the scores, [Q, K]: 0 where query may see key, aligned to the bottom right, else -inf.
+
+    None, unless it is `always` wanted, where a kernel's own causal mask does.
+    """
+    windowed = sliding_window is not None and segment.num_keys > sliding_window
+    if not (always or windowed or segment.num_queries != segment.num_keys):
+        return None
     offset = segment.num_keys - segment.num_queries
-    query_position = torch.arange(segment.num_queries, device=device)[:, None] + offset
-    key_position = torch.arange(segment.num_keys, device=device)[None]
-    mask_QK = key_position <= query_position
+    query_position = torch.arange(segment.num_queries, device=like.device)[:, None] + offset
+    key_position = torch.arange(segment.num_keys, device=like.device)[None]
+    visible_QK = key_position <= query_position
     if sliding_window is not None:
-        mask_QK &= key_position > query_position - sliding_window
-    return mask_QK
+        visible_QK &= key_position > query_position - sliding_window
+    return torch.zeros_like(visible_QK, dtype=like.dtype).masked_fill_(~visible_QK, float("-inf"))
 
 
 def _soft_capped(
@@ -341,56 +347,5 @@ def _soft_capped(
     repeats = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
     scores = softcap * torch.tanh(query @ key.transpose(2, 3) * (scale / softcap))
-    weights = scores.masked_fill(~mask_QK, float("-inf")).softmax(-1, dtype=torch.float32)
+    weights = (scores + mask_QK).softmax(-1, dtype=torch.float32)
     return F.dropout(weights.to(query.dtype), dropout) @ value
-
-
-def _flex(
-    query_BNTD: Tensor,
-    key_BGTD: Tensor,
-    value_BGTD: Tensor,
-    segments: Segments,
-    scale: float,
-    sliding_window: int | None,
-    softcap: float | None,
-) -> Tensor:
-    """FlexAttention over the row itself: a query sees its segment's prefix and, causally, its own segment."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    device, length = query_BNTD.device, query_BNTD.shape[2]
-    bounds = torch.tensor([(s.start, s.prefix_start, s.prefix_stop) for s in segments.segments], device=device)
-    of_token = torch.repeat_interleave(torch.arange(len(bounds), device=device), segments.cu_queries.diff())
-    start, prefix_start, prefix_stop = bounds[of_token].unbind(1)
-    # The distance of a query to a key in its prefix is shorter in the row's own terms than in positions.
-    gap = torch.where(prefix_stop > prefix_start, start - prefix_stop, 0)
-
-    def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        own = (k >= start[q]) & (k <= q)
-        prefix = (k >= prefix_start[q]) & (k < prefix_stop[q])
-        if sliding_window is None:
-            return own | prefix
-        return (own & (q - k < sliding_window)) | (prefix & (q - gap[q] - k < sliding_window))
-
-    def capped(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return softcap * torch.tanh(score / softcap) if softcap else score
-
-    block_mask = create_block_mask(visible, 1, None, length, length, device=str(device))
-    run = _compiled_flex_attention() if device.type == "cuda" else flex_attention
-    output = run(
-        query_BNTD,
-        key_BGTD,
-        value_BGTD,
-        score_mod=capped if softcap else None,
-        block_mask=block_mask,
-        scale=scale,
-        enable_gqa=query_BNTD.shape[1] != key_BGTD.shape[1],
-    )
-    assert isinstance(output, Tensor)
-    return output.transpose(1, 2)
-
-
-@cache
-def _compiled_flex_attention() -> Any:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=True)

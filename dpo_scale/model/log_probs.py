@@ -50,9 +50,9 @@ class LogitTransform:
         return logits
 
     def backward(self, grad: Tensor, logits: Tensor) -> Tensor:
-        """Gradient of the raw logits from that of the transformed ones, in place."""
+        """Gradient of the raw logits from that of the transformed ones, in place; overwrites the logits."""
         if self.softcap:
-            grad *= 1 - (logits / self.softcap) ** 2
+            grad *= logits.div_(self.softcap).square_().neg_().add_(1)
         if self.scale != 1.0:
             grad *= self.scale
         return grad
@@ -75,21 +75,29 @@ class ChunkedLogProbs(torch.autograd.Function):
         lse_C = torch.empty_like(logps_C)
         head = _Head(weight_VH, bias_V, transform)
         chunks = _chunks(len(targets_C), len(weight_VH), hidden_CH.device)
+        values_cV: Tensor | None = None
         for rows in chunks:
-            logits_cV = head.logits(hidden_CH[rows])
-            lse_C[rows] = torch.logsumexp(logits_cV, dim=1)
-            logps_C[rows] = logits_cV.gather(1, targets_C[rows, None])[:, 0] - lse_C[rows]
+            del values_cV  # else it would lie beside the next chunk's
+            values_cV = head.logits(hidden_CH[rows])
+            target_c = values_cV.gather(1, targets_C[rows, None])[:, 0]
+            highest_c = values_cV.amax(1)
+            # In place, from logits to softmax up to the factor exp(highest - lse); torch.logsumexp holds three such.
+            values_cV.sub_(highest_c[:, None]).exp_()
+            log_sum_c = values_cV.sum(1).log_()
+            lse_C[rows] = highest_c + log_sum_c
+            logps_C[rows] = (target_c - highest_c) - log_sum_c
         # An only chunk is kept: it costs no more memory than its like in the backward pass, and saves a product there.
-        kept_CV = logits_cV if len(chunks) == 1 and any(ctx.needs_input_grad) else None
+        keeps = len(chunks) == 1 and any(ctx.needs_input_grad) and not transform.softcap
+        kept = (values_cV, highest_c) if keeps else (None, None)
         # The weight is saved as the parameter that it is: ZeRO-3 gathers it again before the backward pass.
-        ctx.save_for_backward(hidden_CH, weight_VH, bias_V, targets_C, lse_C, kept_CV)
+        ctx.save_for_backward(hidden_CH, weight_VH, bias_V, targets_C, lse_C, *kept)
         ctx.transform = transform
         return logps_C
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         (grad_C,) = grad_outputs
-        hidden_CH, weight_VH, bias_V, targets_C, lse_C, kept_CV = ctx.saved_tensors
+        hidden_CH, weight_VH, bias_V, targets_C, lse_C, kept_CV, highest_C = ctx.saved_tensors
         head = _Head(weight_VH, bias_V, ctx.transform)
         grad_hidden_CH = torch.empty_like(hidden_CH)
         wants_weight = ctx.needs_input_grad[1]
@@ -97,19 +105,23 @@ class ChunkedLogProbs(torch.autograd.Function):
         grad_weight_VH = torch.zeros_like(weight_VH, dtype=grad_C.dtype) if wants_weight else None
         grad_bias_V = None if bias_V is None else torch.zeros_like(bias_V, dtype=grad_C.dtype)
         for rows in _chunks(len(targets_C), len(weight_VH), hidden_CH.device):
-            logits_cV = head.logits(hidden_CH[rows]) if kept_CV is None else kept_CV
-            out = logits_cV if kept_CV is None and not ctx.transform.softcap else torch.empty_like(logits_cV)
             # d logp / d logits = one_hot(target) - softmax(logits)
-            grad_cV = torch.sub(logits_cV, lse_C[rows, None], out=out).exp_().mul_(-grad_C[rows, None])
+            if kept_CV is None:
+                logits_cV = head.logits(hidden_CH[rows])
+                grad_cV = logits_cV.clone() if ctx.transform.softcap else logits_cV
+                grad_cV.sub_(lse_C[rows, None]).exp_().mul_(-grad_C[rows, None])
+            else:
+                logits_cV = None
+                grad_cV = kept_CV * (-grad_C * torch.exp(highest_C - lse_C))[:, None]
             grad_cV.scatter_add_(1, targets_C[rows, None], grad_C[rows, None])
             grad_cV = ctx.transform.backward(grad_cV, logits_cV)
-            del logits_cV, out
+            del logits_cV
             grad_hidden_CH[rows] = head.back_to_hidden(grad_cV)
             if grad_weight_VH is not None:
                 head.add_weight_grad(grad_weight_VH, grad_cV, hidden_CH[rows])
             if grad_bias_V is not None:
                 grad_bias_V += grad_cV.sum(0)
-            del grad_cV  # else it would lie beside the next chunk's logits
+            del grad_cV  # as above
         return grad_hidden_CH, grad_weight_VH, grad_bias_V, None, None
 
 

@@ -211,6 +211,25 @@ def test_kernels_equal_one_softmax_over_the_masked_row(
     assert (actual - expected).abs().max() < 1e-5
 
 
+def test_masks_are_made_once_for_all_layers_of_a_kind(monkeypatch: pytest.MonkeyPatch, model_folder: Any) -> None:
+    """Gemma 3 here has a windowed layer and a full one; a second forward of the micro-batch makes none."""
+    made = []
+    plain = attention._causal_mask
+
+    def counted(segment: Segment, sliding_window: int | None, *rest: Any) -> Tensor | None:
+        made.append((segment, sliding_window))
+        return plain(segment, sliding_window, *rest)
+
+    monkeypatch.setattr(attention, "_causal_mask", counted)
+    model = _load(model_folder("gemma3_text"))
+    batch = collate(_pairs(), "shared")
+    assert batch.segments is not None
+    for _ in range(2):
+        model(batch)
+    assert made == [(segment, window) for window in (WINDOW, None) for segment in batch.segments.segments]
+    assert not batch.to("cpu").segments.masks, "masks of another device"  # type: ignore[union-attr]
+
+
 def test_the_scale_defaults_to_the_inverse_root_of_the_head_size() -> None:
     batch = collate(_pairs(), "shared")
     query, key, value = torch.randn(3, 1, 2, batch.input_ids.shape[1], 16).unbind()

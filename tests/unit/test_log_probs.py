@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import pytest
 import torch
 from tiny_models import save_tiny_model
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -153,6 +157,36 @@ def test_the_matrix_of_tokens_by_vocabulary_never_exists(monkeypatch: pytest.Mon
     with LargestTensor() as chunked:
         ChunkedLogProbs.apply(hidden, weight, None, targets, LogitTransform()).sum().backward()
     assert chunked.elements == 100 * vocabulary
+
+
+def _peak_bytes(run: Callable[[], object], folder: Path) -> int:
+    """Most bytes of tensors that were made inside and lived at once."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = run()
+    profiler.export_chrome_trace(str(folder / "trace.json"))
+    del result
+    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
+    memory = sorted((event for event in events if event["name"] == "[memory]"), key=lambda event: event["ts"])
+    return max(accumulate(event["args"]["Bytes"] for event in memory))
+
+
+@pytest.mark.parametrize(("softcap", "chunks_in_backward"), [(None, 1), (2.0, 2)])
+def test_no_chunk_lies_beside_another(
+    softcap: float | None, chunks_in_backward: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Nor beside its own exponentials; the gradient under a cap alone takes a second one."""
+    num_tokens, hidden_size, vocabulary, chunk_tokens = 400, 4, 5000, 100
+    monkeypatch.setitem(log_probs.CHUNK_ELEMENTS, "cpu", chunk_tokens * vocabulary)
+    hidden = torch.randn(num_tokens, hidden_size, requires_grad=True)
+    weight = torch.randn(vocabulary, hidden_size, requires_grad=True)
+    targets = torch.randint(vocabulary, (num_tokens,))
+    transform = LogitTransform(1.0, softcap)
+    logps = ChunkedLogProbs.apply(hidden, weight, None, targets, transform)
+    chunk = chunk_tokens * vocabulary * 4
+    forward = _peak_bytes(lambda: ChunkedLogProbs.apply(hidden, weight, None, targets, transform), tmp_path)
+    assert chunk <= forward < 1.2 * chunk
+    backward = _peak_bytes(lambda: torch.autograd.grad(logps.sum(), [hidden, weight]), tmp_path)
+    assert chunks_in_backward * chunk <= backward < (chunks_in_backward + 0.2) * chunk
 
 
 class Products(TorchDispatchMode):
