@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo_scale.data.layouts import MicroBatch
+from dpo_scale.model.fused import fuse, library_code
 
 CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**27}
 """Logits in a chunk, by device type: 64 MiB and 512 MiB of fp32."""
@@ -81,7 +82,7 @@ class ChunkedLogProbs(torch.autograd.Function):
             values_cV = head.logits(hidden_CH[rows])
             target_c = values_cV.gather(1, targets_C[rows, None])[:, 0]
             highest_c = values_cV.amax(1)
-            # In place, from logits to softmax up to the factor exp(highest - lse); torch.logsumexp holds three such.
+            # In place, from logits to softmax up to the factor exp(highest - lse).
             values_cV.sub_(highest_c[:, None]).exp_()
             log_sum_c = values_cV.sum(1).log_()
             lse_C[rows] = highest_c + log_sum_c
@@ -187,6 +188,7 @@ class CompletionLogProbs(nn.Module):
         transform = LogitTransform.of_config(model.config.get_text_config())  # type: ignore[union-attr, operator]
         head = model.get_output_embeddings()  # type: ignore[operator]
         self._takes_positions = "logits_to_keep" in inspect.signature(model.forward).parameters
+        fuse(model)
         plain_forward = head.forward
 
         def forward(hidden: Tensor, targets_C: Tensor | None = None) -> Tensor:
@@ -203,7 +205,7 @@ class CompletionLogProbs(nn.Module):
     def forward(self, batch: MicroBatch, *, plain: bool = False) -> Tensor:
         """Completion log-probs, fp32 [C].
 
-        `plain` takes the model's own forward and its logits, the oracle of the start-up check.
+        `plain` takes the library's own code and its logits, the oracle of the start-up check.
         """
         kwargs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
         kwargs["position_ids"] = batch.position_ids
@@ -211,7 +213,8 @@ class CompletionLogProbs(nn.Module):
         if batch.segments is not None:
             kwargs["segments"] = batch.segments
         if plain:
-            return self._plain(kwargs, batch)
+            with library_code():
+                return self._plain(kwargs, batch)
         hidden_BTH = self._decoder[0](**kwargs).last_hidden_state
         hidden_CH = hidden_BTH.flatten(0, 1).index_select(0, batch.predictors)
         head = self.model.get_output_embeddings()  # type: ignore[operator]

@@ -120,8 +120,8 @@ def head_memory(head: Head, dtype_bytes: int, device: Device) -> HeadMemory:
     native = not device.is_cpu and dtype_bytes < 4
     converted = 4 * weight if dtype_bytes < 4 and not native else 0
     saved = rows * (head.hidden * dtype_bytes + 4 + 4 + 8 + 8)  # log-prob, log-sum-exp, target, predictor
-    saved += 4 * chunk if only else 0  # an only chunk's logits are kept
-    forward = saved + converted + 2 * 4 * chunk - (4 * chunk if only else 0)
+    saved += 4 * (chunk + rows) if only else 0  # an only chunk is kept, with its highest logits
+    forward = saved + converted + (0 if only else 4 * chunk)
     held = saved + converted + rows * head.hidden * dtype_bytes + 4 * weight
     product = (dtype_bytes * chunk + 4 * weight) if native else 0
     backward = held + 4 * chunk + product  # the gradient of the logits takes their place

@@ -27,6 +27,7 @@ from dpo_scale.data.layouts import Layout, MicroBatch, PromptCompletions, collat
 from dpo_scale.data.token_pairs import Lengths
 from dpo_scale.errors import UserError
 from dpo_scale.model.attention import ATTENTION, Kernel, register
+from dpo_scale.model.fused import fuse
 from dpo_scale.model.loading import switch_dropout_off
 from dpo_scale.operations.memory import Activations, Head, MicroBatchShape, UnitMemory
 from dpo_scale.operations.zero_memory import Parameter, Unit
@@ -60,6 +61,7 @@ def build_meta_model(config: Any, dtype: torch.dtype, kernel: Kernel, *, trust_r
         except (KeyError, ValueError):  # models that look their attention up in a table of their own
             model = AutoModelForCausalLM.from_config(config, **build)
     switch_dropout_off(model)
+    fuse(model)
     count = config.get_text_config().num_hidden_layers
     lists = (module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count)
     layers = next(lists, None)

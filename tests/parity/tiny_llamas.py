@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from dpo_scale.data.token_pairs import TokenPair, TokenPairs
 from dpo_scale.model.attention import ATTENTION, register
@@ -49,8 +51,20 @@ def tiny_llama(
 
 
 def plain_llama(seed: int, **settings: object) -> LlamaForCausalLM:
-    """The model of a seed with the library's plain attention, and nothing of ours."""
-    return tiny_llama(seed, attention="eager", **settings)  # type: ignore[arg-type]
+    """The model of a seed with the library's plain attention, and nothing of ours.
+
+    Its norms are written out: the library computes them in fp32, even in a float64 model.
+    """
+    model = tiny_llama(seed, attention="eager", **settings)  # type: ignore[arg-type]
+    for module in model.modules():
+        if isinstance(module, LlamaRMSNorm):
+            module.forward = partial(_norm, module)  # type: ignore[method-assign]
+    return model
+
+
+def _norm(module: LlamaRMSNorm, hidden: Tensor) -> Tensor:
+    mean_of_squares = hidden.square().mean(-1, keepdim=True)
+    return module.weight * hidden / (mean_of_squares + module.variance_epsilon).sqrt()
 
 
 def plain_mixture(seed: int) -> MixtralForCausalLM:

@@ -1,0 +1,274 @@
+"""Norms, gated feed-forwards and rotary embeddings as one autograd function each: less is kept for the backward pass,
+and fewer passes over memory are made, than by the library's chains of small operations.
+
+No list of names decides what is replaced: a module is, if on random numbers it gives what ours gives. The plain form,
+which the start-up check compares with, runs the library's own code; see `library_code`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Forward = Callable[[Any, Tensor], Tensor]
+"""What a module computes of hidden states [..., H]."""
+
+_as_in_library = False
+
+
+@contextmanager
+def library_code() -> Iterator[None]:
+    """Inside, every module runs the code that its class has."""
+    global _as_in_library
+    before, _as_in_library = _as_in_library, True
+    try:
+        yield
+    finally:
+        _as_in_library = before
+
+
+def fuse(model: nn.Module) -> list[str]:
+    """Replace the forward of every module that is served; parameters, their names and the module's class stay.
+
+    Returns the names of those modules.
+    """
+    fused = []
+    for name, module in model.named_modules():
+        ours = _norm_like(module) or _feed_forward_like(module)
+        if ours is not None:
+            _replace_forward(module, ours)
+        if ours is not None or _mark_angles(module):
+            fused.append(name)
+    return fused
+
+
+def _replace_forward(module: nn.Module, ours: Forward) -> None:
+    library_forward = module.forward
+
+    def forward(hidden: Tensor) -> Tensor:
+        output: Tensor = library_forward(hidden) if _as_in_library else ours(module, hidden)
+        return output
+
+    module.forward = forward
+
+
+def _twin(module: nn.Module) -> nn.Module:
+    """A module of the same class and settings, still without parameters and children; its own may be sharded."""
+    twin: nn.Module = type(module).__new__(type(module))
+    nn.Module.__init__(twin)
+    for name, value in vars(module).items():
+        twin.__dict__.setdefault(name, value)
+    return twin
+
+
+def _agree(ours: Forward, twin: nn.Module, hidden: Tensor) -> bool:
+    """Whether ours is what the class computes, in fp32 and, nearly everywhere to the last bit, in bf16."""
+    for dtype in (torch.float32, torch.bfloat16):
+        twin.to(dtype)
+        with torch.no_grad():
+            try:
+                expected, actual = twin(hidden.to(dtype)), ours(twin, hidden.to(dtype))
+            except Exception:  # whatever a class of which nothing is known may raise without what was left out
+                return False
+        if not isinstance(expected, Tensor) or expected.shape != actual.shape or expected.dtype != actual.dtype:
+            return False
+        if dtype == torch.float32 and not torch.allclose(actual, expected, rtol=1e-5, atol=1e-6):
+            return False
+        if (actual != expected).float().mean() > 0.02 and dtype == torch.bfloat16:
+            return False
+    return True
+
+
+def _takes_hidden_states_alone(module: nn.Module) -> bool:
+    return len(inspect.signature(module.forward).parameters) == 1
+
+
+# --- norms -------------------------------------------------------------------------------------
+
+
+def _norm_like(module: nn.Module) -> Forward | None:
+    """The norm that the module computes, or None if it is not one of ours."""
+    parameters = dict(module.named_parameters(recurse=False))
+    settings = [name for name in ("variance_epsilon", "eps") if isinstance(getattr(module, name, None), float)]
+    if set(parameters) != {"weight"} or not settings or not _takes_hidden_states_alone(module):
+        return None
+    epsilon: float = getattr(module, settings[0])
+    random = torch.Generator().manual_seed(0)
+    twin = _twin(module)
+    twin.weight = nn.Parameter(torch.randn(64, generator=random, device="cpu"))
+    hidden = torch.randn(8, 50, 64, generator=random, device="cpu")
+    for offset, rounds_first in ((0.0, True), (0.0, False), (1.0, False)):
+
+        def norm(module: Any, hidden: Tensor, *, offset: float = offset, rounds_first: bool = rounds_first) -> Tensor:
+            output: Tensor = RMSNorm.apply(hidden, module.weight, epsilon, offset, rounds_first)  # type: ignore[no-untyped-call]
+            return output
+
+        if _agree(norm, twin, hidden):
+            return norm
+    return None
+
+
+class RMSNorm(torch.autograd.Function):
+    """`x / sqrt(mean(x^2) + eps) * (offset + weight)` over the last dimension (Zhang & Sennrich 2019, equation 4).
+
+    It is computed in fp32 at least; `rounds_first` rounds to the dtype of x before the weight is applied (Llama), else
+    after (Gemma). The backward pass keeps x and one number a row.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float, offset: float, rounds_first: bool) -> Tensor:
+        fp32 = torch.promote_types(x.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=fp32)
+        scale = norm.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        ctx.offset = offset
+        normal: Tensor = x * scale
+        if rounds_first:
+            rounded = normal.to(x.dtype)
+            return rounded.mul_(weight) if weight.dtype == x.dtype else rounded * weight
+        return normal.mul_(weight.to(fp32) + offset).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        (grad,) = grad_outputs
+        x, weight, scale = ctx.saved_tensors
+        factor = weight.to(scale.dtype) + ctx.offset
+        scaled = grad * scale
+        product = scaled * x
+        grad_weight = product.flatten(0, -2).sum(0).to(weight.dtype)
+        mean = (product @ factor).div_(x.shape[-1]).unsqueeze(-1)
+        grad_x = scaled.mul_(factor).addcmul_(x.to(scale.dtype), mean.mul_(scale.square()), value=-1)
+        return grad_x.to(x.dtype), grad_weight, None, None, None
+
+
+# --- gated feed-forwards -----------------------------------------------------------------------
+
+
+def _feed_forward_like(module: nn.Module) -> Forward | None:
+    """The gated feed-forward that the module computes, or None if it is not ours."""
+    projections = {"gate_proj", "up_proj", "down_proj"}
+    children = dict(module.named_children())
+    if set(children) - {"act_fn"} != projections or not _takes_hidden_states_alone(module):
+        return None
+    random = torch.Generator().manual_seed(0)
+    twin = _twin(module)
+    twin.act_fn = module.act_fn
+    for name in sorted(projections):
+        projection = nn.Linear(32, 32, bias=False, device="meta")
+        projection.weight = nn.Parameter(torch.randn(32, 32, generator=random, device="cpu"))
+        setattr(twin, name, projection)
+    return _swiglu if _agree(_swiglu, twin, torch.randn(8, 50, 32, generator=random, device="cpu")) else None
+
+
+def _swiglu(module: Any, hidden: Tensor) -> Tensor:
+    gated = SwiGLU.apply(module.gate_proj(hidden), module.up_proj(hidden))  # type: ignore[no-untyped-call]
+    output: Tensor = module.down_proj(gated)
+    return output
+
+
+class SwiGLU(torch.autograd.Function):
+    """`silu(gate) * up` (Shazeer 2020, equation 6). The backward pass keeps gate and up, and computes silu again."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        output: Tensor = F.silu(gate).mul_(up)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        (grad,) = grad_outputs
+        gate, up = ctx.saved_tensors
+        activated = F.silu(gate)
+        grad_up = activated * grad
+        return torch.ops.aten.silu_backward(torch.mul(grad, up, out=activated), gate), grad_up
+
+
+# --- rotary embeddings -------------------------------------------------------------------------
+
+ROTATE = "apply_rotary_pos_emb"
+"""The library's name, in each of its files of a model, for what rotates queries and keys."""
+
+
+def _mark_angles(module: nn.Module) -> bool:
+    """Let ours rotate the queries and keys of a model to which `module` gives the angles. Returns whether it will.
+
+    The function that rotates belongs to a file, not to a module. Ours stands in for it there, and rotates by angles
+    that a fused model made; to any other it is the library's.
+    """
+    file = sys.modules[type(module).__module__]
+    library = getattr(file, ROTATE, None)
+    if library is None or not type(module).__name__.endswith("RotaryEmbedding"):
+        return False
+    if not hasattr(library, "library"):
+        if not _rotates_halves(library):
+            return False
+        setattr(file, ROTATE, _stand_in(library))
+    library_forward = module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        cos, sin = library_forward(*args, **kwargs)
+        cos.of_fused_model = not _as_in_library
+        return cos, sin
+
+    module.forward = forward
+    return True
+
+
+def _stand_in(library: Callable[..., Any]) -> Callable[..., Any]:
+    def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *rest: Any, **options: Any) -> Any:
+        same = query.dtype == cos.dtype and query.shape[-1] == cos.shape[-1]
+        if rest or options or not same or not getattr(cos, "of_fused_model", False):
+            return library(query, key, cos, sin, *rest, **options)
+        cos_B1TD, sin_B1TD = cos.unsqueeze(1), sin.unsqueeze(1)
+        return tuple(Rotation.apply(states, cos_B1TD, sin_B1TD) for states in (query, key))  # type: ignore[no-untyped-call]
+
+    rotate.library = library  # type: ignore[attr-defined]
+    return rotate
+
+
+def _rotates_halves(library: Callable[..., Any]) -> bool:
+    random = torch.Generator().manual_seed(0)
+    sizes = ((2, 3, 5, 8), (2, 1, 5, 8), (2, 5, 8), (2, 5, 8))
+    query, key, cos, sin = (torch.randn(size, generator=random, device="cpu") for size in sizes)
+    try:
+        expected = library(query, key, cos, sin)
+    except Exception:  # as above
+        return False
+    cos.of_fused_model = True  # type: ignore[attr-defined]
+    pairs = zip(_stand_in(library)(query, key, cos, sin), expected, strict=True)
+    return all(torch.allclose(actual, wanted, rtol=1e-5, atol=1e-6) for actual, wanted in pairs)
+
+
+class Rotation(torch.autograd.Function):
+    """`x cos + (-x2, x1) sin` for the halves x1, x2 of the last dimension (Su et al. 2021, equation 34, with the pairs
+    of dimensions half a head apart). The backward pass keeps the angles alone.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        (x1, x2), (sin1, sin2) = x.chunk(2, -1), sin.chunk(2, -1)
+        output: Tensor = x * cos
+        output1, output2 = output.chunk(2, -1)
+        output1.addcmul_(x2, sin1, value=-1)
+        output2.addcmul_(x1, sin2)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        (grad,) = grad_outputs
+        cos, sin = ctx.saved_tensors
+        (grad1, grad2), (sin1, sin2) = grad.chunk(2, -1), sin.chunk(2, -1)
+        output = grad * cos
+        output1, output2 = output.chunk(2, -1)
+        output1.addcmul_(grad2, sin2)
+        output2.addcmul_(grad1, sin1, value=-1)
+        return output, None, None

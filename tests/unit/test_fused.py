@@ -1,0 +1,260 @@
+"""One function each for norms, gated feed-forwards and rotary embeddings: the same values, and less that is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import SERVED, save_tiny_model
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import AutoModelForCausalLM
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Config
+from transformers.models.qwen3 import modeling_qwen3
+
+from dpo_scale.data.layouts import PromptCompletions, collate
+from dpo_scale.model.attention import register
+from dpo_scale.model.fused import RMSNorm, Rotation, SwiGLU, fuse, library_code
+from dpo_scale.model.loading import load_model
+from dpo_scale.recipe import ModelSection
+
+WITHOUT = {"gemma2": {"mlp"}, "gemma3_text": {"mlp"}, "phi3": {"mlp"}, "mixtral": {"mlp"}, "qwen3_moe": {"mlp"}}
+"""Other activations, one projection for gate and up, experts."""
+LAYER_NORMS = ("gpt_neox", "gpt2", "phi")
+
+
+def _norm(kind: type[nn.Module] = LlamaRMSNorm, size: int = 24) -> nn.Module:
+    norm = kind(size, eps=1e-5)
+    nn.init.normal_(norm.weight)  # type: ignore[arg-type]
+    return norm
+
+
+def _feed_forward(activation: str = "silu") -> nn.Module:
+    torch.manual_seed(0)
+    return LlamaMLP(Qwen2Config(hidden_size=16, intermediate_size=40, hidden_act=activation, mlp_bias=True))
+
+
+def _written_out(module: Any, hidden: Tensor) -> Tensor:
+    """What a module computes, in the precision of its weights: the library's norms never go beyond fp32."""
+    if isinstance(module, LlamaMLP):
+        output: Tensor = module(hidden)
+        return output
+    offset = 1.0 if isinstance(module, Gemma2RMSNorm) else 0.0
+    normal: Tensor = hidden / (hidden.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    return (offset + module.weight) * normal
+
+
+def _values_and_gradients(module: nn.Module, hidden: Tensor, run: Any = None) -> list[Tensor]:
+    hidden = hidden.clone().requires_grad_()
+    output = run(module, hidden) if run is not None else module(hidden)
+    weights = torch.linspace(-1, 1, output.numel()).view_as(output)
+    gradients = torch.autograd.grad((output * weights).sum(), [hidden, *module.parameters()])
+    return [output.detach(), *gradients]
+
+
+@pytest.mark.parametrize("kind", list(SERVED))
+def test_what_is_served_is_found_in_every_architecture(kind: str, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(save_tiny_model(tmp_path, kind))
+    fused = set(fuse(model))
+    norms = {name for name, module in model.named_modules() if type(module).__name__.endswith("RMSNorm")}
+    feed_forwards = {name for name, module in model.named_modules() if name.endswith("mlp")}
+    served = feed_forwards if kind not in {*WITHOUT, *LAYER_NORMS} else set()
+    angles = {"model.rotary_emb"} if kind not in ("gpt2", "cohere") else set()  # Cohere rotates neighbours
+    if kind == "gpt_neox":
+        angles = {"gpt_neox.rotary_emb"}
+    assert fused == norms | served | angles
+    assert bool(norms) == (kind not in (*LAYER_NORMS, "cohere"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "make", [_norm, lambda: _norm(Gemma2RMSNorm), _feed_forward], ids=["llama norm", "gemma norm", "feed-forward"]
+)
+def test_values_and_gradients_are_the_librarys(make: Callable[[], nn.Module], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    module = make().to(dtype)
+    size = next(iter(module.parameters())).shape[-1]
+    hidden = 3 * torch.randn(2, 30, size, dtype=dtype)
+    exact = make().double()
+    exact.load_state_dict(module.state_dict())
+    exact_values = _values_and_gradients(exact, hidden.double(), _written_out)
+    expected = _values_and_gradients(module, hidden)
+    assert fuse(module) == [""]
+    actual = _values_and_gradients(module, hidden)
+    for ours, library, true in zip(actual, expected, exact_values, strict=True):
+        assert ours.dtype == library.dtype == dtype
+        error = (ours.double() - true).norm() / true.norm()
+        assert error <= 1.1 * (library.double() - true).norm() / true.norm() + 1e-7
+
+
+class RoundsLast(LlamaRMSNorm):  # type: ignore[misc]
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = hidden_states.float()
+        normal = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
+        return (self.weight.float() * normal).to(hidden_states.dtype)
+
+
+@pytest.mark.parametrize("kind", [LlamaRMSNorm, RoundsLast, Gemma2RMSNorm])
+def test_a_norm_rounds_where_its_class_does(kind: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    norm = _norm(kind).bfloat16()
+    hidden = torch.randn(400, 24, dtype=torch.bfloat16)
+    library = norm(hidden)
+    assert fuse(norm) == [""]
+    assert (norm(hidden) == library).float().mean() > 0.999
+
+
+@pytest.mark.parametrize(("offset", "rounds_first"), [(0.0, True), (0.0, False), (1.0, False)])
+def test_gradients_of_the_norm_are_exact(offset: float, rounds_first: bool) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, w: RMSNorm.apply(x, w, 0.1, offset, rounds_first), (x, weight))
+
+
+def test_gradients_of_the_rotation_are_exact() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 4, 6, dtype=torch.float64, requires_grad=True)
+    cos, sin = torch.randn(2, 2, 1, 4, 6, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x: Rotation.apply(x, cos, sin), (x,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_queries_and_keys_of_a_fused_model_alone_are_rotated_by_ours(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library's function belongs to a file, and another model of that file is none of ours."""
+    library, calls = getattr(modeling_qwen3.apply_rotary_pos_emb, "library", modeling_qwen3.apply_rotary_pos_emb), []
+
+    def counted(*arguments: Tensor) -> tuple[Tensor, Tensor]:
+        calls.append(len(arguments))
+        rotated: tuple[Tensor, Tensor] = library(*arguments)
+        return rotated
+
+    monkeypatch.setattr(modeling_qwen3, "apply_rotary_pos_emb", counted)
+    config = modeling_qwen3.Qwen3Config(head_dim=8, hidden_size=16, num_attention_heads=2)
+    plain, fused = (modeling_qwen3.Qwen3RotaryEmbedding(config) for _ in range(2))
+    assert fuse(fused) == [""]
+    calls.clear()
+    torch.manual_seed(0)
+    query, key = torch.randn(1, 4, 7, 8, dtype=dtype), torch.randn(1, 2, 7, 8, dtype=dtype)
+    positions = torch.arange(7)[None]
+    rotate = modeling_qwen3.apply_rotary_pos_emb
+    expected = rotate(query, key, *plain(query, positions))
+    assert calls == [4]
+    actual = rotate(query, key, *fused(query, positions))
+    assert calls == [4]
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert ours.dtype == dtype
+        assert torch.allclose(ours, theirs, rtol=2 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
+    with library_code():
+        rotate(query, key, *fused(query, positions))
+    rotate(query.double(), key.double(), *fused(query, positions))
+    assert calls == [4, 4, 4], "the library's code; angles of another precision"
+    assert fuse(plain) == [""]
+    assert modeling_qwen3.apply_rotary_pos_emb is rotate, "one stand-in a file"
+
+
+def test_gradients_of_the_gate_are_exact() -> None:
+    torch.manual_seed(0)
+    gate, up = (torch.randn(4, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    assert torch.autograd.gradcheck(SwiGLU.apply, (gate, up))
+
+
+class Shifted(LlamaRMSNorm):  # type: ignore[misc]
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        output: Tensor = super().forward(hidden_states) + 1e-4
+        return output
+
+
+class NeedsMore(LlamaRMSNorm):  # type: ignore[misc]
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        output: Tensor = super().forward(hidden_states) * self.gain
+        return output
+
+
+class Gated(LlamaRMSNorm):  # type: ignore[misc]
+    def forward(self, hidden_states: Tensor, gate: Tensor | None = None) -> Tensor:
+        return hidden_states
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: _norm(Shifted),
+        lambda: _norm(NeedsMore),
+        lambda: _norm(Gated),
+        lambda: nn.LayerNorm(24, bias=False),
+        lambda: _feed_forward("gelu"),
+    ],
+    ids=["another value", "what is unknown", "two inputs", "layer norm", "another activation"],
+)
+def test_what_computes_something_else_stays_as_it_is(make: Callable[[], nn.Module]) -> None:
+    module = make()
+    assert fuse(module) == []
+    assert "forward" not in vars(module)
+
+
+def test_the_search_draws_no_random_numbers_and_touches_no_weight() -> None:
+    model = nn.ModuleList([_norm(), _feed_forward()])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = torch.get_rng_state()
+    assert fuse(model) == ["0", "1"]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert list(model.state_dict()) == list(before)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def _saved_bytes(module: nn.Module, hidden: Tensor) -> int:
+    """Bytes that the backward pass finds again, parameters and input apart."""
+    given = {tensor.data_ptr() for tensor in (hidden, *module.parameters())}
+    saved: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() not in given:
+            saved[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    with saved_tensors_hooks(note, lambda tensor: tensor):
+        output = module(hidden)
+    assert output.requires_grad
+    return sum(saved.values())
+
+
+def test_less_is_kept_for_the_backward_pass() -> None:
+    hidden = torch.randn(1, 100, 24, requires_grad=True)
+    norm = _norm()
+    library = _saved_bytes(norm, hidden)
+    fuse(norm)
+    assert library > hidden.nbytes
+    assert _saved_bytes(norm, hidden) == 100 * 4, "one number a row"
+
+    hidden = torch.randn(1, 100, 16, requires_grad=True)
+    feed_forward = _feed_forward()
+    fuse(feed_forward)
+    inner = 100 * 40 * 4
+    with library_code():
+        assert _saved_bytes(feed_forward, hidden) == 4 * inner
+    assert _saved_bytes(feed_forward, hidden) == 3 * inner, "gate, up and their product"
+
+
+def test_the_plain_form_runs_the_librarys_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So the start-up check, which compares with it, sees a mistake in ours."""
+    register("sdpa")
+    model = load_model(save_tiny_model(tmp_path, "llama"), ModelSection(path=str(tmp_path), dtype="float32"))
+    ids = torch.arange(3, 12).numpy().astype("int32")
+    batch = collate([PromptCompletions(ids, (ids[:4], ids[2:]))], "padded")
+    right = model(batch)
+    plain_forward = RMSNorm.forward
+
+    def wrong(ctx: Any, x: Tensor, weight: Tensor, epsilon: float, *rest: Any) -> Tensor:
+        return plain_forward(ctx, x, weight, epsilon + 0.1, *rest)
+
+    monkeypatch.setattr(RMSNorm, "forward", wrong)
+    assert not torch.allclose(model(batch), right, atol=1e-2)
+    assert torch.allclose(model(batch, plain=True), right, atol=1e-5)
