@@ -39,6 +39,8 @@ class ZeroSettings:
     """What a DeepSpeed JSON says about memory, with DeepSpeed's defaults for what it leaves out or calls "auto"."""
 
     reduce_bucket_size: int = 500_000_000
+    reduce_scatter: bool = True
+    """Whether a bucket is reduced to slices of a copy; else all of it is reduced where it lies."""
     sub_group_size: int = 1_000_000_000
     prefetch_bucket_size: int = 50_000_000
     param_persistence_threshold: int = 100_000
@@ -63,6 +65,7 @@ class ZeroSettings:
 
         return cls(
             reduce_bucket_size=size("reduce_bucket_size", cls.reduce_bucket_size),
+            reduce_scatter=zero.get("reduce_scatter", cls.reduce_scatter),
             sub_group_size=size("sub_group_size", cls.sub_group_size),
             prefetch_bucket_size=size("stage3_prefetch_bucket_size", cls.prefetch_bucket_size),
             param_persistence_threshold=size("stage3_param_persistence_threshold", cls.param_persistence_threshold),
@@ -250,8 +253,7 @@ def gradient_bytes(
 ) -> tuple[int, ...]:
     """Most bytes of whole gradients on a rank beside the reduce bucket, while each unit's backward runs.
 
-    A gradient that is larger than the bucket waits on its own for the next one to arrive. A reduction takes a copy of
-    what it reduces, unless that is a single tensor, and gives fp32 slices.
+    A gradient that is larger than the bucket waits on its own for the next one to arrive.
 
     Args:
         copies: how often a reduction copies its input beyond that.
@@ -277,17 +279,24 @@ def gradient_bytes(
                     peaks[number] = max(peaks[number], (tied + waiting) * dtype_bytes)
                     continue
                 if bucket and sum(bucket) + p.elements > zero.reduce_bucket_size:
-                    size = sum(bucket)
-                    copied = size * (copies + (len(bucket) > 1)) * dtype_bytes + -(-size // ranks) * GRADIENT_BYTES
+                    copied = _reduction_bytes(bucket, zero, ranks, dtype_bytes, copies)
                     peaks[number] = max(peaks[number], (tied + waiting + arriving + p.elements) * dtype_bytes + copied)
                     bucket, waiting = [], 0
                 if sum(bucket) + p.elements > zero.reduce_bucket_size:
                     waiting += p.elements
                 bucket.append(p.elements)
                 peaks[number] = max(peaks[number], (tied + waiting) * dtype_bytes)
-    last = sum(bucket) * (copies + (len(bucket) > 1)) * dtype_bytes + -(-sum(bucket) // ranks) * GRADIENT_BYTES
+    last = _reduction_bytes(bucket, zero, ranks, dtype_bytes, copies)
     peaks[0] = max(peaks[0], (tied + waiting) * dtype_bytes + last)
     return tuple(peaks)
+
+
+def _reduction_bytes(bucket: Sequence[int], zero: ZeroSettings, ranks: int, dtype_bytes: int, copies: int) -> int:
+    """What reducing gradients of these elements takes: a copy of them, unless it is a single one, and fp32 slices."""
+    size = sum(bucket)
+    if not zero.reduce_scatter and size <= zero.reduce_bucket_size:
+        return 0
+    return size * (copies + (len(bucket) > 1)) * dtype_bytes + -(-size // ranks) * GRADIENT_BYTES
 
 
 def optimizer_step_bytes(parameters: Sequence[Parameter], zero: ZeroSettings, ranks: int) -> int:

@@ -87,9 +87,14 @@ def plain_model(kind: str, seed: int) -> nn.Module:
 
 
 def one_process(kind: str, members: list[list[int]]) -> list[tuple[float, float, dict[str, torch.Tensor]]]:
-    """Loss, gradient norm and gradients of each step of plain DPO with torch's AdamW, given each step's pairs."""
+    """Loss, gradient norm and gradients of each step of plain DPO with torch's AdamW, given each step's pairs.
+
+    In float64, so that what is seen is the rounding of the ranks alone; the library's experts know fp32 at most.
+    """
     pairs, optim = random_pairs(), RECIPE["optim"]
     policy, reference = (plain_model(kind, seed) for seed in (POLICY, REFERENCE))
+    if kind != "mixture":
+        policy, reference = policy.double(), reference.double()
     matrices = [parameter for parameter in policy.parameters() if parameter.ndim > 1]
     vectors = [parameter for parameter in policy.parameters() if parameter.ndim == 1]
     optimizer = torch.optim.AdamW(
@@ -127,11 +132,8 @@ def test_two_ranks_train_as_one_process(kind: str, rank_tokens: int, launched: P
         assert steps[number]["loss"] == pytest.approx(loss, rel=TOLERANCE)
         assert steps[number]["metric_loss"] == pytest.approx(loss, rel=TOLERANCE)
         assert steps[number]["grad_norm"] == pytest.approx(norm, rel=TOLERANCE)
-        for name, gradient in expected.items():
-            gap = torch.linalg.vector_norm(actual[name] - gradient) / torch.linalg.vector_norm(gradient)
-            assert gap < TOLERANCE, name
-        # In fp32 one element's last bits depend on the processor's kernels: 1.1e-5 of the largest was seen.
-        assert_same_gradients(actual, expected, 2 * TOLERANCE)
+        rounded = {name: gradient.float() for name, gradient in expected.items()}
+        assert_same_gradients(actual, rounded, TOLERANCE)
 
 
 @pytest.mark.launch

@@ -104,6 +104,18 @@ def test_a_tied_weight_is_one_parameter_whose_gradient_waits_for_its_last_use() 
     assert gradient_bytes(untied, replace(NOTHING_KEPT, reduce_bucket_size=100), 2, 2)[1] == 2 * (1000 + 10) + 4 * 500
 
 
+def test_a_bucket_that_is_reduced_where_it_lies_takes_no_copy() -> None:
+    units = [Unit("embedding", ((Parameter(0, 60),),)), Unit("head", ((Parameter(1, 30),), (Parameter(2, 1000),)))]
+    copying = replace(NOTHING_KEPT, reduce_bucket_size=100)
+    in_place = replace(copying, reduce_scatter=False)
+    assert ZeroSettings.of_config({"zero_optimization": {"reduce_scatter": False}}).reduce_scatter is False
+    # the last bucket, of 60 and 30: a copy and fp32 halves beside it, or nothing
+    assert gradient_bytes(units, copying, 2, 2)[0] == 2 * 90 + 4 * 45
+    assert gradient_bytes(units, in_place, 2, 2)[0] == 2 * 60
+    # one that is larger than the bucket goes the other way in any case
+    assert gradient_bytes(units, in_place, 2, 2)[1] == gradient_bytes(units, copying, 2, 2)[1] == 2 * 1030 + 4 * 500
+
+
 def test_states_are_eighteen_bytes_in_bf16_and_twenty_in_fp32() -> None:
     parameters = [Parameter(0, 4000), Parameter(1, 96)]
     zero = replace(NOTHING_KEPT, reduce_bucket_size=0)
