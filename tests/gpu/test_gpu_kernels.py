@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from dpo_scale.data.layouts import Layout, PromptCompletions, Segments, collate
 from dpo_scale.errors import UserError
 from dpo_scale.model.attention import Kernel, choose_kernel, segment_attention
+from dpo_scale.model.fused import fuse
 from dpo_scale.model.log_probs import ChunkedLogProbs, LogitTransform
 
 pytestmark = [
@@ -207,3 +212,24 @@ def test_peak_memory_of_the_head_is_recorded(vocabulary: int, tmp_path: Path) ->
     path = records / f"head_memory_{vocabulary}.json"
     path.write_text(json.dumps(record, indent=2) + "\n")
     print(path.read_text())
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: LlamaRMSNorm(1024), lambda: LlamaMLP(LlamaConfig(hidden_size=1024, intermediate_size=2816))]
+)
+def test_fused_parts_are_as_exact_as_the_librarys(make: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    module = make().to("cuda", torch.bfloat16)
+    hidden = torch.randn(3, 700, 1024, device="cuda", dtype=torch.bfloat16)
+
+    def values_and_gradients(module: nn.Module, hidden: Tensor) -> list[Tensor]:
+        hidden = hidden.clone().requires_grad_()
+        output = module(hidden)
+        return [output.detach(), *torch.autograd.grad(output.square().sum(), [hidden, *module.parameters()])]
+
+    exact = values_and_gradients(copy.deepcopy(module).double(), hidden.double())
+    library = values_and_gradients(module, hidden)
+    assert fuse(module) == [""]
+    for ours, theirs, true in zip(values_and_gradients(module, hidden), library, exact, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert (ours.double() - true).norm() <= 1.1 * (theirs.double() - true).norm() + 1e-6 * true.norm()
