@@ -44,7 +44,7 @@ def fuse(model: nn.Module) -> list[str]:
         ours = _norm_like(module) or _feed_forward_like(module)
         if ours is not None:
             _replace_forward(module, ours)
-        if ours is not None or _mark_angles(module):
+        if ours is not None or _rotates_by_ours(module):
             fused.append(name)
     return fused
 
@@ -52,7 +52,8 @@ def fuse(model: nn.Module) -> list[str]:
 def _replace_forward(module: nn.Module, ours: Forward) -> None:
     library_forward = module.forward
 
-    def forward(hidden: Tensor) -> Tensor:
+    def forward(*inputs: Tensor, **named: Tensor) -> Tensor:
+        (hidden,) = (*inputs, *named.values())
         output: Tensor = library_forward(hidden) if _as_in_library else ours(module, hidden)
         return output
 
@@ -87,7 +88,8 @@ def _agree(ours: Forward, twin: nn.Module, hidden: Tensor) -> bool:
 
 
 def _takes_hidden_states_alone(module: nn.Module) -> bool:
-    return len(inspect.signature(module.forward).parameters) == 1
+    inputs = inspect.signature(module.forward).parameters.values()
+    return [each.kind for each in inputs] == [inspect.Parameter.POSITIONAL_OR_KEYWORD]
 
 
 # --- norms -------------------------------------------------------------------------------------
@@ -197,29 +199,35 @@ ROTATE = "apply_rotary_pos_emb"
 """The library's name, in each of its files of a model, for what rotates queries and keys."""
 
 
-def _mark_angles(module: nn.Module) -> bool:
-    """Let ours rotate the queries and keys of a model to which `module` gives the angles. Returns whether it will.
+def _rotates_by_ours(module: nn.Module) -> bool:
+    """Let ours rotate the queries and keys of an attention module. Returns whether it will.
 
     The function that rotates belongs to a file, not to a module. Ours stands in for it there, and rotates by angles
-    that a fused model made; to any other it is the library's.
+    that the attention of a fused model was given; to any other it is the library's.
     """
+    if not _takes_angles(module) or any(_takes_angles(child) for child in module.modules() if child is not module):
+        return False
     file = sys.modules[type(module).__module__]
     library = getattr(file, ROTATE, None)
-    if library is None or not type(module).__name__.endswith("RotaryEmbedding"):
+    if library is None:
         return False
     if not hasattr(library, "library"):
         if not _rotates_halves(library):
             return False
         setattr(file, ROTATE, _stand_in(library))
-    library_forward = module.forward
-
-    def forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        cos, sin = library_forward(*args, **kwargs)
-        cos.of_fused_model = not _as_in_library
-        return cos, sin
-
-    module.forward = forward
+    # Here, not where the angles are made: ZeRO-3 hands on other tensors than a module returns.
+    module.register_forward_pre_hook(_mark_angles, with_kwargs=True)
     return True
+
+
+def _takes_angles(module: nn.Module) -> bool:
+    return "position_embeddings" in inspect.signature(module.forward).parameters
+
+
+def _mark_angles(module: nn.Module, inputs: Any, named: dict[str, Any]) -> None:
+    angles = named.get("position_embeddings")
+    if isinstance(angles, tuple):
+        angles[0].of_fused_model = not _as_in_library
 
 
 def _stand_in(library: Callable[..., Any]) -> Callable[..., Any]:

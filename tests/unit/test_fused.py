@@ -11,16 +11,18 @@ import torch
 from tiny_models import SERVED, save_tiny_model
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_map_only
 from transformers import AutoModelForCausalLM
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+from transformers.models.olmo2 import modeling_olmo2
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Config
-from transformers.models.qwen3 import modeling_qwen3
 
 from dpo_scale.data.layouts import PromptCompletions, collate
 from dpo_scale.model.attention import register
-from dpo_scale.model.fused import RMSNorm, Rotation, SwiGLU, fuse, library_code
-from dpo_scale.model.loading import load_model
+from dpo_scale.model.fused import RMSNorm, Rotation, SwiGLU, _stand_in, fuse, library_code
+from dpo_scale.model.loading import checkpoint_activations, load_model
 from dpo_scale.recipe import ModelSection
 
 WITHOUT = {"gemma2": {"mlp"}, "gemma3_text": {"mlp"}, "phi3": {"mlp"}, "mixtral": {"mlp"}, "qwen3_moe": {"mlp"}}
@@ -64,10 +66,10 @@ def test_what_is_served_is_found_in_every_architecture(kind: str, tmp_path: Path
     norms = {name for name, module in model.named_modules() if type(module).__name__.endswith("RMSNorm")}
     feed_forwards = {name for name, module in model.named_modules() if name.endswith("mlp")}
     served = feed_forwards if kind not in {*WITHOUT, *LAYER_NORMS} else set()
-    angles = {"model.rotary_emb"} if kind not in ("gpt2", "cohere") else set()  # Cohere rotates neighbours
-    if kind == "gpt_neox":
-        angles = {"gpt_neox.rotary_emb"}
-    assert fused == norms | served | angles
+    attention = {name for name, _ in model.named_modules() if name.endswith(("self_attn", "attention"))}
+    if kind in ("gpt2", "cohere"):  # without rotation; of neighbours, not of halves
+        attention = set()
+    assert fused == norms | served | attention
     assert bool(norms) == (kind not in (*LAYER_NORMS, "cohere"))
 
 
@@ -124,40 +126,79 @@ def test_gradients_of_the_rotation_are_exact() -> None:
     assert torch.autograd.gradcheck(lambda x: Rotation.apply(x, cos, sin), (x,))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_queries_and_keys_of_a_fused_model_alone_are_rotated_by_ours(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+def _renewed(tensor: Tensor) -> Tensor:
+    return tensor.view_as(tensor)
+
+
+class Calls:
+    """Counts the calls of a function."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function, self.count = function, 0
+
+    def __call__(self, *arguments: Any) -> Any:
+        self.count += 1
+        return self.function(*arguments)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_fused_model_alone_is_rotated_by_ours(
+    checkpointing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The library's function belongs to a file, and another model of that file is none of ours."""
-    library, calls = getattr(modeling_qwen3.apply_rotary_pos_emb, "library", modeling_qwen3.apply_rotary_pos_emb), []
+    stand_in = modeling_llama.apply_rotary_pos_emb
+    library = Calls(getattr(stand_in, "library", stand_in))
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", library)
+    register("sdpa")
+    folder = save_tiny_model(tmp_path, "llama")
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = load_model(folder, ModelSection(path=str(folder), dtype="float32"))
+    stand_in = modeling_llama.apply_rotary_pos_emb
+    model.train()
+    if checkpointing:
+        checkpoint_activations(model)
+    for module in model.modules():  # as ZeRO-3 does, which hands on other tensors than a module returns
+        module.register_forward_hook(lambda _, inputs, output: tree_map_only(Tensor, _renewed, output))
+    ours = Calls(Rotation.forward)
+    monkeypatch.setattr(Rotation, "forward", ours)
+    library.count = 0
+    ids = torch.arange(3, 12).numpy().astype("int32")
+    batch = collate([PromptCompletions(ids, (ids[:4], ids[2:]))], "shared")
 
-    def counted(*arguments: Tensor) -> tuple[Tensor, Tensor]:
-        calls.append(len(arguments))
-        rotated: tuple[Tensor, Tensor] = library(*arguments)
-        return rotated
+    model(batch).sum().backward()
+    layers = 2
+    assert (ours.count, library.count) == (2 * layers * (1 + checkpointing), 0), "queries and keys of each layer"
+    ours.count = 0
+    with torch.no_grad():
+        model(batch, plain=True)
+        assert (ours.count, library.count) == (0, layers)
+        plain(batch.input_ids)
+        assert (ours.count, library.count) == (0, 2 * layers)
+    load_model(folder, ModelSection(path=str(folder), dtype="float32"))
+    assert modeling_llama.apply_rotary_pos_emb is stand_in, "one a file"
 
-    monkeypatch.setattr(modeling_qwen3, "apply_rotary_pos_emb", counted)
-    config = modeling_qwen3.Qwen3Config(head_dim=8, hidden_size=16, num_attention_heads=2)
-    plain, fused = (modeling_qwen3.Qwen3RotaryEmbedding(config) for _ in range(2))
-    assert fuse(fused) == [""]
-    calls.clear()
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ours_rotates_as_the_library_does(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     query, key = torch.randn(1, 4, 7, 8, dtype=dtype), torch.randn(1, 2, 7, 8, dtype=dtype)
-    positions = torch.arange(7)[None]
-    rotate = modeling_qwen3.apply_rotary_pos_emb
-    expected = rotate(query, key, *plain(query, positions))
-    assert calls == [4]
-    actual = rotate(query, key, *fused(query, positions))
-    assert calls == [4]
-    for ours, theirs in zip(actual, expected, strict=True):
+    cos, sin = torch.randn(2, 1, 7, 8).to(dtype)
+    library = getattr(modeling_llama.apply_rotary_pos_emb, "library", modeling_llama.apply_rotary_pos_emb)
+    rotate = _stand_in(library)
+    expected = rotate(query, key, cos, sin)
+    cos.of_fused_model = True  # type: ignore[attr-defined]
+    for ours, theirs in zip(rotate(query, key, cos, sin), expected, strict=True):
         assert ours.dtype == dtype
         assert torch.allclose(ours, theirs, rtol=2 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
-    with library_code():
-        rotate(query, key, *fused(query, positions))
-    rotate(query.double(), key.double(), *fused(query, positions))
-    assert calls == [4, 4, 4], "the library's code; angles of another precision"
-    assert fuse(plain) == [""]
-    assert modeling_qwen3.apply_rotary_pos_emb is rotate, "one stand-in a file"
+
+
+def test_angles_of_another_precision_are_left_to_the_library() -> None:
+    """OLMo 2 rotates in fp32, and goes back to bf16."""
+    rotate = _stand_in(getattr(modeling_olmo2.apply_rotary_pos_emb, "library", modeling_olmo2.apply_rotary_pos_emb))
+    query = torch.randn(1, 4, 7, 8, dtype=torch.bfloat16)
+    cos, sin = torch.randn(2, 1, 7, 8)
+    cos.of_fused_model = True  # type: ignore[attr-defined]
+    assert rotate(query, query, cos, sin)[0].dtype == torch.bfloat16
 
 
 def test_gradients_of_the_gate_are_exact() -> None:
