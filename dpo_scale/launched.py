@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -139,12 +140,13 @@ class LastWords:
             return message
         said = self.attempt / "said"
         with suppress(OSError):  # a full disk: better said twice than not at all
-            try:
-                descriptor = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
-            except FileExistsError:
-                return said.read_text(encoding="utf-8") or message
+            descriptor, own = tempfile.mkstemp(prefix="said-", dir=self.attempt)
             with open(descriptor, "w", encoding="utf-8") as file:
                 file.write(message)
+            try:
+                os.link(own, said)  # there at once with its contents: whoever comes second reads all of them
+            except FileExistsError:
+                return said.read_text(encoding="utf-8")
         return message
 
     def tell_launcher(self, message: str) -> None:

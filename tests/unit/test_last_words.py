@@ -1,0 +1,36 @@
+"""Ranks that fail at once on one machine: one cause is said, and all know it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from threading import Barrier, Thread
+
+import pytest
+
+from dpo_scale.console import Console
+from dpo_scale.launched import LastWords
+
+RANKS = 8
+
+
+def test_one_cause_is_said_whatever_fails_at_the_same_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for attempt in range(100):
+        together, said = Barrier(RANKS), []
+        folder = tmp_path / str(attempt)
+        told = [folder / str(rank) / "error.json" for rank in range(RANKS)]
+
+        def fail(rank: int, told: Path, together: Barrier = together, said: list[str] = said) -> None:
+            told.parent.mkdir(parents=True)
+            words = LastWords(Console(is_main=False))
+            words._error_file = told
+            words.console.say = said.append  # type: ignore[assignment, method-assign]
+            together.wait()
+            words(f"rank {rank} failed", cause=True)
+
+        ranks = [Thread(target=fail, args=(rank, path)) for rank, path in enumerate(told)]
+        for rank in ranks:
+            rank.start()
+        for rank in ranks:
+            rank.join()
+        assert len(said) == 1, attempt
+        assert {path.read_text().partition(",")[0] for path in told} == {f'{{"message": "{said[0]}"'}
