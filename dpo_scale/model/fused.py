@@ -211,7 +211,7 @@ def _rotates_by_ours(module: nn.Module) -> bool:
     library = getattr(file, ROTATE, None)
     if library is None:
         return False
-    if not hasattr(library, "library"):
+    if not hasattr(library, "stands_in_for"):
         if not _rotates_halves(library):
             return False
         setattr(file, ROTATE, _stand_in(library))
@@ -238,7 +238,7 @@ def _stand_in(library: Callable[..., Any]) -> Callable[..., Any]:
         cos_B1TD, sin_B1TD = cos.unsqueeze(1), sin.unsqueeze(1)
         return tuple(Rotation.apply(states, cos_B1TD, sin_B1TD) for states in (query, key))  # type: ignore[no-untyped-call]
 
-    rotate.library = library  # type: ignore[attr-defined]
+    rotate.stands_in_for = library  # type: ignore[attr-defined]
     return rotate
 
 

@@ -147,7 +147,7 @@ def test_a_fused_model_alone_is_rotated_by_ours(
 ) -> None:
     """The library's function belongs to a file, and another model of that file is none of ours."""
     stand_in = modeling_llama.apply_rotary_pos_emb
-    library = Calls(getattr(stand_in, "library", stand_in))
+    library = Calls(getattr(stand_in, "stands_in_for", stand_in))
     monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", library)
     register("sdpa")
     folder = save_tiny_model(tmp_path, "llama")
@@ -183,7 +183,7 @@ def test_ours_rotates_as_the_library_does(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     query, key = torch.randn(1, 4, 7, 8, dtype=dtype), torch.randn(1, 2, 7, 8, dtype=dtype)
     cos, sin = torch.randn(2, 1, 7, 8).to(dtype)
-    library = getattr(modeling_llama.apply_rotary_pos_emb, "library", modeling_llama.apply_rotary_pos_emb)
+    library = getattr(modeling_llama.apply_rotary_pos_emb, "stands_in_for", modeling_llama.apply_rotary_pos_emb)
     rotate = _stand_in(library)
     expected = rotate(query, key, cos, sin)
     cos.of_fused_model = True  # type: ignore[attr-defined]
@@ -194,7 +194,9 @@ def test_ours_rotates_as_the_library_does(dtype: torch.dtype) -> None:
 
 def test_angles_of_another_precision_are_left_to_the_library() -> None:
     """OLMo 2 rotates in fp32, and goes back to bf16."""
-    rotate = _stand_in(getattr(modeling_olmo2.apply_rotary_pos_emb, "library", modeling_olmo2.apply_rotary_pos_emb))
+    rotate = _stand_in(
+        getattr(modeling_olmo2.apply_rotary_pos_emb, "stands_in_for", modeling_olmo2.apply_rotary_pos_emb)
+    )
     query = torch.randn(1, 4, 7, 8, dtype=torch.bfloat16)
     cos, sin = torch.randn(2, 1, 7, 8)
     cos.of_fused_model = True  # type: ignore[attr-defined]
