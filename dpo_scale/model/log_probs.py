@@ -106,23 +106,28 @@ class ChunkedLogProbs(torch.autograd.Function):
         grad_weight_VH = torch.zeros_like(weight_VH, dtype=grad_C.dtype) if wants_weight else None
         grad_bias_V = None if bias_V is None else torch.zeros_like(bias_V, dtype=grad_C.dtype)
         for rows in _chunks(len(targets_C), len(weight_VH), hidden_CH.device):
-            # d logp / d logits = one_hot(target) - softmax(logits)
+            # d logp / d logits = one_hot(target) - softmax(logits) = -scale_c * residual_cV. Factors of whole rows are
+            # applied to hidden states, of which there are fewer than logits.
+            logits_cV = None
             if kept_CV is None:
-                logits_cV = head.logits(hidden_CH[rows])
-                grad_cV = logits_cV.clone() if ctx.transform.softcap else logits_cV
-                grad_cV.sub_(lse_C[rows, None]).exp_().mul_(-grad_C[rows, None])
+                residual_cV = head.logits(hidden_CH[rows])
+                logits_cV = residual_cV.clone() if ctx.transform.softcap else None
+                residual_cV.sub_(lse_C[rows, None]).exp_()
+                scale_c = torch.ones_like(grad_C[rows])
             else:
-                logits_cV = None
-                grad_cV = kept_CV * (-grad_C * torch.exp(highest_C - lse_C))[:, None]
-            grad_cV.scatter_add_(1, targets_C[rows, None], grad_C[rows, None])
-            grad_cV = ctx.transform.backward(grad_cV, logits_cV)
+                residual_cV = kept_CV  # exp(logits - highest)
+                scale_c = torch.exp(highest_C - lse_C)
+            residual_cV.scatter_add_(1, targets_C[rows, None], -scale_c.reciprocal()[:, None])
+            residual_cV = ctx.transform.backward(residual_cV, logits_cV)
             del logits_cV
-            grad_hidden_CH[rows] = head.back_to_hidden(grad_cV)
-            if grad_weight_VH is not None:
-                head.add_weight_grad(grad_weight_VH, grad_cV, hidden_CH[rows])
+            factor_c = -grad_C[rows] * scale_c
             if grad_bias_V is not None:
-                grad_bias_V += grad_cV.sum(0)
-            del grad_cV  # as above
+                grad_bias_V += factor_c @ residual_cV
+            residual_cV = head.operand(residual_cV)
+            grad_hidden_CH[rows] = head.back_to_hidden(residual_cV).mul_(factor_c[:, None])
+            if grad_weight_VH is not None:
+                head.add_weight_grad(grad_weight_VH, residual_cV, factor_c[:, None] * hidden_CH[rows])
+            del residual_cV  # as above
         return grad_hidden_CH, grad_weight_VH, grad_bias_V, None, None
 
 
@@ -144,17 +149,19 @@ class _Head:
             logits_cV += self._bias_V
         return self._transform.forward(logits_cV)
 
-    def back_to_hidden(self, grad_cV: Tensor) -> Tensor:
-        return self._product(self._operand(grad_cV), self._weight_VH)
-
-    def add_weight_grad(self, total_VH: Tensor, grad_cV: Tensor, hidden_cH: Tensor) -> None:
-        if self._native:
-            total_VH += self._product(self._operand(grad_cV).t(), hidden_cH)
-        else:
-            total_VH.addmm_(grad_cV.t(), _at_least_fp32(hidden_cH))
-
-    def _operand(self, values: Tensor) -> Tensor:
+    def operand(self, values: Tensor) -> Tensor:
+        """As a factor of the products."""
         return values.to(self._weight_VH.dtype)
+
+    def back_to_hidden(self, residual_cV: Tensor) -> Tensor:
+        return self._product(residual_cV, self._weight_VH)
+
+    def add_weight_grad(self, total_VH: Tensor, residual_cV: Tensor, hidden_cH: Tensor) -> None:
+        hidden_cH = self.operand(hidden_cH)
+        if self._native:
+            torch.addmm(total_VH, residual_cV.t(), hidden_cH, out_dtype=total_VH.dtype, out=total_VH)
+        else:
+            total_VH.addmm_(residual_cV.t(), hidden_cH)
 
     def _product(self, left: Tensor, right: Tensor) -> Tensor:
         if self._native:

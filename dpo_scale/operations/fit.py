@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from dpo_scale.distributed.zero_config import read_policy_config
-from dpo_scale.operations.memory import Head, MicroBatchShape, Moment, peak, scoring_moments, training_moments
+from dpo_scale.operations.memory import MicroBatchShape, Moment, peak, scoring_moments, training_moments
 from dpo_scale.operations.scaling import Cluster
 from dpo_scale.operations.workload import Workload
 from dpo_scale.operations.zero_memory import ZeroSettings, parameters_of, states
@@ -25,7 +25,7 @@ OTHER_OFFLOADS = ("zero3_offload_optimizer.json", "zero3_offload_all.json")
 def scaled(shape: MicroBatchShape, tokens: int) -> MicroBatchShape:
     """The same mix of pairs with another number of tokens."""
     completions = int(shape.head.completion_tokens * tokens / shape.activations.tokens)
-    head = Head(completions, shape.head.hidden, shape.head.vocabulary)
+    head = replace(shape.head, completion_tokens=completions)
     return MicroBatchShape(shape.activations.of(tokens), head, shape.checked_tokens)
 
 

@@ -58,6 +58,8 @@ class Head:
     completion_tokens: int
     hidden: int
     vocabulary: int
+    soft_capped: bool = False
+    """Whether logits pass through a tanh, whose gradient needs them beside itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,21 +113,22 @@ class HeadMemory:
 def head_memory(head: Head, dtype_bytes: int, device: Device) -> HeadMemory:
     """Follows `model.log_probs.ChunkedLogProbs`.
 
-    A GPU multiplies in the model's dtype and adds each chunk's product to the fp32 gradient of the weight; a CPU works
-    on an fp32 copy of the weight, which in fp32 is the weight itself.
+    A GPU multiplies in the model's dtype; a CPU works on an fp32 copy of the weight, in fp32 the weight itself.
     """
     rows, weight = head.completion_tokens, head.vocabulary * head.hidden
     in_a_chunk = min(rows, max(16, device.chunk_elements // head.vocabulary))
-    chunk, only = in_a_chunk * head.vocabulary, in_a_chunk == rows
+    chunk, kept = in_a_chunk * head.vocabulary, in_a_chunk == rows and not head.soft_capped
     native = not device.is_cpu and dtype_bytes < 4
     converted = 4 * weight if dtype_bytes < 4 and not native else 0
     saved = rows * (head.hidden * dtype_bytes + 4 + 4 + 8 + 8)  # log-prob, log-sum-exp, target, predictor
-    saved += 4 * (chunk + rows) if only else 0  # an only chunk is kept, with its highest logits
-    forward = saved + converted + (0 if only else 4 * chunk)
+    saved += 4 * (chunk + rows) if kept else 0  # an only chunk is kept, with its highest logits
+    forward = saved + converted + (0 if kept else 4 * chunk)
     held = saved + converted + rows * head.hidden * dtype_bytes + 4 * weight
-    product = (dtype_bytes * chunk + 4 * weight) if native else 0
-    backward = held + 4 * chunk + product  # the gradient of the logits takes their place
-    return HeadMemory(saved, forward, max(backward, held + dtype_bytes * weight * (dtype_bytes < 4)))
+    # The gradient takes the place of the logits, or of what was kept of them.
+    beside = 4 * chunk if head.soft_capped else dtype_bytes * chunk if native else 0
+    backward = held + (0 if kept else 4 * chunk) + beside
+    rounded = held - converted + dtype_bytes * weight * (dtype_bytes < 4)  # the gradient as the weight's dtype has it
+    return HeadMemory(saved, forward, max(backward, rounded))
 
 
 def layout_check_bytes(completion_tokens: int, vocabulary: int, dtype_bytes: int) -> int:

@@ -29,6 +29,7 @@ from dpo_scale.errors import UserError
 from dpo_scale.model.attention import ATTENTION, Kernel, register
 from dpo_scale.model.fused import fuse
 from dpo_scale.model.loading import switch_dropout_off
+from dpo_scale.model.log_probs import LogitTransform
 from dpo_scale.operations.memory import Activations, Head, MicroBatchShape, UnitMemory
 from dpo_scale.operations.zero_memory import Parameter, Unit
 
@@ -314,4 +315,5 @@ def micro_batch_shape(
     head: Any = meta.model.get_output_embeddings()  # type: ignore[operator]
     vocabulary, hidden = head.weight.shape
     small, large = (trace(meta, b, checkpointing=checkpointing, training=training) for b in (batch, twice))
-    return MicroBatchShape(large - small, Head(batch.targets.numel(), hidden, vocabulary), checked_tokens)
+    capped = LogitTransform.of_config(meta.model.config.get_text_config()).softcap is not None  # type: ignore[union-attr, operator]
+    return MicroBatchShape(large - small, Head(batch.targets.numel(), hidden, vocabulary, capped), checked_tokens)

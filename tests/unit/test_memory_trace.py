@@ -144,9 +144,12 @@ def test_the_peak_of_forward_and_backward_is_that_of_torchs_allocator(checkpoint
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize(("rows", "vocabulary"), [(50, 3000), (3000, 9000)], ids=["one chunk", "many chunks"])
-def test_the_head_takes_what_torchs_allocator_gives_it(dtype: torch.dtype, rows: int, vocabulary: int) -> None:
-    head = Head(rows, 48, vocabulary)
+def test_the_head_takes_what_torchs_allocator_gives_it(
+    dtype: torch.dtype, rows: int, vocabulary: int, softcap: float | None
+) -> None:
+    head = Head(rows, 48, vocabulary, softcap is not None)
     memory = head_memory(head, dtype.itemsize, CPU)
     weight = torch.randn(vocabulary, 48).to(dtype).requires_grad_()
     source = torch.randn(rows, 48).to(dtype).requires_grad_()
@@ -155,7 +158,7 @@ def test_the_head_takes_what_torchs_allocator_gives_it(dtype: torch.dtype, rows:
     loss: list[torch.Tensor] = []
 
     def forward() -> None:
-        logps = ChunkedLogProbs.apply(source + 0, weight, None, targets, LogitTransform())  # type: ignore[no-untyped-call]
+        logps = ChunkedLogProbs.apply(source + 0, weight, None, targets, LogitTransform(1.0, softcap))  # type: ignore[no-untyped-call]
         loss[:] = [logps]
 
     def backward() -> None:
