@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ def leave_out_unused_ops() -> None:
     """
     import deepspeed.ops
 
-    deepspeed.ops.__compatible_ops__ = {}  # read by nothing else
+    deepspeed.ops.__compatible_ops__ = defaultdict(bool)  # False for every op; read by nothing else
 
 
 def needed_ops(policy: Mapping[str, Any], reference_offload: str) -> dict[str, str]:
