@@ -26,6 +26,13 @@ from dpo_scale.data.token_pairs import TokenIds, TokenPair
 Layout = Literal["shared", "packed", "padded"]
 
 
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """The tensor on the device, for which the host does not wait: to a GPU, only pinned memory is copied meanwhile."""
+    if torch.device(device).type == "cuda" and not tensor.is_cuda:
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 @dataclass(frozen=True, slots=True)
 class PromptCompletions:
     """A prompt with the completions that are scored after it; a preference pair has two, chosen first."""
@@ -99,9 +106,9 @@ class Segments:
     def to(self, device: torch.device | str) -> Segments:
         return replace(
             self,
-            cu_queries=self.cu_queries.to(device, non_blocking=True),
-            cu_keys=self.cu_keys.to(device, non_blocking=True),
-            key_index=None if self.key_index is None else self.key_index.to(device, non_blocking=True),
+            cu_queries=to_device(self.cu_queries, device),
+            cu_keys=to_device(self.cu_keys, device),
+            key_index=None if self.key_index is None else to_device(self.key_index, device),
             masks={},
         )
 
@@ -132,7 +139,7 @@ class MicroBatch:
         for name in (each.name for each in fields(self)):
             value = getattr(self, name)
             if isinstance(value, Tensor):
-                moved[name] = value.to(device, non_blocking=True)
+                moved[name] = to_device(value, device)
             elif isinstance(value, Segments):
                 moved[name] = value.to(device)
         return replace(self, **moved)

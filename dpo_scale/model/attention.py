@@ -35,6 +35,8 @@ ATTENTION = "dpo_scale"
 
 Kernel = Literal["varlen", "flash_attn", "flex", "sdpa"]
 
+LARGEST_FLASH_HEAD = 256
+"""Largest size of a head that FlashAttention's kernels take."""
 
 HARMLESS_TENSORS = ("position_ids", "cache_position", "cu_seq_lens_q", "cu_seq_lens_k")
 """Tensors that a model may hand to its attention without changing what is computed here."""
@@ -204,8 +206,7 @@ def segment_attention(
         _observation.windows.add(sliding_window)
     assert query_BNTD.shape[0] == 1, "segments describe a single row"
     scale = scaling if scaling is not None else query_BNTD.shape[-1] ** -0.5
-    if kernel == "sdpa" or (kernel == "varlen" and (softcap or dropout)):
-        # torch's variable-length kernel has neither soft-capping nor dropout
+    if kernel == "sdpa" or _lacks(kernel, query_BNTD.shape[-1], bool(softcap or dropout)):
         return _by_segment(query_BNTD, key_BGTD, value_BGTD, segments, scale, dropout, sliding_window, softcap)
     if kernel == "flex":
         if dropout:
@@ -241,6 +242,13 @@ def segment_attention(
         softcap=softcap or 0.0,
     )
     return output[None, ..., :value_size]
+
+
+def _lacks(kernel: Kernel, head_size: int, capped_or_dropped: bool) -> bool:
+    """What FlashAttention, and torch's kernel made of it, do not have, neither forward nor backward."""
+    if kernel == "varlen":
+        return capped_or_dropped or head_size % 8 > 0 or head_size > LARGEST_FLASH_HEAD
+    return kernel == "flash_attn" and head_size > LARGEST_FLASH_HEAD
 
 
 def _torch_varlen(

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dpo_scale.data.layouts import Layout, MicroBatch, PromptCompletions, collate
+from dpo_scale.data.layouts import Layout, MicroBatch, PromptCompletions, collate, to_device
 from dpo_scale.data.planning import StepPlan
 from dpo_scale.data.token_pairs import TokenPairs
 from dpo_scale.objectives import preference_loss, reduce_log_probs
@@ -62,7 +62,7 @@ def pair_log_probs(
 ) -> PairLogProbs:
     """Reduce the policy's token log-probs and set the reference's beside them."""
     policy_S = reduce_log_probs(token_logps_C, batch.sequence_of_target, batch.lengths, loss.reduction)
-    reference_P2 = torch.from_numpy(reference).to(policy_S)
+    reference_P2 = to_device(torch.from_numpy(reference).to(policy_S.dtype), policy_S.device)
     return PairLogProbs(policy_S[0::2], policy_S[1::2], reference_P2[:, 0], reference_P2[:, 1])
 
 

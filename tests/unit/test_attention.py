@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from dpo_scale.data.layouts import Layout, PromptCompletions, Segment, Segments, collate
 from dpo_scale.errors import UserError
-from dpo_scale.model import attention
+from dpo_scale.model import attention, flex_attention
 from dpo_scale.model.attention import (
     UnsupportedAttentionError,
     choose_kernel,
@@ -163,17 +163,15 @@ def test_dropout_is_off_in_training_unless_asked_for(tmp_path: Path) -> None:
     assert not torch.allclose(_log_prob_sums(on, groups, "shared"), _log_prob_sums(on, groups, "shared"))
 
 
-def _one_mask(segments: Segments, positions: list[int], window: int | None) -> Tensor:
+def _one_mask(segments: Segments, positions: np.ndarray, window: int | None) -> Tensor:
     """The whole [T, T] mask from first principles: who a token descends from, and how far back that is."""
-    length = len(positions)
-    mask = torch.zeros(length, length, dtype=torch.bool)
+    mask = np.zeros((len(positions), len(positions)), dtype=bool)
     for segment in segments.segments:
         for query in range(segment.start, segment.stop):
-            ancestors = [*range(segment.prefix_start, segment.prefix_stop), *range(segment.start, query + 1)]
-            for key in ancestors:
-                if window is None or positions[query] - positions[key] < window:
-                    mask[query, key] = True
-    return mask
+            ancestors = np.r_[segment.prefix_start : segment.prefix_stop, segment.start : query + 1]
+            near = positions[query] - positions[ancestors] < (window or len(positions))
+            mask[query, ancestors[near]] = True
+    return torch.from_numpy(mask)
 
 
 @pytest.mark.parametrize("layout", ["shared", "packed"])
@@ -192,7 +190,7 @@ def test_kernels_equal_one_softmax_over_the_masked_row(
 
     scores = 0.3 * torch.einsum("bhqd,bhkd->bhqk", query.double(), key.double().repeat_interleave(2, 1))
     scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
-    mask = _one_mask(batch.segments, batch.position_ids[0].tolist(), window)
+    mask = _one_mask(batch.segments, batch.position_ids[0].numpy(), window)
     weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
     expected = (weights @ value.double().repeat_interleave(2, 1)).transpose(1, 2)
 
@@ -209,6 +207,36 @@ def test_kernels_equal_one_softmax_over_the_masked_row(
         )
     assert actual.shape == (1, length, heads, size)
     assert (actual - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("layout", ["shared", "packed"])
+@pytest.mark.parametrize("window", [None, 1, 150, 1000])
+def test_the_blocks_of_flex_attention_are_those_of_the_whole_mask(layout: Layout, window: int | None) -> None:
+    """Blocks that a kernel skips, masks or takes whole; the last one of a row is not full."""
+    lengths = [(300, 1, 300), (130, 257, 64), (1, 1, 90), (300, 17, 1), (128, 256, 0), (5, 0, 300), (600, 2, 2)]
+    groups = [
+        PromptCompletions(np.zeros(p, np.int32), (np.zeros(c, np.int32), np.zeros(r, np.int32))) for p, c, r in lengths
+    ]
+    batch = collate(groups, layout)
+    assert batch.segments is not None
+    whole = _one_mask(batch.segments, batch.position_ids[0].numpy(), window)
+    mask = flex_attention._block_mask(batch.segments, window, CPU)
+
+    length, size = len(whole), flex_attention.BLOCK_SIZE
+    assert length % size
+    padded = torch.nn.functional.pad(whole, (0, -length % size, 0, -length % size))
+    share = padded.unflatten(1, (-1, size)).unflatten(0, (-1, size)).float().mean((1, 3))
+    assert torch.equal(mask.to_dense()[0, 0].bool(), share > 0)
+    full = torch.zeros_like(share, dtype=torch.bool)
+    assert mask.full_kv_num_blocks is not None
+    assert mask.full_kv_indices is not None
+    for row, (number, indices) in enumerate(
+        zip(mask.full_kv_num_blocks[0, 0], mask.full_kv_indices[0, 0], strict=True)
+    ):
+        full[row, indices[:number].long()] = True
+    assert torch.equal(full, share == 1)
+    query, key = torch.meshgrid(torch.arange(length), torch.arange(length), indexing="ij")
+    assert torch.equal(mask.mask_mod(torch.tensor(0), torch.tensor(0), query, key), whole)
 
 
 def test_masks_are_made_once_for_all_layers_of_a_kind(monkeypatch: pytest.MonkeyPatch, model_folder: Any) -> None:
@@ -235,6 +263,17 @@ def test_the_scale_defaults_to_the_inverse_root_of_the_head_size() -> None:
     query, key, value = torch.randn(3, 1, 2, batch.input_ids.shape[1], 16).unbind()
     given = segment_attention(query, key, value, batch.segments, kernel="sdpa", scaling=0.25)
     assert torch.equal(segment_attention(query, key, value, batch.segments, kernel="sdpa"), given)
+
+
+@pytest.mark.parametrize(("kernel", "size"), [("varlen", 20), ("varlen", 320), ("flash_attn", 320)])
+def test_sizes_of_heads_that_a_kernel_does_not_take_are_computed_by_segment(
+    kernel: attention.Kernel, size: int
+) -> None:
+    batch = collate(_pairs(), "shared")
+    assert batch.segments is not None
+    query, key, value = torch.randn(3, 1, 2, batch.input_ids.shape[1], size).unbind()
+    by_segment = segment_attention(query, key, value, batch.segments, kernel="sdpa")
+    assert torch.equal(segment_attention(query, key, value, batch.segments, kernel=kernel), by_segment)
 
 
 def test_extra_tensors_are_refused_and_noted_while_observed() -> None:
