@@ -223,6 +223,16 @@ def test_an_only_chunk_gives_the_same_gradients(transform: LogitTransform, monke
         assert torch.allclose(leaf.grad, expected, rtol=1e-10, atol=1e-12)  # type: ignore[union-attr, arg-type]
 
 
+def test_a_second_backward_through_an_only_chunk_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first one made the gradient of what was kept: another from it would be wrong."""
+    monkeypatch.setitem(log_probs.CHUNK_ELEMENTS, "cpu", NUM_TOKENS * VOCABULARY)
+    hidden, weight, _, targets, grad = _operands(torch.float32, bias=False)
+    logps = ChunkedLogProbs.apply(hidden, weight, None, targets, LogitTransform())
+    logps.backward(grad, retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        logps.backward(grad)
+
+
 def _load(folder: Path, model_type: str, **settings: Any) -> nn.Module:
     save_tiny_model(folder, model_type, **settings)
     register("sdpa")
