@@ -52,19 +52,14 @@ class PlainPolicy:
 
 
 def _batches(layout: Layout) -> list[PairBatch]:
+    """Two micro-batches of two pairs."""
     rng = np.random.default_rng(0)
     made = []
     for first in (0, 2):
-        groups = [
-            PromptCompletions(*(rng.integers(0, 512, n).astype(np.int32) for n in (40,)), _completions(rng))
-            for _ in range(2)
-        ]
+        ids = rng.integers(0, 512, (2, 120)).astype(np.int32)
+        groups = [PromptCompletions(row[:40], (row[40:70], row[70:])) for row in ids]
         made.append(PairBatch(collate(groups, layout), np.arange(first, first + 2), 1.0))
     return made
-
-
-def _completions(rng: np.random.Generator) -> tuple[np.ndarray, ...]:
-    return tuple(rng.integers(0, 512, n).astype(np.int32) for n in (30, 50))
 
 
 @pytest.mark.parametrize(
@@ -93,7 +88,9 @@ def test_a_step_does_not_wait_for_the_device(kernel: Kernel, layout: Layout) -> 
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             step(batches)
+            torch.ones((), device=device).item()  # waits, and must be seen to
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert [w for w in caught if w.filename == __file__]
     package = str(Path(dpo_scale.__file__).parent)
     assert not [f"{w.filename}:{w.lineno}: {w.message}" for w in caught if w.filename.startswith(package)]
