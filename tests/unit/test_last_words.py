@@ -34,3 +34,4 @@ def test_one_cause_is_said_whatever_fails_at_the_same_moment(tmp_path: Path, mon
             rank.join()
         assert len(said) == 1, attempt
         assert {path.read_text().partition(",")[0] for path in told} == {f'{{"message": "{said[0]}"'}
+        assert {path.name for path in folder.iterdir()} == {"said", *(str(rank) for rank in range(RANKS))}
