@@ -13,7 +13,7 @@ for candidate in "${PYTHON:-python3}" python3.13 python3.12 python3.11 python3.1
     fi
 done
 [ -n "$python" ] || { echo "dpo_scale needs Python 3.10 to 3.13; set PYTHON to one" >&2; exit 1; }
-# DeepSpeed compiles its CPU communication code at the first start.
+# DeepSpeed compiles its op for NVMe at run time, Triton what it launches on GPUs, and tests a communication op.
 command -v c++ >/dev/null || command -v g++ >/dev/null || {
     echo "dpo_scale needs a C++ compiler (Debian: apt-get install g++)" >&2
     exit 1

@@ -245,7 +245,7 @@ def segment_attention(
 
 
 def _lacks(kernel: Kernel, head_size: int, capped_or_dropped: bool) -> bool:
-    """What FlashAttention, and torch's kernel made of it, do not have, neither forward nor backward."""
+    """Whether a kernel cannot compute this: FlashAttention, or what torch made of it, forward and backward."""
     if kernel == "varlen":
         return capped_or_dropped or head_size % 8 > 0 or head_size > LARGEST_FLASH_HEAD
     return kernel == "flash_attn" and head_size > LARGEST_FLASH_HEAD
