@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 
 from dpo_scale.data.rows import Block, Unreadable
 from dpo_scale.errors import DataError
@@ -50,8 +48,9 @@ def read_file(file: Path) -> Iterator[Block]:
 def count_rows(file: Path) -> int:
     """How many rows `read_file` gives, without parsing those of JSON Lines or decoding those of Parquet."""
     if _reader(file) is _parquet:
-        with _open_parquet(file) as table:
-            return int(table.metadata.num_rows)
+        from dpo_scale.data import tables  # as below
+
+        return tables.count_parquet_rows(file)
     return sum(len(block) for block in read_file(file))
 
 
@@ -63,25 +62,6 @@ def is_known(file: Path) -> bool:
 def known_suffixes() -> str:
     """The kinds of files, for messages."""
     return ", ".join(suffix for suffix, _ in _READERS) + " (text also as .gz or .zst)"
-
-
-def table_blocks(file: str, batches: Iterator[pyarrow.RecordBatch]) -> Iterator[Block]:
-    """Arrow batches as blocks of bounded size, numbered from 1; ends with the reason where they cannot be read."""
-    number = 1
-    while True:
-        try:
-            batch = next(batches, None)
-        except (pyarrow.ArrowException, OSError) as error:
-            yield Block(file, np.array([number], np.int64), [Unreadable(f"{DAMAGED} ({error})")])
-            return
-        if batch is None:
-            return
-        rows = max(1, min(BLOCK_ROWS, BLOCK_BYTES * len(batch) // max(1, batch.nbytes)))
-        for start in range(0, len(batch), rows):
-            part = np.arange(start, min(start + rows, len(batch)))
-            # Taken, not sliced: a slice would carry the whole batch to another process.
-            yield Block(file, number + part, batch.take(pyarrow.array(part)))
-        number += len(batch)
 
 
 def _text_blocks(file: Path, rows: Iterable[Numbered]) -> Iterator[Block]:
@@ -110,6 +90,8 @@ def _open_bytes(file: Path) -> Iterator[IO[bytes]]:
         with gzip.GzipFile(file, "rb") as unzipped:
             yield io.BufferedReader(unzipped)  # a small buffer: what it holds is lost at a damage
     elif file.suffix == ".zst":
+        import pyarrow  # as below
+
         with pyarrow.input_stream(str(file), compression="zstd") as compressed:
             yield io.BufferedReader(compressed)
     else:
@@ -304,39 +286,19 @@ def _json_cell(cell: str) -> Any:
         return cell
 
 
-# --- columns -----------------------------------------------------------------------------------
-
-
-@contextmanager
-def _open_parquet(file: Path) -> Iterator[pyarrow.parquet.ParquetFile]:
-    try:
-        table = pyarrow.parquet.ParquetFile(file)
-    except pyarrow.ArrowInvalid as error:
-        raise DataError(f"{file}: not a readable Parquet file ({error})") from error
-    with table:
-        yield table
+# --- tables -----------------------------------------------------------------------------------
 
 
 def _parquet(file: Path) -> Iterator[Block]:
-    with _open_parquet(file) as table:
-        groups = [table.metadata.row_group(index) for index in range(table.num_row_groups)]
-        row_bytes = max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=0)
-        rows = max(1, min(2 * BLOCK_ROWS, BLOCK_BYTES // max(1, row_bytes)))
-        yield from table_blocks(str(file), table.iter_batches(batch_size=rows))
+    from dpo_scale.data import tables  # pyarrow takes 30 MiB, which a rank that finds the store filled can do without
+
+    return tables.parquet_blocks(file)
 
 
 def _arrow(file: Path) -> Iterator[Block]:
-    try:
-        with pyarrow.memory_map(str(file)) as stream:
-            try:
-                table = pyarrow.ipc.open_file(stream)
-                batches = (table.get_batch(index) for index in range(table.num_record_batches))
-            except pyarrow.ArrowInvalid:
-                stream.seek(0)
-                batches = iter(pyarrow.ipc.open_stream(stream))
-            yield from table_blocks(str(file), batches)
-    except pyarrow.ArrowInvalid as error:
-        raise DataError(f"{file}: not a readable Arrow file ({error})") from error
+    from dpo_scale.data import tables  # as above
+
+    return tables.arrow_blocks(file)
 
 
 _READERS: Sequence[tuple[str, Callable[[Path], Iterator[Block]]]] = (

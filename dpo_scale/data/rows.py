@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow
+
+if TYPE_CHECKING:
+    import pyarrow
 
 Numbers = npt.NDArray[np.int64]
 
@@ -62,20 +64,21 @@ class Block:
 
     def take(self, copies: Numbers) -> Block:
         """The rows that are wanted, int64 [rows] times each. What cannot be read is never left out."""
-        if isinstance(self.contents, pyarrow.RecordBatch):
-            kept = np.flatnonzero(copies)
-            contents: Any = self.contents.take(pyarrow.array(kept))
-        else:
+        contents: Any
+        if isinstance(self.contents, Sequence):
             unreadable = np.array([isinstance(content, Unreadable) for content in self.contents], np.bool_)
             copies = np.where(unreadable, 1, copies)
             kept = np.flatnonzero(copies)
             contents = [self.contents[position] for position in kept.tolist()]
+        else:
+            kept = np.flatnonzero(copies)
+            contents = self.contents.take(kept)
         return Block(self.file, self.numbers[kept], contents, copies[kept])
 
     def rows(self) -> Iterator[Row]:
         """The rows, parsed."""
         contents = self.contents
-        values = _table_rows(contents) if isinstance(contents, pyarrow.RecordBatch) else contents
+        values = contents if isinstance(contents, Sequence) else _table_rows(contents)
         for number, value in zip(self.numbers.tolist(), values, strict=True):
             yield _row(f"{self.file}:{number}", value)
 

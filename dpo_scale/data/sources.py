@@ -117,9 +117,11 @@ def open_dataset(path: str) -> Any:
 def _all_blocks(path: str) -> Iterator[Block]:
     files = source_files(path)
     if not files or _dataset_folder(path) is not None:
+        from dpo_scale.data.tables import table_blocks  # loads pyarrow, which is left to those who read
+
         tables = open_dataset(path).with_format("arrow").iter(batch_size=2 * readers.BLOCK_ROWS)
         batches = (batch for table in tables for batch in table.combine_chunks().to_batches())
-        yield from readers.table_blocks(path, batches)
+        yield from table_blocks(path, batches)
         return
     for file in files:
         yield from readers.read_file(file)

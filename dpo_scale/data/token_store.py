@@ -32,6 +32,7 @@ from dpo_scale.recipe import DataSection, DataSource, cache_root
 _CODE = (
     "rows.py",
     "readers.py",
+    "tables.py",
     "sources.py",
     "row_values.py",
     "completions.py",

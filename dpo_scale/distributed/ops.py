@@ -1,4 +1,4 @@
-"""DeepSpeed's C++ parts that a run compiles at its first start: which, and whether this machine can."""
+"""What DeepSpeed compiles at run time: which of it a run needs, and whether this machine can."""
 
 from __future__ import annotations
 
@@ -35,6 +35,21 @@ def leave_out_unused_ops() -> None:
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__ = defaultdict(bool)  # False for every op; read by nothing else
+
+
+def load_muon_uncompiled() -> None:
+    """Let ZeRO-3 ask whether the optimizer is Muon, as it does at every start, without loading torch's compiler.
+
+    That module compiles what it defines, which takes each rank a second and 40 MiB, and nothing here uses it.
+    """
+    from deepspeed.runtime import compiler
+
+    compile_decorator = compiler.compile
+    compiler.compile = lambda: compiler.dummy_decorator
+    try:
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+    finally:
+        compiler.compile = compile_decorator
 
 
 def needed_ops(policy: Mapping[str, Any], reference_offload: str) -> dict[str, str]:

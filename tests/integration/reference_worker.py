@@ -21,7 +21,7 @@ import torch
 from dpo_scale.console import Console
 from dpo_scale.data.layouts import PromptCompletions, collate
 from dpo_scale.data.token_pairs import TokenPairs
-from dpo_scale.distributed.engines import ReferenceEngine, loading_for, pin_where_it_fits
+from dpo_scale.distributed.engines import PolicyEngine, ReferenceEngine, loading_for, pin_where_it_fits
 from dpo_scale.distributed.runtime import Runtime, start, stop
 from dpo_scale.errors import UserError
 from dpo_scale.inputs import Data, prepare_data
@@ -248,8 +248,21 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
+UNNEEDED = ("torch._inductor.compile_fx", "pyarrow", "datasets", "pandas", "plotly")
+"""What takes a rank time and memory to load, and serves only compiled kernels, some kinds of data files or reports."""
+
+
+def loaded_in_vain(recipe: Recipe, runtime: Runtime, data: Data, folder: Path) -> list[str]:
+    """Unneeded packages that this rank has loaded, with both engines built."""
+    register_attention(recipe.model, runtime.ranks.device)
+    with loading_for(runtime.accelerator, "policy"):
+        model = load_model(data.model_folder, recipe.model)
+    PolicyEngine(runtime.accelerator, model, torch.optim.AdamW(model.parameters()), recipe)
+    return [name for name in UNNEEDED if name in sys.modules]
+
+
 SCENARIOS: dict[str, Sequence[Any]] = {
-    "two_ranks": (settings_and_data, overwritten, engine, architectures, disks, per_batch, one_step),
+    "two_ranks": (settings_and_data, overwritten, engine, architectures, disks, per_batch, one_step, loaded_in_vain),
     "one_rank": (other_world, memory, not_finite),
 }
 

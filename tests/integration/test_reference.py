@@ -123,6 +123,10 @@ def one_rank(launcher: Launcher, folder: Path, two_ranks: list[dict[str, Any]]) 
     return run_worker(launcher, folder, "one_rank", [f"train={folder / 'train.jsonl'}"], 1)[0]
 
 
+def test_ranks_load_no_package_that_they_do_not_need(two_ranks: list[dict[str, Any]]) -> None:
+    assert [rank["loaded_in_vain"] for rank in two_ranks] == [[], []]
+
+
 def test_only_rows_that_were_never_scored_are_scored(two_ranks: list[dict[str, Any]]) -> None:
     """Learning rate, folder, epochs, seed, batch, layout, loss, schedule, offload and order are not in the key."""
     for rank in two_ranks:

@@ -1,0 +1,74 @@
+"""Parquet and Arrow -> blocks of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+
+from dpo_scale.data import readers
+from dpo_scale.data.rows import Block, Unreadable
+from dpo_scale.errors import DataError
+
+
+def table_blocks(file: str, batches: Iterator[pyarrow.RecordBatch]) -> Iterator[Block]:
+    """Arrow batches as blocks of bounded size, numbered from 1; ends with the reason where they cannot be read."""
+    number = 1
+    while True:
+        try:
+            batch = next(batches, None)
+        except (pyarrow.ArrowException, OSError) as error:
+            yield Block(file, np.array([number], np.int64), [Unreadable(f"{readers.DAMAGED} ({error})")])
+            return
+        if batch is None:
+            return
+        rows = max(1, min(readers.BLOCK_ROWS, readers.BLOCK_BYTES * len(batch) // max(1, batch.nbytes)))
+        for start in range(0, len(batch), rows):
+            part = np.arange(start, min(start + rows, len(batch)))
+            # Taken, not sliced: a slice would carry the whole batch to another process.
+            yield Block(file, number + part, batch.take(pyarrow.array(part)))
+        number += len(batch)
+
+
+@contextmanager
+def _open_parquet(file: Path) -> Iterator[pyarrow.parquet.ParquetFile]:
+    try:
+        table = pyarrow.parquet.ParquetFile(file)
+    except pyarrow.ArrowInvalid as error:
+        raise DataError(f"{file}: not a readable Parquet file ({error})") from error
+    with table:
+        yield table
+
+
+def count_parquet_rows(file: Path) -> int:
+    """How many rows a file has, without decoding them."""
+    with _open_parquet(file) as table:
+        return int(table.metadata.num_rows)
+
+
+def parquet_blocks(file: Path) -> Iterator[Block]:
+    """The rows of a Parquet file. Raises DataError where it is none."""
+    with _open_parquet(file) as table:
+        groups = [table.metadata.row_group(index) for index in range(table.num_row_groups)]
+        row_bytes = max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=0)
+        rows = max(1, min(2 * readers.BLOCK_ROWS, readers.BLOCK_BYTES // max(1, row_bytes)))
+        yield from table_blocks(str(file), table.iter_batches(batch_size=rows))
+
+
+def arrow_blocks(file: Path) -> Iterator[Block]:
+    """The rows of an Arrow file or stream. Raises DataError where it is neither."""
+    try:
+        with pyarrow.memory_map(str(file)) as stream:
+            try:
+                table = pyarrow.ipc.open_file(stream)
+                batches = (table.get_batch(index) for index in range(table.num_record_batches))
+            except pyarrow.ArrowInvalid:
+                stream.seek(0)
+                batches = iter(pyarrow.ipc.open_stream(stream))
+            yield from table_blocks(str(file), batches)
+    except pyarrow.ArrowInvalid as error:
+        raise DataError(f"{file}: not a readable Arrow file ({error})") from error
