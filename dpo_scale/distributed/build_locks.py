@@ -1,6 +1,7 @@
 """Locks of operator builds that died. torch marks a build by a file, and waits for ever if its builder was killed.
 
-DeepSpeed compiles or looks up an operator at every start, so a kill in that moment would hang all later ones.
+A run that offloads to NVMe compiles its operator or looks it up at every start, so a kill in that moment would hang all
+later ones.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 ABANDONED_AFTER_SECONDS = 300.0
@@ -16,22 +17,16 @@ ABANDONED_AFTER_SECONDS = 300.0
 POLL_SECONDS = 1.0
 
 
-def build_root() -> Path:
-    """Where torch builds extensions."""
-    from torch.utils.cpp_extension import get_default_build_root
-
-    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-
-
 def own_ninja_first() -> None:
     """Build with this environment's ninja, whatever the caller's PATH: each version builds anew what another built."""
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
 
 
-def wait_for_builds(root: Path, say: Callable[[str], None]) -> None:
-    """Wait until nobody builds below `root`; a lock that no process holds is removed once it is old."""
+def wait_for_builds(root: Path, ops: Iterable[str], say: Callable[[str], None]) -> None:
+    """Wait until nobody builds one of the ops below `root`; an old lock that no process holds is removed."""
     told, unheld_before = False, set[Path]()
-    while locks := [path for pattern in ("*/lock", "*/*/lock") for path in root.glob(pattern)]:
+    patterns = [f"{folder}{op}/lock" for op in ops for folder in ("", "*/")]
+    while locks := [path for pattern in patterns for path in root.glob(pattern)]:
         unheld = {path for path in locks if _is_old(path) and not _is_open(path)}
         for path in unheld & unheld_before:  # not at first sight: a builder closes it before it removes it
             say(f"Removing {path}: whoever compiled this operator of DeepSpeed died over it")

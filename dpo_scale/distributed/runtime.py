@@ -18,8 +18,8 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs, ProjectConfiguration
 
 from dpo_scale.distributed import zero_config
-from dpo_scale.distributed.build_locks import build_root, own_ninja_first, wait_for_builds
-from dpo_scale.distributed.ops import leave_out_unused_ops
+from dpo_scale.distributed.build_locks import own_ninja_first, wait_for_builds
+from dpo_scale.distributed.ops import extensions_folder, leave_out_unused_ops, load_muon_uncompiled, needed_ops
 from dpo_scale.distributed.patience import work_and_wait
 from dpo_scale.errors import RecipeError, UserError
 from dpo_scale.recipe import Recipe
@@ -111,10 +111,12 @@ def start(recipe: Recipe, say: Callable[[str], None] = logger.warning) -> Runtim
         recipe,
         reference_nvme_folder(recipe),
     )
-    own_ninja_first()
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        wait_for_builds(build_root(), say)
+    if ops := needed_ops(policy, recipe.reference.offload):
+        own_ninja_first()
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            wait_for_builds(extensions_folder(), ops, say)
     leave_out_unused_ops()
+    load_muon_uncompiled()
     # Without a named backend Accelerate believes, on CPUs, that every rank is alone.
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     # Read by the plugin as a second source of the configuration that is already given.
