@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 
 from dpo_scale.distributed import engine_state
+from dpo_scale.distributed.ops import leave_out_unused_ops
 from dpo_scale.errors import UserError
 from dpo_scale.training import checkpoints, export
 from dpo_scale.training.checkpoints import CheckpointError, RunState, digest_of
@@ -355,6 +356,7 @@ def run(variant: str, root: Path, ranks: GlooRanks) -> dict[str, Any]:
 def main() -> None:
     root, variants = Path(sys.argv[1]), sys.argv[2:]
     torch.set_num_threads(1)
+    leave_out_unused_ops()
     deepspeed.init_distributed("gloo")
     ranks = GlooRanks()
     for variant in variants:

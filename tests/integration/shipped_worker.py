@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 
 from dpo_scale.distributed import zero_config
+from dpo_scale.distributed.ops import leave_out_unused_ops
 from dpo_scale.recipe import Recipe, load_recipe
 
 DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
@@ -62,6 +63,7 @@ def reference_loss(path: Path, recipe: Recipe, source: Path) -> list[float]:
 def main() -> None:
     recipe, result = load_recipe(sys.argv[1], sys.argv[3:]), Path(sys.argv[2])
     torch.set_num_threads(1)
+    leave_out_unused_ops()
     deepspeed.init_distributed("gloo")
     source = result.parent / "source"
     if dist.get_rank() == 0:

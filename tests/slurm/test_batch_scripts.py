@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +13,6 @@ import yaml
 from launching import make_model, make_pairs
 from safetensors.torch import load_file
 from submit_folder import SubmitFolder
-from torch.utils.cpp_extension import get_default_build_root
 from two_nodes import NODES, until
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(2400)]
@@ -44,11 +40,7 @@ def user(submit_folder: SubmitFolder) -> SubmitFolder:
         "run": {"output_dir": "undisturbed", "epochs": NUM_STEPS // 5},
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    # Compiled already by other tests, where they have run.
-    built = Path(get_default_build_root()) / f"py{sys.version_info.major}{sys.version_info.minor}_cpu"
-    extensions = os.environ.get("TORCH_EXTENSIONS_DIR", str(built))
-    environment = {**submit_folder.environment, "DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": extensions}
-    return replace(submit_folder, environment=environment)
+    return replace(submit_folder, environment={**submit_folder.environment, "DS_ACCELERATOR": "cpu"})
 
 
 def weights(user: SubmitFolder, run: str) -> dict[str, torch.Tensor]:

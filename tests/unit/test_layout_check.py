@@ -96,7 +96,6 @@ UNSERVED: dict[str, dict[str, Any]] = {
     },
     "mamba": {"state_size": 4},
     "jamba": {"num_experts": 2, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 4},
-    "gptj": {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4},
     "bloom": {"n_layer": 2, "n_head": 4},
 }
 
@@ -108,7 +107,6 @@ UNSERVED: dict[str, dict[str, Any]] = {
         ("llama4_text", f"attention is masked in spans of {WINDOW} tokens that are no sliding window"),
         ("mamba", "0 of 2 layers take the attention interface"),
         ("jamba", "1 of 2 layers take the attention interface"),
-        ("gptj", "0 of 2 layers take the attention interface"),
         ("bloom", "0 of 2 layers take the attention interface"),
     ],
 )
