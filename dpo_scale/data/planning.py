@@ -48,6 +48,15 @@ class Costs:
     work: Work
     padded_rows: int = 0
 
+    def of(self, items: Indices) -> Costs:
+        """Those of some items."""
+        return Costs(self.tokens[items], self.work[items], self.padded_rows)
+
+    def followed_by(self, others: Costs) -> Costs:
+        """Those of these items and of others in the same layout."""
+        tokens = np.concatenate([self.tokens, others.tokens])
+        return Costs(tokens, np.concatenate([self.work, others.work]), self.padded_rows)
+
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
@@ -172,13 +181,19 @@ def plan_step(pairs: Indices, costs: Costs, *, world_size: int, rank_tokens: int
         if bins is not None:
             break
         count += 1
-    plan = StepPlan(step, epoch, len(pairs), _lockstep(bins, costs, world_size))
+    plan = StepPlan(step, epoch, len(pairs), arrange(bins, costs, world_size))
     assert np.array_equal(np.sort(plan.pairs()), np.sort(pairs)), "ranks share or lack a pair"
     return plan
 
 
 def plan_pass(costs: Costs, *, world_size: int, rank_tokens: int) -> StepPlan:
-    """Spread all items over ranks and micro-batches for one forward pass over everything, in O(n log n).
+    """Spread all items over ranks and micro-batches for one forward pass over everything, in O(n log n)."""
+    rounds = arrange(pack_pass(costs, rank_tokens=rank_tokens), costs, world_size)
+    return StepPlan(0, 0, len(costs.tokens), rounds)
+
+
+def pack_pass(costs: Costs, *, rank_tokens: int) -> list[Indices]:
+    """Micro-batches for one forward pass over everything, whatever the number of ranks; int64 [items] each.
 
     Items are taken from the largest down, so that a budget too large for the memory shows at once and each
     micro-batch holds items of one length.
@@ -194,9 +209,7 @@ def plan_pass(costs: Costs, *, world_size: int, rank_tokens: int) -> StepPlan:
         current.add(item, costs)
     if current.items:
         bins.append(current.items)
-    bins += [[] for _ in range(-len(bins) % world_size)]
-    rounds = _lockstep([np.array(items, np.int64) for items in bins], costs, world_size)
-    return StepPlan(0, 0, len(costs.tokens), rounds)
+    return [np.array(items, np.int64) for items in bins]
 
 
 class _Bin:
@@ -267,8 +280,12 @@ def _first_with_room(
     return target
 
 
-def _lockstep(bins: list[Indices], costs: Costs, world_size: int) -> tuple[tuple[Indices, ...], ...]:
-    """Arrange bins as [micro-batch][rank]: neighbours in work run together, totals of the ranks stay close."""
+def arrange(bins: list[Indices], costs: Costs, world_size: int) -> tuple[tuple[Indices, ...], ...]:
+    """Arrange bins as [micro-batch][rank]: neighbours in work run together, totals of the ranks stay close.
+
+    Empty ones are added where there are too few for every rank.
+    """
+    bins = bins + [np.zeros(0, np.int64)] * (-len(bins) % world_size)
     work = [float(costs.work[items].sum()) for items in bins]
     order = sorted(range(len(bins)), key=lambda n: -work[n])
     totals = [0.0] * world_size

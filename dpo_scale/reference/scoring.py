@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dpo_scale.console import Console
 from dpo_scale.data.layouts import Layout, MicroBatch, PromptCompletions, collate
-from dpo_scale.data.planning import CostModel, check_budget, layout_costs, plan_pass
+from dpo_scale.data.planning import CostModel, Costs, arrange, check_budget, layout_costs, pack_pass
 from dpo_scale.data.token_pairs import TokenPairs
 from dpo_scale.reference.cache import NonFiniteLogProbsError, ReferenceStore, pair_row_keys, row_keys
 from dpo_scale.reference.key_index import first_positions
@@ -91,8 +91,8 @@ class Presence:
 
 
 @dataclass(frozen=True, slots=True)
-class ScoringPlan:
-    """Rows to score, each once, in groups of one prompt. A row is numbered 2 * pair + (0 chosen, 1 rejected)."""
+class Groups:
+    """Rows that share a prompt, together. A row is numbered 2 * pair + (0 chosen, 1 rejected)."""
 
     needed: ReferenceRows
     rows: Indices
@@ -131,18 +131,14 @@ class ScoringPlan:
         return lengths
 
 
-def plan_scoring(
-    needed: ReferenceRows, indices: Indices, missing: Flags, *, layout: Layout, rank_tokens: int
-) -> ScoringPlan:
-    """Take each missing row once, and together those that can share a prompt.
+def join(first: Groups, second: Groups) -> Groups:
+    """The groups of both; those of the second come after those of the first."""
+    starts = np.concatenate([first.starts[:-1], first.starts[-1] + second.starts])
+    return Groups(first.needed, np.concatenate([first.rows, second.rows]), starts)
 
-    Args:
-        indices: int64 [n], pairs.
-        missing: bool [2 * n], their rows that have to be scored, chosen and rejected in turn.
-    """
-    rows = (2 * indices[:, None] + [0, 1]).ravel()[missing]
-    keys = needed.keys[rows // 2, rows % 2]
-    rows = rows[first_positions(keys) == np.arange(len(rows))]
+
+def group_rows(needed: ReferenceRows, rows: Indices, *, layout: Layout, rank_tokens: int) -> Groups:
+    """Put together what can share a prompt, up to a number of completions and a budget of tokens."""
     pairs, pair_of_row = np.unique(rows // 2, return_inverse=True)
     prompts = row_keys((needed.pairs[p].prompt for p in pairs), needed.pairs.lengths[pairs, 0].tolist())
     prompt_of_row = first_positions(prompts).astype(np.int64)[pair_of_row]
@@ -150,7 +146,7 @@ def plan_scoring(
     rows, prompt_of_row = rows[order], prompt_of_row[order]
     most = MOST_COMPLETIONS_OF_A_PROMPT if layout == "shared" else 1  # the other layouts repeat the prompt
     starts = _cut(prompt_of_row, needed.pairs.lengths[rows // 2], rows % 2, most, rank_tokens)
-    return ScoringPlan(needed, rows, starts)
+    return Groups(needed, rows, starts)
 
 
 def _cut(prompts: Indices, lengths: Indices, sides: Indices, most: int, rank_tokens: int) -> Indices:
@@ -165,6 +161,70 @@ def _cut(prompts: Indices, lengths: Indices, sides: Indices, most: int, rank_tok
             tokens = int(lengths[position, 0]) + completion
         before = prompt
     return np.array([*starts, len(sides)], np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class ScoringPlan:
+    """Which rows are scored together, each once."""
+
+    groups: Groups
+    costs: Costs
+    """Of each group."""
+    micro_batches: list[Indices]
+    """Groups of each; a group that is in none is not scored."""
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that are scored."""
+        sizes = np.diff(self.groups.starts)
+        return sum(int(sizes[batch].sum()) for batch in self.micro_batches)
+
+
+def plan_scoring(
+    needed: ReferenceRows, indices: Indices, missing: Flags, *, layout: Layout, rank_tokens: int, cost: CostModel
+) -> ScoringPlan:
+    """Take each missing row once, in micro-batches that do not depend on where an earlier pass was interrupted.
+
+    They are laid out over all rows, present or not, and scored as they are where every row is missing: to the last bit,
+    a log-prob depends on the shapes of the products that it came from. What is missing elsewhere is laid out anew.
+
+    Args:
+        indices: int64 [n], pairs.
+        missing: bool [2 * n], their rows that have to be scored, chosen and rejected in turn.
+
+    Raises DataError if one row alone is over the token budget.
+    """
+    rows = (2 * indices[:, None] + [0, 1]).ravel()
+    first = first_positions(needed.keys[rows // 2, rows % 2])
+    is_wanted = np.zeros(2 * len(needed.pairs), np.bool_)
+    is_wanted[rows[first[missing]]] = True
+
+    groups = group_rows(needed, rows[np.unique(first)], layout=layout, rank_tokens=rank_tokens)
+    costs = layout_costs(groups.lengths(), layout, cost)
+    is_whole = np.logical_and.reduceat(is_wanted[groups.rows], groups.starts[:-1])
+    micro_batches = [batch for batch in pack_pass(costs, rank_tokens=rank_tokens) if is_whole[batch].all()]
+
+    is_planned = np.zeros(len(groups), np.bool_)
+    for batch in micro_batches:
+        is_planned[batch] = True
+    is_left = is_wanted[groups.rows] & ~np.repeat(is_planned, np.diff(groups.starts))
+    if is_left.any():
+        left = groups.rows[is_left]
+        others = group_rows(needed, left, layout=layout, rank_tokens=rank_tokens)
+        their_costs = layout_costs(others.lengths(), layout, cost)
+        micro_batches += [len(groups) + batch for batch in pack_pass(their_costs, rank_tokens=rank_tokens)]
+        groups, costs = join(groups, others), costs.followed_by(their_costs)
+    plan = ScoringPlan(groups, costs, micro_batches)
+    _check_rows(plan, rank_tokens)
+    return plan
+
+
+def _check_rows(plan: ScoringPlan, rank_tokens: int) -> None:
+    scored = np.concatenate([np.zeros(0, np.int64), *plan.micro_batches])
+    costs = plan.costs.of(scored)
+    if (costs.tokens * max(1, costs.padded_rows) > rank_tokens).any():  # a million names take fifteen seconds
+        names = [plan.groups.names(group)[0] for group in scored.tolist()]
+        check_budget(costs, rank_tokens, names, "reference.rank_tokens")
 
 
 class FreshRows:
@@ -241,44 +301,39 @@ def score(
     console: Console,
     *,
     layout: Layout,
-    rank_tokens: int,
-    cost: CostModel,
     pad_id: int,
     between_batches: Callable[[], None] = lambda: None,
 ) -> None:
     """Score the planned rows in lockstep over ranks; all of them call `between_batches`, which may raise to stop.
 
-    Raises DataError if one row alone is over the token budget, and NonFiniteLogProbsError, on the rank that finds them,
-    for log-probs that are no numbers; what was scored before is committed then.
+    Raises NonFiniteLogProbsError, on the rank that finds them, for log-probs that are no numbers; what was scored
+    before is committed then.
     """
-    costs = layout_costs(plan.lengths(), layout, cost)
-    if (costs.tokens * max(1, costs.padded_rows) > rank_tokens).any():  # a million names take fifteen seconds
-        check_budget(costs, rank_tokens, [plan.names(group)[0] for group in range(len(plan))], "reference.rank_tokens")
-    rounds = plan_pass(costs, world_size=ranks.world_size, rank_tokens=rank_tokens).micro_batches
+    groups, costs = plan.groups, plan.costs
+    sizes = np.diff(groups.starts)
     shortest = int(np.argmin(costs.tokens))
     started, tokens = time.monotonic(), 0
-    with console.progress("Reference log-probs", len(plan.rows), "sequences") as bar:
-        for round_ in rounds:
+    with console.progress("Reference log-probs", plan.num_rows, "sequences") as bar:
+        for round_ in arrange(plan.micro_batches, costs, ranks.world_size):
             between_batches()
             mine = round_[ranks.rank].tolist()
             # A rank without work computes filler, to stay in lockstep, and drops it.
-            batch = collate([plan.completions(group) for group in mine or [shortest]], layout, pad_id)
-            logps_C = scorer(batch.to(ranks.device)).float().cpu()
+            tensors = collate([groups.completions(group) for group in mine or [shortest]], layout, pad_id)
+            logps_C = scorer(tensors.to(ranks.device)).float().cpu()
             if mine:
-                rows_logps = [row.numpy() for row in logps_C.split(batch.lengths.tolist())]
-                _take(plan, mine, rows_logps, fresh)
-            tokens += sum(int(costs.tokens[groups].sum()) for groups in round_)
+                rows_logps = [row.numpy() for row in logps_C.split(tensors.lengths.tolist())]
+                _take(groups, mine, rows_logps, fresh)
+            tokens += sum(int(costs.tokens[batch].sum()) for batch in round_)
             rate = tokens / (time.monotonic() - started)
-            scored = sum(int(np.diff(plan.starts)[groups].sum()) for groups in round_)
-            bar.advance(scored, f"{rate:,.0f} tokens/s")
+            bar.advance(sum(int(sizes[batch].sum()) for batch in round_), f"{rate:,.0f} tokens/s")
 
 
-def _take(plan: ScoringPlan, groups: list[int], rows: Sequence[LogProbs], fresh: FreshRows) -> None:
+def _take(groups: Groups, mine: list[int], rows: Sequence[LogProbs], fresh: FreshRows) -> None:
     """Keep the rows of a micro-batch; those that are not finite end the pass, with their names."""
     finite = np.array([np.isfinite(row).all() for row in rows])
-    keys = np.concatenate([plan.keys(group) for group in groups])
+    keys = np.concatenate([groups.keys(group) for group in mine])
     fresh.add(keys[finite], [row for row, is_finite in zip(rows, finite, strict=True) if is_finite])
     if not finite.all():
         fresh.write()
-        names = np.array([name for group in groups for name in plan.names(group)])
+        names = np.array([name for group in mine for name in groups.names(group)])
         raise NonFiniteLogProbsError(names[~finite].tolist())

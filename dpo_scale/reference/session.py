@@ -123,8 +123,14 @@ class Reference:
         together(self._ranks, self.store.ensure_writable, RecipeError)
         engine, layout = self._open_engine(rows.pairs)
         self._unsettled = True
-        rank_tokens = self._recipe.scoring_rank_tokens
-        plan = plan_scoring(rows, indices, missing, layout=layout, rank_tokens=rank_tokens)
+        plan = plan_scoring(
+            rows,
+            indices,
+            missing,
+            layout=layout,
+            rank_tokens=self._recipe.scoring_rank_tokens,
+            cost=cost_model(self._source.config),
+        )
         score(
             plan,
             engine,
@@ -132,12 +138,10 @@ class Reference:
             self._ranks,
             self._console,
             layout=layout,
-            rank_tokens=rank_tokens,
-            cost=cost_model(self._source.config),
             pad_id=self._data.pad_id,
             between_batches=self._between_batches,
         )
-        self.rows_computed += len(plan.rows)
+        self.rows_computed += plan.num_rows
 
     def _open_engine(self, pairs: TokenPairs) -> tuple[ReferenceEngine, Layout]:
         """The engine, built on first use, with the layout that it was checked in."""
