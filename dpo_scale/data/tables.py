@@ -21,17 +21,46 @@ def table_blocks(file: str, batches: Iterator[pyarrow.RecordBatch]) -> Iterator[
     while True:
         try:
             batch = next(batches, None)
+            if batch is not None:
+                batch.validate()
         except (pyarrow.ArrowException, OSError) as error:
             yield Block(file, np.array([number], np.int64), [Unreadable(f"{readers.DAMAGED} ({error})")])
             return
         if batch is None:
             return
-        rows = max(1, min(readers.BLOCK_ROWS, readers.BLOCK_BYTES * len(batch) // max(1, batch.nbytes)))
-        for start in range(0, len(batch), rows):
-            part = np.arange(start, min(start + rows, len(batch)))
-            # Taken, not sliced: a slice would carry the whole batch to another process.
-            yield Block(file, number + part, batch.take(pyarrow.array(part)))
-        number += len(batch)
+        for part in _sound_parts(batch):
+            if isinstance(part, Unreadable):
+                yield Block(file, np.array([number], np.int64), [part])
+                number += 1
+            else:
+                yield from _blocks(file, number, part)
+                number += len(part)
+
+
+def _sound_parts(batch: pyarrow.RecordBatch) -> Iterator[pyarrow.RecordBatch | Unreadable]:
+    """The rows in their order, each that is not sound apart.
+
+    Arrow does not look at what it reads: a value in a damaged file may lie outside of the file, and end the process.
+    """
+    try:
+        batch.validate(full=True)
+    except pyarrow.ArrowInvalid as error:
+        if len(batch) == 1:
+            yield Unreadable(f"damaged, or text that is not UTF-8 ({error})")
+            return
+        half = len(batch) // 2
+        yield from _sound_parts(batch.slice(0, half))
+        yield from _sound_parts(batch.slice(half))
+    else:
+        yield batch
+
+
+def _blocks(file: str, number: int, batch: pyarrow.RecordBatch) -> Iterator[Block]:
+    rows = max(1, min(readers.BLOCK_ROWS, readers.BLOCK_BYTES * len(batch) // max(1, batch.nbytes)))
+    for start in range(0, len(batch), rows):
+        part = np.arange(start, min(start + rows, len(batch)))
+        # Taken, not sliced: a slice would carry the whole batch to another process.
+        yield Block(file, number + part, batch.take(pyarrow.array(part)))
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import shutil
+import struct
 import subprocess
 import sys
 import tracemalloc
@@ -431,6 +432,25 @@ def test_a_text_of_a_table_that_is_no_utf8_is_a_bad_row_by_itself(tmp_path):
     assert isinstance(bad, BadRow)
     assert bad.place.endswith("rows.arrow:2")
     assert "not UTF-8" in bad.reason
+
+
+@pytest.mark.parametrize("kind", ["file", "stream"])
+def test_a_text_of_a_table_that_lies_outside_of_the_file_is_a_bad_row_by_itself(tmp_path, kind):
+    """Arrow itself follows a damaged offset to wherever it leads, which may end the process."""
+    batch = pyarrow.record_batch({"chosen": [f"text{n}" for n in range(9)]})
+    path = tmp_path / "rows.arrow"
+    with getattr(pyarrow.ipc, f"new_{kind}")(str(path), batch.schema) as writer:
+        writer.write_batch(batch)
+    offsets = struct.pack("<3i", 10, 15, 20)
+    assert path.read_bytes().count(offsets) == 1
+    path.write_bytes(path.read_bytes().replace(offsets, struct.pack("<3i", 10, 1 << 30, 20)))
+    rows = read(path)
+    assert [row.place.rpartition(":")[2] for row in rows] == [str(n) for n in range(1, 10)]
+    bad = [n for n, row in enumerate(rows) if isinstance(row, BadRow)]
+    assert bad == [2, 3]  # the text that ends there, and the one that starts there
+    assert [row.fields["chosen"] for n, row in enumerate(rows) if n not in bad] == [
+        f"text{n}" for n in range(9) if n not in bad
+    ]
 
 
 def test_rows_of_several_schemas_are_read_as_they_are(tmp_path):
