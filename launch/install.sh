@@ -13,18 +13,22 @@ for candidate in "${PYTHON:-python3}" python3.13 python3.12 python3.11 python3.1
     fi
 done
 [ -n "$python" ] || { echo "dpo_scale needs Python 3.10 to 3.13; set PYTHON to one" >&2; exit 1; }
-# DeepSpeed compiles its op for NVMe at run time, Triton what it launches on GPUs, and tests a communication op.
-command -v c++ >/dev/null || command -v g++ >/dev/null || {
-    echo "dpo_scale needs a C++ compiler (Debian: apt-get install g++)" >&2
-    exit 1
-}
-"$python" -c 'import pathlib, sysconfig as s; exit(not pathlib.Path(s.get_path("include"), "Python.h").exists())' || {
-    echo "dpo_scale needs the headers of $python (Debian: apt-get install python3-dev)" >&2
-    exit 1
-}
 
 stamp="$root/.venv/.installed-${extra:-base}"
 cpu_torch="$(command -v nvidia-smi >/dev/null || grep '^torch==' "$root/launch/constraints-cpu.txt")"
+
+# Triton compiles what it launches on GPUs, and tests compile an op of DeepSpeed's; a run on CPUs compiles nothing.
+if [ -z "$cpu_torch" ] || [ "$extra" = test ]; then
+    command -v c++ >/dev/null || command -v g++ >/dev/null || {
+        echo "dpo_scale needs a C++ compiler (Debian: apt-get install g++)" >&2
+        exit 1
+    }
+    "$python" -c 'import pathlib, sysconfig as s; exit(not pathlib.Path(s.get_path("include"), "Python.h").exists())' || {
+        echo "dpo_scale needs the headers of $python (Debian: apt-get install python3-dev)" >&2
+        exit 1
+    }
+fi
+
 state="$(cat "$root/pyproject.toml" "$root/launch/install.sh" | cksum) $cpu_torch"
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$state" ]; then
     exit

@@ -194,7 +194,7 @@ def plan_scoring(
 
     Raises DataError if one row alone is over the token budget.
     """
-    rows = (2 * indices[:, None] + [0, 1]).ravel()
+    rows = np.stack([2 * indices, 2 * indices + 1], axis=1).ravel()
     first = first_positions(needed.keys[rows // 2, rows % 2])
     is_wanted = np.zeros(2 * len(needed.pairs), np.bool_)
     is_wanted[rows[first[missing]]] = True
