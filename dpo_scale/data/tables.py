@@ -43,16 +43,39 @@ def _sound_parts(batch: pyarrow.RecordBatch) -> Iterator[pyarrow.RecordBatch | U
     Arrow does not look at what it reads: a value in a damaged file may lie outside of the file, and end the process.
     """
     try:
-        batch.validate(full=True)
+        for column in batch.columns:
+            _check(column)
     except pyarrow.ArrowInvalid as error:
         if len(batch) == 1:
-            yield Unreadable(f"damaged, or text that is not UTF-8 ({error})")
+            yield Unreadable(f"damaged ({error})")
             return
         half = len(batch) // 2
         yield from _sound_parts(batch.slice(0, half))
         yield from _sound_parts(batch.slice(half))
     else:
         yield batch
+
+
+def _check(array: pyarrow.Array) -> None:
+    """Raise ArrowInvalid where a value lies outside of what was read. Text that is not UTF-8 is left to its row.
+
+    Arrow's own check of a slice looks at the whole of what lies inside of lists and structs: here only at the slice.
+    """
+    kind = array.type
+    if not len(array):
+        return
+    if pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind):
+        array.view(pyarrow.binary() if pyarrow.types.is_string(kind) else pyarrow.large_binary()).validate(full=True)
+    elif pyarrow.types.is_struct(kind):
+        for index in range(kind.num_fields):
+            _check(array.field(index))
+    elif pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind):
+        offsets, values = array.offsets, array.values
+        type(array).from_arrays(offsets, pyarrow.nulls(len(values))).validate(full=True)
+        start, stop = offsets[0].as_py(), offsets[-1].as_py()
+        _check(values.slice(start, stop - start))
+    else:
+        array.validate(full=True)
 
 
 def _blocks(file: str, number: int, batch: pyarrow.RecordBatch) -> Iterator[Block]:

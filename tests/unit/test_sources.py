@@ -434,23 +434,59 @@ def test_a_text_of_a_table_that_is_no_utf8_is_a_bad_row_by_itself(tmp_path):
     assert "not UTF-8" in bad.reason
 
 
-@pytest.mark.parametrize("kind", ["file", "stream"])
-def test_a_text_of_a_table_that_lies_outside_of_the_file_is_a_bad_row_by_itself(tmp_path, kind):
-    """Arrow itself follows a damaged offset to wherever it leads, which may end the process."""
-    batch = pyarrow.record_batch({"chosen": [f"text{n}" for n in range(9)]})
-    path = tmp_path / "rows.arrow"
+def write_damaged(path, batch, kind, before, after):
+    """An Arrow file in which some bytes, which are in it once, were replaced."""
     with getattr(pyarrow.ipc, f"new_{kind}")(str(path), batch.schema) as writer:
         writer.write_batch(batch)
-    offsets = struct.pack("<3i", 10, 15, 20)
-    assert path.read_bytes().count(offsets) == 1
-    path.write_bytes(path.read_bytes().replace(offsets, struct.pack("<3i", 10, 1 << 30, 20)))
-    rows = read(path)
+    data = path.read_bytes()
+    assert data.count(before) == 1
+    path.write_bytes(data.replace(before, after))
+
+
+TEXTS = [f"text{n}" for n in range(9)]
+AS_A_COLUMN = {
+    "text": pyarrow.array(TEXTS),
+    "large text": pyarrow.array(TEXTS, pyarrow.large_string()),
+    "chat": pyarrow.array([[{"content": text}] for text in TEXTS]),
+    "struct": pyarrow.array([{"inner": text} for text in TEXTS]),
+    "large list": pyarrow.array([[text] for text in TEXTS], pyarrow.large_list(pyarrow.string())),
+}
+
+
+@pytest.mark.parametrize("kind", ["file", "stream"])
+@pytest.mark.parametrize("column", AS_A_COLUMN)
+def test_a_text_of_a_table_that_lies_outside_of_the_file_is_a_bad_row_by_itself(tmp_path, column, kind):
+    """Arrow itself follows a damaged offset to wherever it leads, which may end the process."""
+    batch = pyarrow.record_batch({"chosen": AS_A_COLUMN[column]})
+    size = "q" if column == "large text" else "i"
+    before, after = struct.pack(f"<3{size}", 10, 15, 20), struct.pack(f"<3{size}", 10, 1 << 30, 20)
+    write_damaged(tmp_path / "rows.arrow", batch, kind, before, after)
+    rows = read(tmp_path / "rows.arrow")
     assert [row.place.rpartition(":")[2] for row in rows] == [str(n) for n in range(1, 10)]
     bad = [n for n, row in enumerate(rows) if isinstance(row, BadRow)]
     assert bad == [2, 3]  # the text that ends there, and the one that starts there
-    assert [row.fields["chosen"] for n, row in enumerate(rows) if n not in bad] == [
-        f"text{n}" for n in range(9) if n not in bad
+    assert all(row.reason.startswith("damaged (") for row in (rows[2], rows[3]))
+    whole = batch.to_pylist()
+    assert [row.fields for n, row in enumerate(rows) if n not in bad] == [
+        row for n, row in enumerate(whole) if n not in bad
     ]
+
+
+def test_a_list_of_a_table_that_lies_outside_of_the_file_is_a_bad_row_by_itself(tmp_path):
+    batch = pyarrow.record_batch({"chosen": [[n] * 5 for n in range(9)]})
+    write_damaged(
+        tmp_path / "rows.arrow", batch, "file", struct.pack("<3i", 10, 15, 20), struct.pack("<3i", 10, 1 << 30, 20)
+    )
+    assert [n for n, row in enumerate(read(tmp_path / "rows.arrow")) if isinstance(row, BadRow)] == [2, 3]
+
+
+@pytest.mark.parametrize("column", AS_A_COLUMN)
+def test_a_text_inside_of_a_table_that_is_no_utf8_is_a_bad_row_by_itself(tmp_path, column):
+    batch = pyarrow.record_batch({"chosen": AS_A_COLUMN[column]})
+    write_damaged(tmp_path / "rows.arrow", batch, "file", b"text4", b"tex\xff4")
+    rows = read(tmp_path / "rows.arrow")
+    assert [n for n, row in enumerate(rows) if isinstance(row, BadRow)] == [4]
+    assert "not UTF-8" in rows[4].reason
 
 
 def test_rows_of_several_schemas_are_read_as_they_are(tmp_path):
