@@ -9,12 +9,13 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -226,8 +227,17 @@ _worker: tuple[PairTokenizer, dict[str, str] | None]
 
 def _start_worker(tokenizer: PairTokenizer, columns: dict[str, str] | None) -> None:
     global _worker
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     _worker = (tokenizer, columns)
+
+
+def _end_with_parent() -> None:
+    """A worker holds both ends of its queue, and would wait in it for ever after its parent was killed."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _work(block: Block) -> _Chunk:

@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import math
 import os
+import re
 import shutil
 import time
 import uuid
@@ -44,6 +45,7 @@ _CODE = (
     "token_store.py",
 )
 _SECONDS_BEFORE_ABANDONED = 24 * 3600.0
+_TEMPORARY_NAME = re.compile(r"\.[0-9a-f]{32}\.[0-9a-f]{32}")
 _SETTINGS = frozenset(
     {
         "max_length",
@@ -228,9 +230,13 @@ def _map(folder: Path, column: _Column) -> npt.NDArray[Any]:
 
 
 def _abandoned(root: Path) -> list[Path]:
-    """Temporary folders of killed writers: those that nobody has written to for a day."""
+    """Temporary folders of killed writers: those that nobody has written to for a day.
+
+    Anything may lie beside them, the user's own hidden folders too: only names that `writer` gives count.
+    """
     before = time.time() - _SECONDS_BEFORE_ABANDONED
-    return [folder for folder in root.glob(".*") if folder.is_dir() and _last_write(folder) < before]
+    ours = [folder for folder in root.glob(".*") if _TEMPORARY_NAME.fullmatch(folder.name)]
+    return [folder for folder in ours if folder.is_dir() and _last_write(folder) < before]
 
 
 def _last_write(folder: Path) -> float:

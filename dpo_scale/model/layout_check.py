@@ -103,4 +103,6 @@ def choose_layout(
             f"{layout}: a token's log-prob differs by {gap:.3g} nats from the model's plain forward "
             f"(tolerance {TOLERANCE[dtype]})"
         )
-    raise UserError(f"batch.layout: {wanted} does not give this model's log-probs\n  " + "\n  ".join(passed_over))
+    remedy = "" if wanted == "auto" else "\nbatch.layout: auto takes the fastest that does"
+    reasons = "\n  ".join(passed_over)
+    raise UserError(f"batch.layout: {wanted} does not give this model's log-probs\n  {reasons}{remedy}")

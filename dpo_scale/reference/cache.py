@@ -20,6 +20,7 @@ import logging
 import os
 import platform
 import random
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -48,6 +49,7 @@ _MAX_PART_BYTES = 64 << 20
 _MAX_OPEN_PARTS = 256
 """Far below the 65,530 memory maps that Linux grants a process: a store may have more parts."""
 _FOLDER_DIGITS = 32
+_STORE_NAME = re.compile(f"[0-9a-f]{{{_FOLDER_DIGITS}}}")
 _PAIRS_IN_A_BLOCK = 2**16
 
 
@@ -323,6 +325,13 @@ def store_folder(cache_dir: Path, fingerprint: ReferenceFingerprint) -> Path:
     return cache_dir / fingerprint.key[:_FOLDER_DIGITS]
 
 
+def store_folders(cache_dir: Path) -> list[Path]:
+    """The stores in a folder where anything may lie: runs, which have a `reference.json` too, or tokenized data."""
+    folders = {path.parent for path in cache_dir.glob("*/reference.json")}
+    folders |= {path.parent for path in cache_dir.glob("*/*part-*.safetensors")}
+    return sorted(folder for folder in folders if _STORE_NAME.fullmatch(folder.name))
+
+
 def part_paths(folder: Path) -> list[Path]:
     """The parts of a store, by name; none where there is no store."""
     return sorted(folder.glob("part-*.safetensors"))
@@ -335,14 +344,14 @@ def near_misses(cache_dir: Path, fingerprint: ReferenceFingerprint) -> list[str]
     or folder.
     """
     found: list[tuple[int, str]] = []
-    for path in sorted(cache_dir.glob("*/reference.json")):
-        stored = read_fingerprint(path.parent)
-        if stored is None or stored.key == fingerprint.key or not part_paths(path.parent):
+    for folder in store_folders(cache_dir):
+        stored = read_fingerprint(folder)
+        if stored is None or stored.key == fingerprint.key or not part_paths(folder):
             continue
         same_weights = set(stored.weights.values()) & set(fingerprint.weights.values())
         if same_weights or stored.config == fingerprint.config or stored.source == fingerprint.source:
             reasons = explain_difference(fingerprint, stored)
-            line = f"{path.parent.name[:12]} ({stored.source}): {'; '.join(reasons)}"
+            line = f"{folder.name[:12]} ({stored.source}): {'; '.join(reasons)}"
             found.append((len(reasons), line))
     return [line for _, line in sorted(found)]
 

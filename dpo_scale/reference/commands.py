@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from dpo_scale.errors import UserError
 from dpo_scale.files import fsync_folder, leftovers, sha256_of_file
-from dpo_scale.reference.cache import ReferenceStore, part_paths
+from dpo_scale.reference.cache import ReferenceStore, part_paths, store_folders
 from dpo_scale.reference.fingerprint import ReferenceFingerprint, read_fingerprint
 from dpo_scale.reference.parts import (
     DamagedPartError,
@@ -74,9 +74,7 @@ class Pruned:
 
 def list_stores(cache_dir: Path) -> list[StoreSummary]:
     """All stores below a folder, the one written last first."""
-    folders = {path.parent for path in cache_dir.glob("*/reference.json")}
-    folders |= {path.parent for path in cache_dir.glob("*/*part-*.safetensors")}
-    summaries = [summarize(folder) for folder in sorted(folders)]
+    summaries = [summarize(folder) for folder in store_folders(cache_dir)]
     return sorted(summaries, key=lambda summary: -(summary.last_write or 0.0))
 
 

@@ -269,12 +269,13 @@ def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def find_checkpoint(
-    folder: Path, resume: Literal["auto", "never"] | str, ranks: Ranks
+    folder: Path, resume: Literal["auto", "never"] | str, ranks: Ranks, *, origin: str | None = None
 ) -> tuple[Checkpoint | None, list[str]]:
     """The checkpoint to go on from, and what was passed over and why. Collective.
 
-    auto: the newest valid commit in `folder`; never: none; else the path of a checkpoint. The ranks
-    share the reading of checksums. Raises CheckpointError for a path that is no valid checkpoint.
+    auto: the newest valid commit in `folder`, or the newest that went on from the checkpoint `origin`; never: none;
+    else the path of a checkpoint. The ranks share the reading of checksums. Raises CheckpointError for a path that is
+    no valid checkpoint.
     """
     if resume == "never":
         return None, []
@@ -287,6 +288,8 @@ def find_checkpoint(
     checkpoints, broken = on_main(ranks, lambda: _committed(folder), CheckpointError)
     passed_over = list(broken)
     for checkpoint in checkpoints:
+        if origin not in (None, checkpoint.commit.run.origin):
+            continue
         problems = _verify_together(checkpoint, ranks)
         if not problems:
             newer = [line for step, line in passed_over if step >= checkpoint.step]

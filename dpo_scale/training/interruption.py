@@ -13,7 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+"""The last one comes when a terminal is closed; the launcher passes it on even under nohup."""
 STOPPED = 85
 """Exit code of a run that committed a checkpoint and stopped before its end: start it again."""
 ECHO_SECONDS = 3.0

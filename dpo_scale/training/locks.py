@@ -31,14 +31,20 @@ def take(path: Path) -> TextIO:
     except OSError as error:
         raise RecipeError(f"run.output_dir: {path.parent}: {error.strerror}") from error
     give_up = time.monotonic() + PATIENCE_S
-    while not _try(file, fcntl.LOCK_EX):
-        if time.monotonic() > give_up:
-            holder = path.read_text(encoding="utf-8").strip()
-            raise RecipeError(
-                f"run.output_dir: {path.parent} is in use by {holder or 'another process'}; "
-                "stop that run, or choose another folder"
-            )
-        time.sleep(PATIENCE_S / 10)
+    try:
+        while not _try(file, fcntl.LOCK_EX):
+            if time.monotonic() > give_up:
+                holder = path.read_text(encoding="utf-8").strip()
+                raise RecipeError(
+                    f"run.output_dir: {path.parent} is in use by {holder or 'another process'}; "
+                    "stop that run, or choose another folder"
+                )
+            time.sleep(PATIENCE_S / 10)
+    except OSError as error:
+        raise RecipeError(
+            f"run.output_dir: {path.parent}: its file system locks no files ({error.strerror}); have it mounted with "
+            "locks (Lustre: -o flock; NFS: with its lock service), or choose another folder"
+        ) from error
     file.truncate(0)
     file.write(f"{this_process()}\n")
     file.flush()
@@ -50,7 +56,7 @@ def is_held_by(path: Path, process: str) -> bool:
     try:
         with open(path, encoding="utf-8") as file:
             return not _try(file, fcntl.LOCK_SH) and file.read().strip() == process
-    except FileNotFoundError:
+    except OSError:  # no such file, or no locks on its file system: nobody holds one
         return False
 
 

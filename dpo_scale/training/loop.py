@@ -179,10 +179,9 @@ class Run:
         self.ranks, self.resumed = self.runtime.ranks, self.state
         file = None
         if self.folder is not None:
-            file = MetricsFile(self.folder.path / "metrics.jsonl", self.state.step)
+            file = MetricsFile(self.folder.path / "metrics.jsonl")
         track = self.runtime.accelerator.log
         self.records = Records(self.ranks, self.console, file, lambda values, step: track(values, step=step))
-        self.records.go_on(self.state)
         self.committed_step = self.state.step or None
         self.stop_time = StopTime()
 
@@ -205,6 +204,7 @@ class Run:
     def _train(self, interruption: Interruption, status: StatusFile) -> bool:
         """The loop."""
         recipe, num_steps = self.recipe, self.schedule.num_steps
+        self.records.go_on(self.state)
         self._evaluate_if_due()
         self.records.begin(self.state)
         with self.console.progress("Training", num_steps, "steps", done=self.state.step) as bar:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -121,14 +122,18 @@ def model_flops_utilization(macs: float, seconds: float, world_size: int, device
 class MetricsFile:
     """`metrics.jsonl`: one object a logged step, appended whole."""
 
-    def __init__(self, path: Path, resumed_at_step: int) -> None:
-        """Open the file and drop what a run that was killed logged after the checkpoint it now goes on from."""
+    def __init__(self, path: Path) -> None:
+        """Open the file to add to it; a line that was cut off by a kill goes."""
         self._path = path
-        kept = [line for line in _lines(path) if _step_of(line) <= resumed_at_step]
-        if resumed_at_step == 0:
-            kept = []
-        text = "".join(line + "\n" for line in kept)
-        write_atomically(path, lambda temporary: _write_text(temporary, text))
+        self._keep(lambda step: math.isfinite(step))
+
+    def go_back_to(self, step: int) -> None:
+        """Drop what a run that was killed logged after the checkpoint it now goes on from; at step 0 all."""
+        self._keep(lambda logged: 0 < step >= logged)
+
+    def _keep(self, wanted: Callable[[float], bool]) -> None:
+        text = "".join(line + "\n" for line in _lines(self._path) if wanted(_step_of(line)))
+        write_atomically(self._path, lambda temporary: _write_text(temporary, text))
 
     def write(self, values: Mapping[str, float]) -> None:
         with naming(self._path), open(self._path, "a", encoding="utf-8") as file:

@@ -108,8 +108,11 @@ class Records:
         return self._sums.total(self._ranks)
 
     def go_on(self, state: RunState) -> None:
-        """Take up the interval that a resumed run was in."""
-        if self._file is not None and state.unlogged:
+        """Take up where a run was left: drop the lines after that, and go on with the interval that it was in."""
+        if self._file is None:
+            return
+        self._file.go_back_to(state.step)
+        if state.unlogged:
             self._sums.start_from(state.unlogged)
 
     def settle(self) -> None:

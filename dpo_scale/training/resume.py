@@ -49,8 +49,8 @@ def _find(recipe: Recipe, ranks: Ranks, console: Console) -> Checkpoint | None:
     """The checkpoint that the recipe asks for; of one named by path, the newest that went on from it in this folder."""
     folder, named = Path(recipe.run.output_dir) / "checkpoints", recipe.run.resume
     if named not in ("auto", "never"):
-        newest, _ = find_checkpoint(folder, "auto", ranks)
-        if newest is not None and newest.commit.run.origin == named:
+        newest, _ = find_checkpoint(folder, "auto", ranks, origin=named)
+        if newest is not None:
             return newest  # else each preemption would send the run back
     with console.progress("Verifying checkpoints", None):
         found, passed_over = find_checkpoint(folder, named, ranks)

@@ -75,13 +75,13 @@ def test_an_export_that_does_not_fit_leaves_nothing_behind(disk: Disk, tmp_path:
 
 def test_metrics_that_do_not_fit_name_their_file_and_keep_what_was_there(disk: Disk) -> None:
     path = disk.path / "metrics.jsonl"
-    file = MetricsFile(path, resumed_at_step=0)
+    file = MetricsFile(path)
     file.write({"step": 1, "loss": 0.5})
     disk.fill()
     with pytest.raises(OSError, match=r"No space left on device: '.*metrics\.jsonl'"):
         file.write({"step": 2, "note": "x" * 20_000})  # type: ignore[dict-item]
     (disk.path / "filler").unlink()
-    MetricsFile(path, resumed_at_step=2)  # drops the line that was torn
+    MetricsFile(path)  # drops the line that was torn
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1]
 
 

@@ -135,10 +135,12 @@ def _steps(path: Path) -> list[int]:
 
 def test_lines_after_the_resumed_step_are_dropped(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    first = MetricsFile(path, resumed_at_step=0)
+    first = MetricsFile(path)
     for step in (10, 20, 30):
         first.write({"step": step, "loss": 0.5})
-    resumed = MetricsFile(path, resumed_at_step=20)
+    resumed = MetricsFile(path)
+    assert _steps(path) == [10, 20, 30]  # as it is for who only evaluates
+    resumed.go_back_to(20)
     assert _steps(path) == [10, 20]
     resumed.write({"step": 30, "loss": 0.4})
     assert _steps(path) == [10, 20, 30]
@@ -148,17 +150,17 @@ def test_lines_after_the_resumed_step_are_dropped(tmp_path: Path) -> None:
 @pytest.mark.parametrize("torn", ['{"step": 20, "lo', '"step"', "[10]", "7", '{"loss": 1}', '{"step": null}', "\0\0"])
 def test_lines_that_a_kill_tore_are_dropped(torn: str, tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    MetricsFile(path, resumed_at_step=0).write({"step": 10, "loss": 0.5})
+    MetricsFile(path).write({"step": 10, "loss": 0.5})
     with path.open("a") as file:
         file.write(torn)
-    MetricsFile(path, resumed_at_step=20).write({"step": 30})
+    MetricsFile(path).write({"step": 30})
     assert _steps(path) == [10, 30]
 
 
 def test_a_run_from_the_start_has_no_lines_of_another(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 0}\n{"step": 5}\n')
-    MetricsFile(path, resumed_at_step=0)
+    MetricsFile(path).go_back_to(0)
     assert path.read_text() == ""
 
 

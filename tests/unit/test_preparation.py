@@ -7,11 +7,14 @@ import gzip
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from rich.console import Console
 from small_tokenizers import byte_level
@@ -419,15 +422,17 @@ def test_a_failure_half_way_leaves_nothing_behind(tmp_path, prepare, monkeypatch
     assert len(pairs) == 1
 
 
-def test_what_a_killed_writer_left_is_removed_after_a_day(tmp_path, prepare):
+def test_what_a_killed_writer_left_is_removed_after_a_day_and_nothing_else(tmp_path, prepare):
+    """`data.cache_dir: .` is a folder as good as any, with the user's .git in it."""
     store = tmp_path / "store"
-    for name, age_hours in ((".dead", 25), (".alive", 23)):
+    dead, alive = (f".{digit * 32}.{digit * 32}" for digit in "ab")
+    for name, age_hours in ((dead, 25), (alive, 23), (".git", 25)):
         (store / name).mkdir(parents=True)
         (store / name / "tokens.i32").write_bytes(b"1234")
         for path in (store / name / "tokens.i32", store / name):
             os.utime(path, (time.time() - 3600 * age_hours,) * 2)
     prepare(write(tmp_path / "rows.jsonl", row()))
-    assert [path.name for path in store.glob(".*")] == [".alive"]
+    assert {path.name for path in store.glob(".*")} == {alive, ".git"}
 
 
 def test_a_full_disk_is_named(tmp_path, prepare, monkeypatch):
@@ -495,6 +500,32 @@ def test_a_worker_that_is_killed_is_named(tmp_path, prepare, monkeypatch):
     monkeypatch.setattr(preparation, "_work", die)
     with pytest.raises(DataError, match=r"killed, as happens where the memory is full; lower data\.workers"):
         prepare(path, workers=2)
+
+
+DYING_PARENT = """
+import os, signal
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from dpo_scale.data.preparation import _start_worker
+
+if __name__ == "__main__":
+    pool = ProcessPoolExecutor(1, get_context("spawn"), _start_worker, (None, None))
+    print(pool.submit(os.getpid).result(), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_workers_end_with_a_parent_that_is_killed(tmp_path):
+    script = tmp_path / "parent.py"
+    script.write_text(DYING_PARENT)
+    parent = subprocess.run([sys.executable, script], stdout=subprocess.PIPE, text=True, check=False)
+    assert parent.returncode == -signal.SIGKILL
+    worker = psutil.Process(int(parent.stdout)) if psutil.pid_exists(int(parent.stdout)) else None
+    try:
+        assert worker is None or worker.wait(timeout=20) is None
+    finally:
+        if worker is not None and worker.is_running():
+            worker.kill()
 
 
 def test_a_mistake_in_a_worker_process_reaches_the_user(tmp_path, prepare, monkeypatch):

@@ -665,6 +665,24 @@ def test_prune_deletes_only_what_it_was_asked_to(tmp_path: Path) -> None:
     _assert_holds(ReferenceStore.open(tmp_path, kept.fingerprint), range(4))
 
 
+def test_what_is_no_store_is_neither_listed_nor_pruned(tmp_path: Path) -> None:
+    """A run's folder has a reference.json too, and tokenized data lie under names like a store's."""
+    run, tokens = tmp_path / "llama-8b", tmp_path / ("0" * 32)
+    for folder in (run / "checkpoints", tokens):
+        folder.mkdir(parents=True)
+    files.write_json(run / "reference.json", FINGERPRINT.to_json())
+    (tokens / "report.json").write_text("{}")
+    for folder in (run, tokens):
+        os.utime(folder, (0, 0))
+    assert commands.list_stores(tmp_path) == []
+    assert commands.prune_stores(tmp_path, older_than_days=1).paths == ()
+    for name in ("llama-8b", "org/model", "0"):
+        with pytest.raises(UserError, match="is no store"):
+            commands.prune_stores(tmp_path, [name])
+    assert (run / "checkpoints").is_dir()
+    assert tokens.is_dir()
+
+
 def test_prune_drops_repeated_parts_and_the_debris_of_kills_but_no_row(tmp_path: Path) -> None:
     stores = [ReferenceStore.open(tmp_path, FINGERPRINT) for _ in range(4)]
     (large,) = _append(stores[0], range(20))

@@ -72,6 +72,9 @@ def test_a_checkpoint_named_by_path_is_where_to_start_and_not_where_each_preempt
     named = str(commit(other, step=3))
     commit(run, step=9)  # of an attempt that did not start there
     assert found(run, named) == Path(named)
+    further = commit(run, step=5, origin=named)  # and has not got as far yet
+    assert found(run, named) == further
+    assert found(run, "auto") == run / "checkpoints" / "step-00000009"
     further = commit(run, step=11, origin=named)
     assert found(run, named) == further
     assert found(run, "auto") == further

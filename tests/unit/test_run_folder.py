@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -15,6 +17,7 @@ import pytest
 from dpo_scale.errors import RecipeError
 from dpo_scale.recipe import Recipe, load_recipe
 from dpo_scale.reference.fingerprint import ReferenceFingerprint, read_fingerprint
+from dpo_scale.training import locks
 from dpo_scale.training.run_folder import RunFolder, changed_settings, differences, flatten, trajectory_of
 
 
@@ -166,6 +169,24 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(RecipeError, match=r"run\.output_dir: .*file/run: Not a directory"):
         RunFolder(_recipe(tmp_path / "file" / "run"))
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS])
+def test_a_file_system_without_locks_is_named(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(file: Any, kind: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(locks.fcntl, "flock", flock)
+    with pytest.raises(RecipeError, match=r"run\.output_dir: .*: its file system locks no files"):
+        RunFolder(_recipe(tmp_path))
+    assert not locks.is_held_by(tmp_path / ".lock", locks.this_process())
+
+
+def test_a_checkout_without_git_beside_it_has_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = RunFolder(_recipe(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    folder.write_environment(world_size=1, device="cpu")
+    assert json.loads((tmp_path / "environment.json").read_text())["commit"] is None
 
 
 def test_the_environment_is_recorded(tmp_path: Path) -> None:
