@@ -503,14 +503,14 @@ def test_a_worker_that_is_killed_is_named(tmp_path, prepare, monkeypatch):
 
 
 DYING_PARENT = """
-import os, signal
+import os, pathlib, signal
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from dpo_scale.data.preparation import _start_worker
 
 if __name__ == "__main__":
     pool = ProcessPoolExecutor(1, get_context("spawn"), _start_worker, (None, None))
-    print(pool.submit(os.getpid).result(), flush=True)
+    pathlib.Path("worker").write_text(str(pool.submit(os.getpid).result()))
     os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -518,14 +518,17 @@ if __name__ == "__main__":
 def test_workers_end_with_a_parent_that_is_killed(tmp_path):
     script = tmp_path / "parent.py"
     script.write_text(DYING_PARENT)
-    parent = subprocess.run([sys.executable, script], stdout=subprocess.PIPE, text=True, check=False)
+    parent = subprocess.run([sys.executable, script], cwd=tmp_path, check=False)
     assert parent.returncode == -signal.SIGKILL
-    worker = psutil.Process(int(parent.stdout)) if psutil.pid_exists(int(parent.stdout)) else None
     try:
-        assert worker is None or worker.wait(timeout=20) is None
-    finally:
-        if worker is not None and worker.is_running():
-            worker.kill()
+        worker = psutil.Process(int((tmp_path / "worker").read_text()))
+    except psutil.NoSuchProcess:
+        return
+    try:
+        worker.wait(timeout=20)
+    except psutil.TimeoutExpired:
+        worker.kill()
+        raise
 
 
 def test_a_mistake_in_a_worker_process_reaches_the_user(tmp_path, prepare, monkeypatch):
