@@ -145,7 +145,7 @@ class Launcher:
         processes: int = 2,
         environment: dict[str, str] | None = None,
     ) -> subprocess.Popen[str]:
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"} | (environment or {})
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""} | (environment or {})
         return subprocess.Popen(
             self.command(stage, run, overrides or [], processes),
             env=environment | {"HF_HUB_OFFLINE": "1"},

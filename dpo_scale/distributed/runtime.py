@@ -96,6 +96,8 @@ def start(recipe: Recipe, say: Callable[[str], None] = logger.warning) -> Runtim
 
     Raises UserError where the launcher or the device cannot do what the recipe asks.
     """
+    if os.environ.get("DS_ACCELERATOR") == "cpu":  # torch and Accelerate would still put tensors on a GPU
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     policy_path = policy_config_path()
     zero_config.check_launcher(os.environ, policy_path)
     policy = zero_config.fit_to_node(

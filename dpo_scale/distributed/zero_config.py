@@ -136,6 +136,9 @@ def policy_config(base: Config, recipe: Recipe) -> Config:
         "gradient_accumulation_steps": 1,
         "gradient_clipping": recipe.optim.max_grad_norm,
         "zero_allow_untested_optimizer": True,
+        # Else an offloaded optimizer is swapped for DeepSpeed's, which a C++ compiler builds for minutes at the first
+        # start; a start that is killed meanwhile leaves a lock that later ones wait for.
+        "zero_force_ds_cpu_optimizer": False,
     }
     config["data_types"] = {"grad_accum_dtype": "fp32"}  # DeepSpeed's default is the model's dtype
     return config

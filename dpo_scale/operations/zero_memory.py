@@ -92,15 +92,14 @@ def shard_elements(parameters: Sequence[Parameter], ranks: int) -> int:
     return sum(-(-p.elements // ranks) for p in parameters)
 
 
-def largest_sub_group(parameters: Sequence[Parameter], ranks: int, sub_group_size: int) -> int:
-    """Elements of the largest piece that the optimizer updates at once; a piece ends with the tensor that fills it."""
-    largest = current = 0
+def sub_groups(parameters: Sequence[Parameter], ranks: int, sub_group_size: int) -> list[int]:
+    """Elements of the pieces that the optimizer updates one by one; a piece ends with the tensor that fills it."""
+    pieces = [0]
     for parameter in parameters:
-        current += -(-parameter.elements // ranks)
-        largest = max(largest, current)
-        if current >= sub_group_size:
-            current = 0
-    return largest
+        if pieces[-1] >= sub_group_size:
+            pieces.append(0)
+        pieces[-1] += -(-parameter.elements // ranks)
+    return pieces
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,9 +132,12 @@ def states(parameters: Sequence[Parameter], zero: ZeroSettings, ranks: int, dtyp
     if zero.offload_param == "cpu" and zero.pin_param:
         held.host["weights"] = pinned(own * dtype_bytes)
     if zero.offload_optimizer == "cpu":
-        held.host["gradients for the optimizer"] = own * GRADIENT_BYTES
+        pieces = sub_groups(parameters, ranks, zero.sub_group_size)
+        held.host["gradients for the optimizer"] = sum(
+            (pinned if zero.pin_optimizer else int)(piece * GRADIENT_BYTES) for piece in pieces
+        )
     elif zero.offload_optimizer == "nvme":  # four buffers of a sub-group's state, twice while it is pipelined
-        piece = largest_sub_group(parameters, ranks, zero.sub_group_size)
+        piece = max(sub_groups(parameters, ranks, zero.sub_group_size))
         held.nvme["gradients for the optimizer"] = own * GRADIENT_BYTES
         held.host["NVMe buffers"] = 2 * 4 * piece * GRADIENT_BYTES
     held.device["small weights, kept whole"] = persistent * dtype_bytes
@@ -303,7 +305,7 @@ def optimizer_step_bytes(parameters: Sequence[Parameter], zero: ZeroSettings, ra
     """What an update by fused AdamW needs on the device beside the states: a sub-group's gradients end to end."""
     if zero.offload_optimizer != "none":
         return 0
-    return largest_sub_group(parameters, ranks, zero.sub_group_size) * GRADIENT_BYTES
+    return max(sub_groups(parameters, ranks, zero.sub_group_size)) * GRADIENT_BYTES
 
 
 def pinned(size: int) -> int:

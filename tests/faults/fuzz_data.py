@@ -395,7 +395,7 @@ def _check_error(message: str, path: Path, case: Case, tally: Tally) -> None:
         tally.errors["no pair is left"] += 1
     elif "cannot be used" in message:
         assert case.on_bad_row == "error"
-        assert re.search(rf"^  {re.escape(str(path))}:\d+: \S", message, re.MULTILINE), message
+        assert re.search(rf"^  {re.escape(str(path))}:\d+( and \d+ more rows?)?: \S", message, re.MULTILINE), message
         tally.errors["rows with places and reasons"] += 1
     else:
         assert case.rows is None, message

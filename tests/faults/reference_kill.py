@@ -120,7 +120,7 @@ class Passes:
             *("--num_processes", str(processes), "--main_process_port", "0"),
             *(str(Path(__file__).resolve()), "--rank", str(recipe)),
         ]
-        settings = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
+        settings = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
         settings |= {"LAUNCH": launch, "SCORED_LOG": str(cache.with_suffix(".log"))}
         output = open(self.folder / f"{launch}.out", "wb")  # noqa: SIM115 - the process keeps it
         process = subprocess.Popen(command, env=os.environ | settings, stdout=output, stderr=output)

@@ -43,7 +43,6 @@ def policy_losses(path: Path, recipe: Recipe, source: Path) -> list[float]:
     config = zero_config.fit_to_node(
         config, path, own_folder="shipped", ranks_per_node=int(os.environ["LOCAL_WORLD_SIZE"])
     )
-    config["zero_force_ds_cpu_optimizer"] = False  # its kernel takes minutes to compile, and is no part of the file
     engine = engine_of(config, source, trains=True)
     losses = train(engine, 0, STEPS)
     engine.destroy()

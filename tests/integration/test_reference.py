@@ -95,7 +95,7 @@ def run_worker(
     recipe.write_text(json.dumps(settings))
     done = subprocess.run(
         [*command[:-3], str(WORKER), scenario, str(recipe), str(folder)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
         timeout=500,

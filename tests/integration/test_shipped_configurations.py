@@ -20,7 +20,7 @@ pytestmark = pytest.mark.launch
 
 def launch(config: str, *arguments: str) -> None:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"launch/{config}", *arguments]
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=560)
     assert done.returncode == 0, done.stdout + done.stderr[-6000:]
 

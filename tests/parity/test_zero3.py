@@ -71,7 +71,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
             *("--config_file", str(folder / "accelerate.yaml")),
             *(str(worker), str(folder / "recipe.yaml"), str(folder)),
         ],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
         timeout=500,

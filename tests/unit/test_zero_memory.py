@@ -14,12 +14,12 @@ from dpo_scale.operations.zero_memory import (
     ZeroSettings,
     gathered,
     gradient_bytes,
-    largest_sub_group,
     optimizer_step_bytes,
     parameters_of,
     pinned,
     shard_elements,
     states,
+    sub_groups,
 )
 
 sizes = st.lists(st.integers(1, 3000), min_size=1, max_size=6)
@@ -147,10 +147,20 @@ def test_hpz_holds_a_second_copy_of_the_weights_within_the_node() -> None:
 @given(sizes, st.integers(1, 4), st.integers(1, 5000))
 def test_a_sub_group_ends_with_the_parameter_that_fills_it(elements: list[int], ranks: int, size: int) -> None:
     parameters = [Parameter(n, count) for n, count in enumerate(elements)]
-    largest = largest_sub_group(parameters, ranks, size)
+    pieces = sub_groups(parameters, ranks, size)
     own = [-(-count // ranks) for count in elements]
-    assert max(own) <= largest <= sum(own)
-    assert largest < size + max(own)
+    assert sum(pieces) == sum(own)
+    assert all(size <= piece < size + max(own) for piece in pieces[:-1])
+    assert 0 < pieces[-1] < size + max(own)
+
+
+def test_pinned_gradients_of_an_offloaded_optimizer_are_rounded_piece_by_piece() -> None:
+    """DeepSpeed pins one buffer of all gradients that a rank owns, and one for each sub-group's."""
+    parameters = [Parameter(n, 1000) for n in range(5)]
+    zero = ZeroSettings(offload_optimizer="cpu", pin_optimizer=True, sub_group_size=2000)
+    held = states(parameters, zero, ranks=1, dtype_bytes=2, cpu=False).host
+    assert held["accumulated gradients"] == 32768  # of 20,000 bytes
+    assert held["gradients for the optimizer"] == 8192 + 8192 + 4096
 
 
 @given(st.integers(0, 2**40))
