@@ -45,14 +45,18 @@ def prepare_data(recipe: Recipe, ranks: MachineRanks, console: Console, *, weigh
     config = load_config(folder, trust_remote_code=settings.trust_remote_code)
     tokenizer = load_tokenizer(settings.tokenizer or str(folder), trust_remote_code=settings.trust_remote_code)
 
-    def prepare(name: str, sources: list[DataSource]) -> tuple[TokenPairs, DataReport | None]:
+    def prepare(name: str, setting: str, sources: list[DataSource]) -> tuple[TokenPairs, DataReport | None]:
         if not sources:
             return TokenPairs.from_pairs([]), None
         with console.progress(f"Tokenizing {name} pairs", None, "rows") as bar:
-            return prepare_pairs(sources, recipe.data, tokenizer, seed=recipe.run.seed, progress=bar.advance)
+            return prepare_pairs(
+                sources, recipe.data, tokenizer, seed=recipe.run.seed, setting=setting, progress=bar.advance
+            )
 
-    train, train_report = once_a_machine(ranks, lambda: prepare("training", recipe.data.train))
-    evaluate, evaluate_report = once_a_machine(ranks, lambda: prepare("held-out", recipe.data.evaluate))
+    train, train_report = once_a_machine(ranks, lambda: prepare("training", "data.train", recipe.data.train))
+    evaluate, evaluate_report = once_a_machine(
+        ranks, lambda: prepare("held-out", "data.evaluate", recipe.data.evaluate)
+    )
     largest = max(train.largest_token_id, evaluate.largest_token_id)
     check_vocabulary(largest, config, "model.tokenizer" if settings.tokenizer else "model.path")
     report: dict[str, Any] = {}

@@ -44,6 +44,8 @@ FIELDS = (
     "preference",
 )
 _ONLY_FOR_CHATS = ("tools", "documents", "chat_template_kwargs")
+NAME_COLUMNS = "name its columns in data columns"
+"""How the reason ends where a row lacks fields."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +81,8 @@ class _Row:
     """Those that are present and not null."""
     columns: Mapping[str, str]
     """The recipe's names, without those that hide a field."""
+    raw: Mapping[str, Any]
+    """The row under its own names, for messages."""
 
 
 def check_columns(columns: Mapping[str, str] | None) -> None:
@@ -106,8 +110,9 @@ def to_preferences(
 
     Raises RowError with the reason where the row has no known format, or more than one.
     """
-    row = _Row(raw.place, _rename(raw.fields, columns or {}), {k: v for k, v in (columns or {}).items() if v})
-    form = _form(row, raw.fields)
+    named = {name: column for name, column in (columns or {}).items() if column}
+    row = _Row(raw.place, _rename(raw.fields, columns or {}), named, raw.fields)
+    form = _form(row)
     if form == "completions":
         return _from_completions(row, completion_pairs, completion_margin)
     if form == "response_1":
@@ -125,10 +130,7 @@ def _rename(fields: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any
             named.pop(name, None)
             continue
         if column not in fields:
-            raise RowError(
-                f"no field {column!r}, which columns names as {name!r}; the row has "
-                f"{', '.join(map(repr, fields)) or 'no fields'}"
-            )
+            raise _lacks_fields(f"no field {column!r}, which columns names as {name!r}", fields)
         if fields[column] is None:
             raise RowError(f"field {column!r} is null")
         named[name] = fields[column]
@@ -138,7 +140,12 @@ def _rename(fields: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any
     return named
 
 
-def _form(row: _Row, raw_fields: Mapping[str, Any]) -> str:
+def _lacks_fields(what: str, raw: Mapping[str, Any]) -> RowError:
+    """The error that shows which fields a row has instead."""
+    return RowError(f"{what}; the row has {', '.join(map(repr, raw)) or 'no fields'}; {NAME_COLUMNS}")
+
+
+def _form(row: _Row) -> str:
     """The field that decides how the row is read."""
     forms = {
         "chosen": ("chosen", "rejected"),
@@ -159,10 +166,7 @@ def _form(row: _Row, raw_fields: Mapping[str, Any]) -> str:
     if whole:
         return next(iter(whole))
     missing = [name for name in ("chosen", "rejected") if name not in row.fields]
-    raise RowError(
-        f"no field {' and no field '.join(map(repr, missing))}; the row has "
-        f"{', '.join(map(repr, raw_fields)) or 'no fields'}; name its columns in data columns"
-    )
+    raise _lacks_fields(f"no field {' and no field '.join(map(repr, missing))}", row.raw)
 
 
 # --- chosen and rejected ------------------------------------------------------------------------
@@ -178,7 +182,7 @@ def _from_chosen_and_rejected(row: _Row) -> PreferencePair:
     if prompt is None:
         if isinstance(chosen, str):
             assert isinstance(rejected, str)
-            return _with_context(row, *_split_strings(chosen, rejected), has_turns=False)
+            return _with_context(row, *_split_strings(row, chosen, rejected), has_turns=False)
         assert not isinstance(rejected, str)
         return _with_context(row, *_split_chats(chosen, rejected))
     if isinstance(prompt, str) and isinstance(chosen, str):
@@ -243,7 +247,7 @@ def _name_of_strings(row: _Row, prompt: str, chosen: str, rejected: str) -> str:
     )
 
 
-def _split_strings(chosen: str, rejected: str) -> tuple[str, str, str, str]:
+def _split_strings(row: _Row, chosen: str, rejected: str) -> tuple[str, str, str, str]:
     """Two texts that hold their common prompt.
 
     A dialogue of `Human:` and `Assistant:` turns is cut behind the last common `Assistant:`, any
@@ -260,7 +264,7 @@ def _split_strings(chosen: str, rejected: str) -> tuple[str, str, str, str]:
         if 0 < cut < max(len(chosen), len(rejected)) and chosen[cut - 1] == " ":
             cut -= 1
         if cut == 0:
-            raise RowError("no field 'prompt', and chosen and rejected have no beginning in common")
+            raise _lacks_fields("no field 'prompt', and chosen and rejected have no beginning in common", row.raw)
     return chosen[:cut], chosen[cut:], rejected[cut:], name
 
 
@@ -348,7 +352,7 @@ def _from_two_responses(row: _Row) -> PreferencePair:
 def _from_answers(row: _Row, chosen: Any, rejected: Any, name: str) -> PreferencePair:
     """Two answers of a row read as `chosen` and `rejected`, under the name of the row's own format."""
     if "prompt" not in row.fields and isinstance(chosen, str):
-        raise RowError(f"no field 'prompt', which {name.split(',')[0]} need")
+        raise _lacks_fields(f"no field 'prompt', which {name.split(',')[0]} need", row.raw)
     pair = _from_chosen_and_rejected(replace(row, fields={**row.fields, "chosen": chosen, "rejected": rejected}))
     with_system = ", with a system field" if "system" in row.fields else ""
     return replace(pair, format=name + with_system)

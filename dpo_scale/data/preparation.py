@@ -21,11 +21,11 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from dpo_scale.data.hashing import Hashes, sequence_hashes
-from dpo_scale.data.preferences import PreferencePair, check_columns, to_preferences
+from dpo_scale.data.preferences import NAME_COLUMNS, PreferencePair, check_columns, to_preferences
 from dpo_scale.data.report import DataReport, SourceReport
 from dpo_scale.data.row_values import RowError
 from dpo_scale.data.rows import BadRow, Block, Numbers
-from dpo_scale.data.sources import read_blocks
+from dpo_scale.data.sources import check_paths, read_blocks
 from dpo_scale.data.token_pairs import Lengths, TokenIds, TokenPairs
 from dpo_scale.data.token_store import PairWriter, TokenStore
 from dpo_scale.data.tokenization import NO_PREFERENCE, TEMPLATE_FAILED, Dropped, Kept, PairTokenizer, no_preference
@@ -35,7 +35,7 @@ from dpo_scale.recipe import DataSection, DataSource
 INLINE_BLOCKS = 4
 """Blocks tokenized in this process before others are started."""
 MAX_LISTED = 20
-"""Bad rows named in one error."""
+"""Bad rows counted in one error."""
 LOOK_AHEAD_BLOCKS = 100
 """Blocks read on behind the first bad row, to report its like together."""
 
@@ -46,6 +46,7 @@ def prepare_pairs(
     tokenizer: PreTrainedTokenizerBase,
     *,
     seed: int,
+    setting: str = "data.train",
     progress: Callable[[int], None] | None = None,
 ) -> tuple[TokenPairs, DataReport]:
     """The pairs of all sources in order, from the store if they are there.
@@ -55,45 +56,85 @@ def prepare_pairs(
 
     Args:
         seed: draws the rows of sources with `rows` or `weight`.
+        setting: the list that the sources stand in, `data.train` or `data.evaluate`, for messages.
         progress: called with the number of further rows that are done; never where the store is filled.
 
     Raises:
-        DataError: rows that cannot be used (listed together), a missing file, or no pair left.
+        DataError: rows that cannot be used (listed together), missing files, or no pair left.
     """
-    for source in sources:
-        check_columns(source.columns)
+    _check_sources(sources, setting)
     pair_tokenizer = PairTokenizer(tokenizer, data)
     store = TokenStore.for_content(sources, data, tokenizer, pair_tokenizer.template, seed=seed)
     stored = store.load()
     if stored is None:
         with store.writer() as writer:
-            _tokenize_sources(sources, data, pair_tokenizer, seed, writer, progress)
+            _tokenize_sources(sources, setting, pair_tokenizer, seed, writer, progress)
         stored = store.load()
         assert stored is not None
     return stored
 
 
-def check_rows(sources: Sequence[DataSource], data: DataSection, *, seed: int) -> None:
+def check_rows(data: DataSection, *, seed: int) -> None:
     """Read all rows as text, where there is no tokenizer to go on with.
 
-    Raises DataError for rows that cannot be used (listed together), or a missing file.
+    Raises DataError for rows that cannot be used (listed together), or missing files.
     """
-    bad_rows: list[BadRow] = []
+    lists = {"data.train": data.train, "data.evaluate": data.evaluate}
+    for setting, sources in lists.items():
+        _check_sources(sources, setting)
+    refused = [
+        _refused_as_text(source, setting, data, seed) for setting, sources in lists.items() for source in sources
+    ]
+    if any(one.rows for one in refused):
+        raise _bad_rows_error(refused)
+
+
+def _check_sources(sources: Sequence[DataSource], setting: str) -> None:
+    """Refuse what is wrong with the list itself, before anything is read."""
+    for source in sources:
+        check_columns(source.columns)
+    check_paths(sources, setting)
+
+
+@dataclass(slots=True)
+class _Refused:
+    """The rows of one source that stop the run under the recipe's settings."""
+
+    path: str
+    setting: str
+    """The list that the source stands in."""
+    rows_read: int = 0
+    rows: list[BadRow] = field(default_factory=list)
+
+    def with_columns(self) -> str:
+        """How the recipe names the columns of this source."""
+        return f"{self.setting}: [{{path: {self.path}, columns: {{prompt: ..., chosen: ..., rejected: ...}}}}]"
+
+    def add(self, rows_read: int, rows: Sequence[BadRow]) -> None:
+        self.rows_read += rows_read
+        self.rows += rows
+
+    @property
+    def lacks_columns(self) -> bool:
+        """No row has the fields that make a pair, so that none would be left without the bad ones."""
+        return len(self.rows) == self.rows_read > 0 and all(row.reason.endswith(NAME_COLUMNS) for row in self.rows)
+
+
+def _refused_as_text(source: DataSource, setting: str, data: DataSection, seed: int) -> _Refused:
+    refused = _Refused(source.path, setting)
 
     def set_aside(place: str, reason: str, stops: bool) -> None:
         if stops:
-            bad_rows.append(BadRow(place, reason))
+            refused.rows.append(BadRow(place, reason))
 
-    for source in sources:
-        check_columns(source.columns)
-        for block in read_blocks(source, seed):
-            for pair in _recognized(block, source.columns, data, set_aside):
-                if reason := no_preference(pair):
-                    set_aside(pair.row, reason, data.on_no_preference == "error")
-            if len(bad_rows) >= MAX_LISTED:
-                break
-    if bad_rows:
-        raise _bad_rows_error(bad_rows)
+    for block in read_blocks(source, seed):
+        refused.rows_read += len(block)
+        for pair in _recognized(block, source.columns, data, set_aside):
+            if reason := no_preference(pair):
+                set_aside(pair.row, reason, data.on_no_preference == "error")
+        if len(refused.rows) >= MAX_LISTED:
+            break
+    return refused
 
 
 @dataclass(slots=True)
@@ -149,33 +190,35 @@ class _Chunk:
 
 def _tokenize_sources(
     sources: Sequence[DataSource],
-    data: DataSection,
+    setting: str,
     tokenizer: PairTokenizer,
     seed: int,
     writer: PairWriter,
     progress: Callable[[int], None] | None,
 ) -> None:
     reports: list[SourceReport] = []
-    bad_rows: list[BadRow] = []
+    refused: list[_Refused] = []
     for source in sources:
         total = _Counts()
+        refused.append(_Refused(source.path, setting))
         budget = LOOK_AHEAD_BLOCKS
-        for chunk in _tokenized(read_blocks(source, seed), source.columns, tokenizer, data):
+        for chunk in _tokenized(read_blocks(source, seed), source.columns, tokenizer):
             if progress is not None:
                 progress(chunk.counts.rows_read)
-            bad_rows += chunk.bad_rows
-            if bad_rows:
+            refused[-1].add(chunk.counts.rows_read, chunk.bad_rows)
+            num_refused = sum(len(one.rows) for one in refused)
+            if num_refused:
                 budget -= 1
-                if budget <= 0 or len(bad_rows) >= MAX_LISTED:
+                if budget <= 0 or num_refused >= MAX_LISTED:
                     break
                 continue
             writer.add(chunk.tokens, chunk.lengths, chunk.hashes, chunk.file, chunk.numbers)
             total.add(chunk.counts)
         reports.append(total.report(source.path))
-    if bad_rows:
-        raise _bad_rows_error(bad_rows)
+    if any(one.rows for one in refused):
+        raise _bad_rows_error(refused)
     if sources and not any(report.pairs_kept for report in reports):
-        raise _nothing_left_error(reports)
+        raise _nothing_left_error(reports, setting)
     writer.finish(tuple(reports))
 
 
@@ -183,10 +226,9 @@ def _tokenized(
     blocks: Iterator[Block],
     columns: dict[str, str] | None,
     tokenizer: PairTokenizer,
-    data: DataSection,
 ) -> Iterator[_Chunk]:
     """Blocks in order: the first few in this process, the rest of a large source in others."""
-    workers = data.workers or len(os.sched_getaffinity(0))
+    workers = tokenizer.data.workers or len(os.sched_getaffinity(0))
     for block in blocks if workers == 1 else itertools.islice(blocks, INLINE_BLOCKS):
         yield _tokenize_block(tokenizer, columns, block)
     ahead = next(blocks, None)
@@ -309,19 +351,32 @@ def _count_dropped(counts: _Counts, place: str, reason: str) -> None:
     counts.first_places.setdefault(kind, f"{place}: {reason}")
 
 
-def _bad_rows_error(bad_rows: Sequence[BadRow]) -> DataError:
-    listed = "\n".join(f"  {row.place}: {row.reason}" for row in bad_rows[:MAX_LISTED])
-    more = ", and maybe more," if len(bad_rows) >= MAX_LISTED else ""
-    plain = all(row.reason in NO_PREFERENCE for row in bad_rows)
-    setting = "data.on_no_preference" if plain else "data.on_bad_row"
-    count = min(len(bad_rows), MAX_LISTED)
-    return DataError(
-        f"{count} row{'s' if count > 1 else ''}{more} cannot be used\n{listed}\n"
-        f"mend the rows, or set {setting}=skip to leave them out and count them"
-    )
+def _bad_rows_error(refused: Sequence[_Refused]) -> DataError:
+    bad_rows = [row for one in refused for row in one.rows][:MAX_LISTED]
+    places: dict[str, list[str]] = {}
+    for row in bad_rows:
+        places.setdefault(row.reason, []).append(row.place)
+    more = ", and maybe more," if len(bad_rows) == MAX_LISTED else ""
+    lines = [f"{len(bad_rows)} row{_s(len(bad_rows))}{more} cannot be used"]
+    for reason, (first, *others) in places.items():
+        alike = f" and {len(others)} more row{_s(len(others))}" if others else ""
+        lines.append(f"  {first}{alike}: {reason}")
+    listed = [one for one in refused if one.rows and one.rows[0] in bad_rows]
+    if not any(one.lacks_columns for one in listed):
+        plain = all(row.reason in NO_PREFERENCE for row in bad_rows)
+        skipping = "data.on_no_preference" if plain else "data.on_bad_row"
+        lines.append(f"mend the rows, or set {skipping}=skip to leave them out and count them")
+    without_columns = [one for one in listed if any("data columns" in row.reason for row in one.rows)]
+    if without_columns:
+        lines.append(f"data columns are written as {without_columns[0].with_columns()}")
+    return DataError("\n".join(lines))
 
 
-def _nothing_left_error(reports: Sequence[SourceReport]) -> DataError:
+def _s(count: int) -> str:
+    return "" if count == 1 else "s"
+
+
+def _nothing_left_error(reports: Sequence[SourceReport], setting: str) -> DataError:
     lines = [
         f"  {report.path}: {report.rows_read} rows read"
         + "".join(
@@ -330,8 +385,9 @@ def _nothing_left_error(reports: Sequence[SourceReport]) -> DataError:
         )
         for report in reports
     ]
+    what = "pair is left to train on" if setting == "data.train" else f"held-out pair is left ({setting})"
     return DataError(
-        "no pair is left to train on\n"
+        f"no {what}\n"
         + "\n".join(lines)
-        + "\nmend the data, or for lengths raise data.max_length or choose another data.truncation"
+        + "\nmend the data, or for lengths raise the limit or choose another data.truncation"
     )

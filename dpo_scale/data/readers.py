@@ -249,7 +249,8 @@ class _Lines:
 def _csv_rows(file: Path, stream: IO[bytes]) -> Iterator[Numbered]:
     lines = _Lines(stream)
     # The name says it all: "rows.tsv", "rows.tsv.gz".
-    reader = csv.reader(lines, delimiter="\t" if ".tsv" in file.suffixes else ",", strict=True)
+    delimiter = "\t" if ".tsv" in file.suffixes else ","
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
     header: list[str] | None = None
     while True:
         lines.characters = 0
@@ -265,15 +266,25 @@ def _csv_rows(file: Path, stream: IO[bytes]) -> Iterator[Numbered]:
             return
         if header is None:
             header = cells
-            repeated = {name for name in header if header.count(name) > 1}
-            if repeated:
-                raise DataError(f"{file}: the header names {', '.join(sorted(repeated))} twice; rename a column")
+            _check_header(file, header, delimiter)
         elif len(cells) == len(header):
             fields = {name: _json_cell(cell) for name, cell in zip(header, cells, strict=True)}
             yield reader.line_num, fields, sum(map(len, cells))
         elif cells:
             reason = f"the header names {len(header)} columns, the row has {len(cells)}"
             yield reader.line_num, Unreadable(reason), 0
+
+
+def _check_header(file: Path, header: Sequence[str], delimiter: str) -> None:
+    repeated = {name for name in header if header.count(name) > 1}
+    if repeated:
+        raise DataError(f"{file}: the header names {', '.join(sorted(repeated))} twice; rename a column")
+    others = [mark for mark in ",;\t|" if mark != delimiter and len(header) == 1 and mark in header[0]]
+    if others:
+        raise DataError(
+            f"{file}: the file seems to be separated by {others[0]!r}, and commas (tabs in .tsv) are read; "
+            "save it with these"
+        )
 
 
 def _json_cell(cell: str) -> Any:

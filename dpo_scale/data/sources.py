@@ -6,7 +6,7 @@ import glob
 import itertools
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +83,26 @@ def source_files(path: str) -> list[Path]:
     if root.is_file():
         return [root]
     if not _HUB_DATASET.fullmatch(path) or readers.is_known(root):
-        raise DataError(f"{path}: no such file; check the paths of data.train and data.evaluate")
+        raise DataError(f"{path}: no such file")
     return []
+
+
+def check_paths(sources: Sequence[DataSource], setting: str) -> None:
+    """Raise one DataError for all sources that have no files.
+
+    Args:
+        setting: the list that they stand in, `data.train` or `data.evaluate`.
+    """
+    faults: dict[str, str] = {}
+    for source in sources:
+        try:
+            source_files(source.path)
+        except DataError as error:
+            faults[source.path] = str(error)
+    if faults:
+        is_relative = not all(Path(path).is_absolute() for path in faults)
+        here = [f"relative paths count from the current folder, {Path.cwd()}"] if is_relative else []
+        raise DataError(f"{setting}: " + "; ".join([*faults.values(), *here]))
 
 
 def open_dataset(path: str) -> Any:

@@ -313,13 +313,21 @@ def _truncate(pair: TokenPair, data: DataSection, moved: bool, keeps_bos: bool) 
         return Kept(pair, (), moved)
     if data.truncation == "drop":
         if not fits_prompt or len(pair.prompt) >= data.max_length:
-            return Dropped(pair.row, PROMPT_TOO_LONG, f"{len(pair.prompt)} tokens")
+            return _prompt_too_long(pair, data, fits_prompt)
         if not fits_completion:
-            return Dropped(pair.row, COMPLETION_TOO_LONG, f"{longest} tokens")
-        return Dropped(pair.row, PAIR_TOO_LONG, f"{len(pair.prompt) + longest} tokens")
+            return _over(pair, COMPLETION_TOO_LONG, longest, data, "max_completion_length")
+        return _over(pair, PAIR_TOO_LONG, len(pair.prompt) + longest, data, "max_length")
     if data.truncation == "keep_start":
         return _cut_completions(pair, data, moved, fits_prompt)
     return _cut_prompt(pair, data, moved, keeps_bos, fits_completion)
+
+
+def _over(pair: TokenPair, reason: str, tokens: int, data: DataSection, limit: str) -> Dropped:
+    return Dropped(pair.row, reason, f"{tokens} tokens, data.{limit} is {getattr(data, limit)}")
+
+
+def _prompt_too_long(pair: TokenPair, data: DataSection, fits_prompt: bool) -> Dropped:
+    return _over(pair, PROMPT_TOO_LONG, len(pair.prompt), data, "max_length" if fits_prompt else "max_prompt_length")
 
 
 def _cut_completions(pair: TokenPair, data: DataSection, moved: bool, fits_prompt: bool) -> Kept | Dropped:
@@ -328,7 +336,7 @@ def _cut_completions(pair: TokenPair, data: DataSection, moved: bool, fits_promp
     if data.max_completion_length is not None:
         room = min(room, data.max_completion_length)
     if not fits_prompt or room < 1:
-        return Dropped(pair.row, PROMPT_TOO_LONG, f"{len(pair.prompt)} tokens")
+        return _prompt_too_long(pair, data, fits_prompt)
     chosen, rejected = pair.chosen[:room], pair.rejected[:room]
     if np.array_equal(chosen, rejected):
         return Dropped(pair.row, EQUAL_AFTER_CUT)
@@ -344,8 +352,12 @@ def _cut_prompt(
     room = data.max_length - longest
     if data.max_prompt_length is not None:
         room = min(room, data.max_prompt_length)
-    if not fits_completion or room < 1 + keeps_bos:
-        return Dropped(pair.row, COMPLETION_TOO_LONG, f"{longest} tokens")
+    if not fits_completion:
+        return _over(pair, COMPLETION_TOO_LONG, longest, data, "max_completion_length")
+    if room < 1 + keeps_bos:
+        if room == data.max_prompt_length:  # the one token of BOS
+            return _over(pair, PROMPT_TOO_LONG, len(pair.prompt), data, "max_prompt_length")
+        return _over(pair, COMPLETION_TOO_LONG, longest, data, "max_length")
     if data.truncation == "keep_start_of_prompt":
         prompt, cut = pair.prompt[:room], PROMPT_END_CUT
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from functools import partial
@@ -61,10 +62,20 @@ def resolve_folder(path: str, revision: str | None, setting: str = "model.path",
 
 
 def load_config(folder: Path, *, trust_remote_code: bool, setting: str = "model.path") -> Any:
-    """The model's configuration. Raises UserError if the folder holds none."""
-    if not (folder / "config.json").exists():
+    """The model's configuration. Raises UserError if the folder holds none that can be read."""
+    file = folder / "config.json"
+    if not file.exists():
         raise UserError(f"{setting}: {folder} holds no config.json; it is no Hugging Face model folder")
-    return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{setting}: {file} is not valid JSON ({error}); copy the file again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{setting}: {file} holds no JSON object; copy the file again")
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except ValueError as error:  # an unknown kind of model, or one with code of its own
+        raise UserError(f"{setting}: {file}: {' '.join(str(error).split())}") from error
 
 
 def check_vocabulary(largest_token_id: int, config: Any, setting: str) -> None:

@@ -74,8 +74,8 @@ def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bo
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             path, revision=revision, trust_remote_code=trust_remote_code, **of_mistral
         )
-    except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # the Rust code raises no narrower one, and a damaged file even a KeyError
+        reason = " ".join([f"{type(error).__name__}:", *str(error).strip().splitlines()[:1]])
         raise UserError(f"{path}: no tokenizer could be loaded ({reason}); check the folder or hub name") from error
     return tokenizer
 

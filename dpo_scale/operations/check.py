@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from dpo_scale.console import Console
 from dpo_scale.data.planning import check_budget, layout_costs
 from dpo_scale.data.preparation import check_rows
 from dpo_scale.data.samples import sample_pairs, show
+from dpo_scale.data.sources import check_paths
 from dpo_scale.distributed.lockstep import OneProcess
+from dpo_scale.distributed.runtime import missing_trackers
 from dpo_scale.distributed.zero_config import read_policy_config
 from dpo_scale.errors import UserError
 from dpo_scale.inputs import Data, prepare_data
 from dpo_scale.model.loading import load_config, resolve_folder
 from dpo_scale.operations.findings import LaunchFile
 from dpo_scale.operations.fit import GIB
-from dpo_scale.operations.machine import launch_file
+from dpo_scale.operations.machine import launch_file, why_not_writable
 from dpo_scale.operations.plan import Plan, make_plan
 from dpo_scale.operations.plan_report import verdict
 from dpo_scale.operations.scaling import Assumptions, Cluster
 from dpo_scale.recipe import DataSource, Recipe
 from dpo_scale.reference.fingerprint import weight_files
+from dpo_scale.reference.source import reference_cache_dir
+from dpo_scale.training.checkpoints import CheckpointError, open_checkpoint
+from dpo_scale.training.status import committed_step
 
 PAIRS_SHOWN = 3
 GPU_GIB, HOST_GIB = 80, 1024
@@ -43,19 +49,16 @@ def check(recipe: Recipe, rows: int | None = None, config_file: str | None = Non
         resolve_folder(recipe.model.path, recipe.model.revision, "model.path", weights=False)
         has_model = True
         _check_weights(recipe.model.path, recipe.model.revision, "model.path", recipe)
-    if recipe.reference.path:
-        with mistakes.noted():
-            _check_weights(recipe.reference.path, recipe.reference.revision, "reference.path", recipe)
     launches = _launch_files(config_file)
-    for launch in launches:
+    for check_part in _parts(recipe, launches):
         with mistakes.noted():
-            _check_launch_file(launch)
+            check_part()
     if rows is not None:
         recipe = _fewer_rows(recipe, rows)
         console.say(f"Read are {rows:,} rows of each source: counts and steps below are theirs")
     if not has_model:
         with mistakes.noted():
-            check_rows([*recipe.data.train, *recipe.data.evaluate], recipe.data, seed=recipe.run.seed)
+            check_rows(recipe.data, seed=recipe.run.seed)
         mistakes.raise_all()
     with mistakes.noted():
         data = prepare_data(recipe, OneProcess(), console, weights=False)
@@ -64,6 +67,21 @@ def check(recipe: Recipe, rows: int | None = None, config_file: str | None = Non
         console.say(_summary(_plan(recipe, launches[0], console), launches[0]))
     mistakes.raise_all()
     console.say("Nothing is wrong with this recipe")
+
+
+def _parts(recipe: Recipe, launches: list[LaunchFile]) -> Iterator[Callable[[], None]]:
+    """Checks that need neither the policy's model nor a row of the data."""
+    if recipe.reference.path:
+        yield partial(_check_weights, recipe.reference.path, recipe.reference.revision, "reference.path", recipe)
+    for launch in launches:
+        yield partial(_check_launch_file, launch)
+    yield partial(_check_writable, "run.output_dir", Path(recipe.run.output_dir))
+    if not reference_cache_dir(recipe).is_dir():  # one that is there may hold every row
+        yield partial(_check_writable, "reference.cache_dir", reference_cache_dir(recipe))
+    yield partial(_check_trackers, recipe)
+    yield partial(_check_resume, recipe)
+    yield partial(check_paths, recipe.data.train, "data.train")
+    yield partial(check_paths, recipe.data.evaluate, "data.evaluate")
 
 
 class _Mistakes:
@@ -97,13 +115,36 @@ def _check_weights(path: str, revision: str | None, setting: str, recipe: Recipe
         weight_files(folder)
 
 
+def _check_writable(setting: str, folder: Path) -> None:
+    if problem := why_not_writable(folder):
+        raise UserError(f"{setting}: {folder}: {problem}; choose another folder")
+
+
+def _check_trackers(recipe: Recipe) -> None:
+    if missing := missing_trackers(recipe.track.to):
+        raise UserError("\n".join(f"track.to: {line}" for line in missing))
+
+
+def _check_resume(recipe: Recipe) -> None:
+    named = recipe.run.resume
+    if named in ("auto", "never") or committed_step(Path(recipe.run.output_dir)) is not None:
+        return  # a run that went on from a checkpoint goes on from its own
+    try:
+        open_checkpoint(Path(named))
+    except CheckpointError as error:
+        raise UserError(f"run.resume: {error}") from error
+
+
 def _launch_files(config_file: str | None) -> list[LaunchFile]:
     """The configuration in force, then the others of this folder's launch/."""
     import torch
 
     named = [config_file, *sorted(str(path) for path in Path("launch").glob("*.yaml"))]
-    files = [launch_file(name, on_gpu=torch.cuda.is_available()) for name in named]
-    return list({Path(file.path).resolve(): file for file in reversed(files)}.values())[::-1]
+    files: dict[Path, LaunchFile] = {}
+    for name in named:
+        file = launch_file(name, on_gpu=torch.cuda.is_available())
+        files.setdefault(Path(file.path).resolve(), file)
+    return list(files.values())
 
 
 def _check_launch_file(launch: LaunchFile) -> None:

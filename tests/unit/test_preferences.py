@@ -358,12 +358,15 @@ def test_the_same_chat_twice_is_two_equal_answers():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({}, "no field 'chosen' and no field 'rejected'; the row has no fields"),
+        ({}, "no field 'chosen' and no field 'rejected'; the row has no fields; name its columns in data columns$"),
         ({"prompt": "Q", "chosen": "a", "loser": "b"}, "no field 'rejected'; the row has 'prompt'"),
         ({"prompt": "Q", "chosen": "a", "rejected": None}, "field 'rejected' is null"),
         ({"prompt": 3, "chosen": "a", "rejected": "b"}, "'prompt' has to be text or a list of"),
         ({"prompt": "Q", "chosen": "a", "rejected": [assistant("b")]}, "one of chosen and"),
-        ({"chosen": "abc", "rejected": "xyz"}, "no field 'prompt', and chosen and rejected have"),
+        (
+            {"question": "Q", "chosen": "abc", "rejected": "xyz"},
+            "no field 'prompt', and chosen and rejected have .*; the row has 'question', 'chosen', 'rejected'",
+        ),
         ({"chosen": "\n\nHuman: a", "rejected": "\n\nHuman: b"}, "no 'Assistant:' turn in common"),
         ({"chosen": [user("a")], "rejected": [user("b")]}, "begin with different messages"),
         ({"chosen": [{"content": "a"}], "rejected": [user("b")]}, "'chosen' has no 'role'"),
@@ -373,7 +376,7 @@ def test_the_same_chat_twice_is_two_equal_answers():
         ({"prompt": "Q", "chosen": "a", "rejected": "b", "tools": [{"name": "t"}]}, "for chat templates, .* is text"),
         ({"chosen": "a b", "rejected": "a c", "system": "S"}, "'system' makes a chat of a row, and this one is text"),
         ({"prompt": "Q", "completions": ["a", "b"], "scores": [1]}, "a number for each of the 2 completions"),
-        ({"completions": ["a", "b"], "scores": [1, 2]}, "no field 'prompt', which ranked or scored completions need"),
+        ({"completions": ["a", "b"], "scores": [1, 2]}, "no field 'prompt', which ranked .* has 'completions'"),
         ({"chosen": [{"role": "user", "content": 3}], "rejected": []}, "content of a message of 'chosen' has to be"),
         ({"prompt": "Q", "completions": ["a"]}, "a list of two or more"),
         ({"prompt": "Q", "completions": ["a", "b"]}, "no score and no rank"),

@@ -6,11 +6,13 @@ import errno
 import gzip
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +23,7 @@ from small_tokenizers import byte_level
 
 from dpo_scale.data import preparation, readers, token_pairs, token_store
 from dpo_scale.data.planning import CostModel, Schedule, layout_costs, plan_step
-from dpo_scale.data.preparation import prepare_pairs
+from dpo_scale.data.preparation import check_rows, prepare_pairs
 from dpo_scale.data.report import DataReport, describe, overlap
 from dpo_scale.data.rows import Block
 from dpo_scale.data.samples import SampledPair, SampledSequence, sample_pairs, show
@@ -295,10 +297,57 @@ def test_bad_rows_are_reported_together_with_their_places(tmp_path, prepare):
 
 
 def test_at_most_twenty_bad_rows_are_listed(tmp_path, prepare):
-    path = write(tmp_path / "rows.jsonl", *["{"] * 50)
+    path = write(tmp_path / "rows.jsonl", *({f"column {number}": ""} for number in range(50)))
     with pytest.raises(DataError, match="20 rows, and maybe more, cannot be used") as caught:
         prepare(path)
-    assert str(caught.value).count("not valid JSON") == 20
+    assert str(caught.value).count("no field 'chosen'") == 20
+
+
+def test_a_fault_of_many_rows_is_said_once_with_its_first_place(tmp_path, prepare):
+    path = write(tmp_path / "rows.jsonl", "{", row(), *["{"] * 2, "[]", *["7"] * 2)
+    with pytest.raises(DataError) as caught:
+        prepare(path)
+    assert str(caught.value).splitlines()[:-1] == [
+        "6 rows cannot be used",
+        f"  {path}:1 and 2 more rows: not valid JSON (Expecting property name enclosed in double quotes, column 1)",
+        f"  {path}:5: a row is an object with named fields, this is a list",
+        f"  {path}:6 and 1 more row: a row is an object with named fields, this is a number",
+    ]
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate"])
+@pytest.mark.parametrize("columns", [None, {"chosen": "good", "rejected": "bad"}, {"chosen": "win"}])
+def test_columns_of_other_names_are_asked_for_as_a_recipe_writes_them(tmp_path, name, columns):
+    good = write(tmp_path / "good.jsonl", row())
+    path = write(tmp_path / "rows.jsonl", *[{"question": "Q", "good": "yes", "bad": "no"}] * 45)
+    lists = {"train": [good], "evaluate": [good], name: [good, {"path": path, "columns": columns}]}
+    data = DataSection(**lists, cache_dir=str(tmp_path / "store"), workers=1)
+    tokenize = partial(prepare_pairs, getattr(data, name), data, byte_level(), setting=f"data.{name}")
+    for read in (partial(check_rows, data), tokenize):
+        with pytest.raises(DataError) as caught:
+            read(seed=0)
+        _, fault, advice = str(caught.value).splitlines()
+        assert fault.startswith(f"  {path}:1 and 19 more rows: no field ")
+        assert fault.endswith("; the row has 'question', 'good', 'bad'; name its columns in data columns")
+        assert advice == (
+            f"data columns are written as data.{name}: "
+            f"[{{path: {path}, columns: {{prompt: ..., chosen: ..., rejected: ...}}}}]"
+        )
+
+
+def test_advice_is_given_for_the_rows_that_are_listed(tmp_path, prepare):
+    paths = [write(tmp_path / "a.jsonl", *["{"] * 30), write(tmp_path / "b.jsonl", {"question": "Q"})]
+    with pytest.raises(DataError) as caught:
+        prepare(*paths)
+    assert len(str(caught.value).splitlines()) == 3
+    assert str(caught.value).endswith("set data.on_bad_row=skip to leave them out and count them")
+
+
+@pytest.mark.parametrize("other", [row(), "{"])
+def test_rows_may_be_skipped_where_not_all_of_them_lack_fields(tmp_path, prepare, other):
+    path = write(tmp_path / "rows.jsonl", {"question": "Q"}, other)
+    with pytest.raises(DataError, match=r"data\.on_bad_row=skip .*\ndata columns are written as"):
+        prepare(path)
 
 
 def test_pairs_without_a_preference_stop_the_run_where_the_recipe_says_so(tmp_path, prepare):
@@ -312,14 +361,29 @@ def test_data_of_which_nothing_is_left_names_reason_place_and_fix(tmp_path, prep
     path = write(tmp_path / "rows.jsonl", row("word " * 40))
     with pytest.raises(DataError, match="no pair is left") as caught:
         prepare(path, max_length=20)
-    assert f"first: {path}:1: prompt longer than the limit" in str(caught.value)
-    assert "raise data.max_length" in str(caught.value)
+    place = f"first: {path}:1: prompt longer than the limit"
+    assert re.search(rf"{place} \(\d+ tokens, data\.max_length is 20\)", str(caught.value))
+    assert "raise the limit" in str(caught.value)
 
 
-def test_a_missing_file_and_a_wrong_column_are_named_before_anything_is_read(tmp_path, prepare):
-    with pytest.raises(DataError, match=r"absent\.jsonl: no such file"):
-        prepare(str(tmp_path / "absent.jsonl"))
+def test_held_out_data_of_which_nothing_is_left_are_named_so(tmp_path):
+    path = write(tmp_path / "rows.jsonl")
+    data = DataSection(train=[path], evaluate=[path], cache_dir=str(tmp_path / "store"), workers=1)
+    with pytest.raises(DataError, match=r"^no held-out pair is left \(data\.evaluate\)\n"):
+        prepare_pairs(data.evaluate, data, byte_level(), seed=0, setting="data.evaluate")
+
+
+def test_missing_files_and_a_wrong_column_are_named_before_anything_is_read(tmp_path, prepare, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     path = write(tmp_path / "rows.jsonl", row())
+    with pytest.raises(DataError) as caught:
+        prepare("a.jsonl", path, "b*.jsonl")
+    assert str(caught.value) == (
+        "data.train: a.jsonl: no such file; b*.jsonl: no file matches this pattern; "
+        f"relative paths count from the current folder, {tmp_path}"
+    )
+    with pytest.raises(DataError, match=r"^data\.train: .*absent\.jsonl: no such file$"):
+        prepare(str(tmp_path / "absent.jsonl"))
     with pytest.raises(DataError, match="unknown field 'winner'"):
         prepare(DataSource(path=path, columns={"winner": "chosen"}))
 

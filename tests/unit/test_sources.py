@@ -408,6 +408,22 @@ def test_a_csv_header_that_names_a_column_twice_is_refused(tmp_path):
         read(tmp_path / "rows.csv")
 
 
+@pytest.mark.parametrize(
+    ("name", "separator", "named"),
+    [("rows.csv", ";", "';'"), ("rows.csv", "\t", r"'\\t'"), ("rows.tsv", ",", "','"), ("rows.tsv.gz", "|", r"'\|'")],
+)
+def test_a_csv_of_another_separator_is_said_to_be_one(tmp_path, name, separator, named):
+    text = "".join(separator.join(line) + "\n" for line in (("prompt", "chosen", "rejected"), ("q", "a, b", "c")))
+    (tmp_path / name).write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    with pytest.raises(DataError, match=rf"{name}: the file seems to be separated by {named}, and commas \(tabs in"):
+        read(tmp_path / name)
+
+
+def test_a_header_may_hold_the_separators_of_others(tmp_path):
+    (tmp_path / "rows.csv").write_text("chosen;a,rejected|b\nx,y\n")
+    assert [row.fields for row in read(tmp_path / "rows.csv")] == [{"chosen;a": "x", "rejected|b": "y"}]
+
+
 def test_a_damaged_table_gives_its_rows_and_then_the_place_of_the_damage(tmp_path):
     path = tmp_path / "rows.parquet"
     table = pyarrow.Table.from_pylist([{"text": f"{n * 7919 % 9973}" * 9} for n in range(20_000)])

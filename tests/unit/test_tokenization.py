@@ -403,6 +403,26 @@ def test_a_pair_over_a_limit_is_cut_or_dropped_as_the_recipe_says(hand, settings
     assert ends == [tokenization.CHOSEN_CUT not in cuts, True]
 
 
+@pytest.mark.parametrize(
+    ("truncation", "limits", "reason", "tokens"),
+    [
+        ("drop", {"max_prompt_length": 5}, tokenization.PROMPT_TOO_LONG, 6),
+        ("drop", {"max_length": 6}, tokenization.PROMPT_TOO_LONG, 6),
+        ("drop", {"max_completion_length": 4}, tokenization.COMPLETION_TOO_LONG, 5),
+        ("drop", {"max_length": 10}, tokenization.PAIR_TOO_LONG, 11),
+        ("keep_start", {"max_prompt_length": 5}, tokenization.PROMPT_TOO_LONG, 6),
+        ("keep_start", {"max_length": 6}, tokenization.PROMPT_TOO_LONG, 6),
+        ("keep_start_of_prompt", {"max_completion_length": 4}, tokenization.COMPLETION_TOO_LONG, 5),
+        ("keep_start_of_prompt", {"max_length": 6}, tokenization.COMPLETION_TOO_LONG, 5),
+        ("keep_end_of_prompt", {"max_prompt_length": 1}, tokenization.PROMPT_TOO_LONG, 6),
+    ],
+)
+def test_a_pair_dropped_for_a_limit_names_its_setting(hand, truncation, limits, reason, tokens):
+    (outcome,) = PairTokenizer(hand["bpe"], section(truncation=truncation, **limits)).tokenize([LONG])
+    ((name, limit),) = limits.items()
+    assert outcome == Dropped("rows.jsonl:1", reason, f"{tokens} tokens, data.{name} is {limit}")
+
+
 limits = st.integers(1, 14)
 
 

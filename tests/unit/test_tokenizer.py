@@ -14,6 +14,7 @@ from small_tokenizers import SENTENCES, byte_level, hand_sentencepiece, train_se
 from transformers import AutoTokenizer
 
 from dpo_scale.errors import UserError
+from dpo_scale.model.loading import load_config
 from dpo_scale.model.tokenizer import load_tokenizer, save_tokenizer, tokenizer_files
 
 TEXTS = [
@@ -209,8 +210,31 @@ def test_a_damaged_model_file_is_named(tmp_path, content, message):
         load_tokenizer(str(tmp_path))
 
 
-def test_a_damaged_tokenizer_json_is_named(tmp_path):
-    (tmp_path / "tokenizer.json").write_text("{")
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("{", "JSONDecodeError: Expecting property name"),
+        ("{}", "KeyError: 'added_tokens'"),
+        ('{"added_tokens": []}', "Exception: Model missing"),
+    ],
+)
+def test_a_damaged_tokenizer_json_is_named(tmp_path, content, reason):
+    (tmp_path / "tokenizer.json").write_text(content)
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    with pytest.raises(UserError, match="no tokenizer could be loaded"):
+    with pytest.raises(UserError, match=rf"no tokenizer could be loaded \({reason}"):
         load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"model_type": "gp', r"is not valid JSON \(Unterminated string"),
+        (b"\xff", r"is not valid JSON \('utf-8' codec"),
+        (b"null", "holds no JSON object"),
+        (b'{"model_type": "unheard of"}', ": .*model type `unheard of` but Transformers does not recognize"),
+    ],
+)
+def test_a_configuration_that_cannot_be_read_is_named(tmp_path, content, message):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(UserError, match=rf"^reference\.path: {tmp_path}/config\.json ?{message}"):
+        load_config(tmp_path, trust_remote_code=False, setting="reference.path")
