@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NoReturn
 
@@ -49,6 +50,10 @@ def run_stage(name: str) -> NoReturn:
     except UserError as error:
         words(f"error: {error}", cause=True, reason=_first_line(error), users_mistake=not error.may_pass)
         code = USER_ERROR
+    except KeyboardInterrupt:  # before the stage listens for signals
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher passes its own copy on
+        words("Stopped by SIGINT before anything was begun", cause=True)
+        code = CRASH
     except BaseException as error:  # the last words of a rank, whatever ended it
         if isinstance(error, SystemExit):
             raise
@@ -102,6 +107,16 @@ def _console_of_run(recipe: Recipe, name: str, *, is_main: bool) -> Console:
         raise UserError(f"run.output_dir: {error.filename}: {error.strerror}") from error
 
 
+@dataclass(frozen=True, slots=True)
+class Cause:
+    """Why a launch fails."""
+
+    message: str
+    reason: str
+    """One line of it, for the run's status."""
+    users_mistake: bool
+
+
 class LastWords:
     """Why a rank ends: in its log, on the console, in the run's status, and in the closing words of the launcher."""
 
@@ -125,31 +140,34 @@ class LastWords:
         with suppress(OSError):  # a full disk
             print(message, file=sys.stderr, flush=True)
         if cause:
-            first = self._first_cause(message)
-            self.tell_launcher(first)  # also from a rank that only follows: the launcher may see its end before
-            if first is not message:
+            own = Cause(message, reason or message.splitlines()[0], users_mistake)
+            first = self._first_cause(own)
+            # Also from a rank that only follows: the launcher may see its end before the first one's, and the main
+            # rank may have noted what it does next over the failure.
+            self.tell_launcher(first.message)
+            if self.run is not None and self.run[1] in status.FILES:
+                status.record_failure(*self.run, first.reason, users_mistake=first.users_mistake)
+            if first is not own:
                 return
-        if cause and self.run is not None and self.run[1] in status.FILES:
-            status.record_failure(*self.run, reason or message.splitlines()[0], users_mistake=users_mistake)
         self.console.is_main = True
         self.console.say(message)
 
-    def _first_cause(self, message: str) -> str:
-        """The cause that the first rank of this machine to fail gave: this very message, if that is this rank."""
+    def _first_cause(self, own: Cause) -> Cause:
+        """The cause that the first rank of this machine to fail gave: this very one, if that is this rank."""
         if self.attempt is None:
-            return message
+            return own
         said = self.attempt / "said"
         with suppress(OSError):  # a full disk: better said twice than not at all
-            descriptor, own = tempfile.mkstemp(prefix="said-", dir=self.attempt)
+            descriptor, temporary = tempfile.mkstemp(prefix="said-", dir=self.attempt)
             with open(descriptor, "w", encoding="utf-8") as file:
-                file.write(message)
+                json.dump(asdict(own), file)
             try:
-                os.link(own, said)  # there at once with its contents: whoever comes second reads all of them
+                os.link(temporary, said)  # there at once with its contents: whoever comes second reads all of them
             except FileExistsError:
-                return said.read_text(encoding="utf-8")
+                return Cause(**json.loads(said.read_text(encoding="utf-8")))
             finally:
-                os.unlink(own)
-        return message
+                os.unlink(temporary)
+        return own
 
     def tell_launcher(self, message: str) -> None:
         """Put a message where the launcher looks for what to repeat at its end."""

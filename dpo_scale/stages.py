@@ -13,7 +13,14 @@ from dpo_scale.operations.conclusion import conclude
 from dpo_scale.recipe import Recipe
 from dpo_scale.reference.session import Reference
 from dpo_scale.training import locks, loop
-from dpo_scale.training.interruption import STOPPED, Interruption, StopRequestedError, heed
+from dpo_scale.training.interruption import (
+    STOPPED,
+    Interruption,
+    StopRequestedError,
+    heed,
+    reason_of_any,
+    unless_stopped,
+)
 from dpo_scale.training.run_folder import RunFolder
 from dpo_scale.training.status import StatusFile
 from dpo_scale.watch import Watch
@@ -25,10 +32,12 @@ def train(recipe: Recipe, console: Console, watch: Watch) -> int:
     folder = _take_folder(recipe, started.ranks, console)
     status = StatusFile(folder.path if folder else None, "train")
     code = loop.train(recipe, started, console, folder, status, watch)
-    watch.close()
-    started.accelerator.end_training()
+    watch.rest()
     if folder is not None:
         conclude(folder.path, console)
+    started.ranks.barrier()  # after a stop, a rank that leaves takes the launch down, the main one too
+    watch.close()
+    started.accelerator.end_training()
     return code
 
 
@@ -39,25 +48,26 @@ def score(recipe: Recipe, console: Console, watch: Watch) -> int:
     lock = by_main(started.ranks, lambda: locks.take(run / ".score.lock"))
     status = StatusFile(run if started.ranks.is_main else None, "score")
     status.enter("preparing data")
-    data = prepare_data(recipe, started.ranks, console)
-    status.enter("scoring")
     interruption = Interruption(run, None, watch.started)
 
     def between_batches() -> None:
         watch.moved("a micro-batch of scoring")
         heed(interruption, started.ranks)
 
-    status.enter("scoring")
-    reference = Reference(recipe, started, data, console, between_batches)
+    reference = None
     try:
-        reference.score_all(reference.rows(data.train), reference.rows(data.evaluate))
+        data = unless_stopped(lambda: prepare_data(recipe, started.ranks, console), interruption, started.ranks)
+        status.enter("scoring")
+        reference = Reference(recipe, started, data, console, between_batches)
+        reference.score_all(reference.train_rows, reference.evaluate_rows)
     except StopRequestedError:
-        reference.release()
-        reason = interruption.reason() or "another rank"
+        if reference is not None:
+            reference.release()
+        reason = reason_of_any(interruption, started.ranks)
         status.stop(reason)
-        console.say(f"Stopped by {reason}: {reference.store.folder} holds what was scored; the same command goes on")
-        started.ranks.barrier()  # all have read why; and a rank that leaves takes the launch down, the main one too
+        console.say(f"Stopped by {reason}; what was scored is kept, and the same command goes on")
         interruption.consume_file()
+        started.ranks.barrier()  # a rank that leaves takes the launch down, the main one too
         return STOPPED
     status.finish()
     console.say(f"Done: {reference.rows_computed:,} rows scored, in {reference.store.folder}")

@@ -17,6 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+import psutil
+
 GRACE_SECONDS = 5.0
 """For the main thread to fail by itself, which tells more, and for other ranks to give their account."""
 POLL_SECONDS = 0.25
@@ -68,25 +70,25 @@ class Watch:
     def gone(self, within: float = 0.0) -> dict[int, int]:
         """Rank -> process id of the ranks of this machine that died; waits `within` seconds for one to be found."""
         end = time.monotonic() + within
-        while not (found := self._gone()) and time.monotonic() < end:
+        while not (found := self._gone(unnoticed=False)) and time.monotonic() < end:
             time.sleep(0.05)
         return found
 
-    def _gone(self) -> dict[int, int]:
+    def _gone(self, *, unnoticed: bool) -> dict[int, int]:
+        """`unnoticed` counts ranks whose launcher has not noticed: it may be busy ending others for half a minute."""
         found = {}
         for path in self._attempt.glob("*.pid") if self._attempt is not None else ():
             try:
                 pid = int(path.read_text())
-                os.kill(pid, 0)  # no signal: asks whether there is such a process
             except FileNotFoundError:  # signed off meanwhile
                 continue
-            except ProcessLookupError:
+            if _is_gone(pid, unnoticed):
                 found[int(path.stem)] = pid
         return found
 
     def _watch(self) -> None:
         while not self._closed.wait(POLL_SECONDS):
-            if gone := self._gone():
+            if gone := self._gone(unnoticed=True):
                 self._follow(gone)
             moved = self._moved
             if moved is not None and 0 < self._limit < time.monotonic() - moved[0]:
@@ -115,6 +117,13 @@ class Watch:
         if self._moved == (since, doing) and not self._closed.is_set():
             self._say(f"stalled since: {doing}; the stack of each rank stands above and in its log", cause=True)
             self._end(1)
+
+
+def _is_gone(pid: int, unnoticed: bool) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE and unnoticed)
+    except psutil.NoSuchProcess:
+        return True
 
 
 def died(gone: dict[int, int]) -> str:

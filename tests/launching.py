@@ -15,6 +15,9 @@ from typing import Any
 
 import yaml
 
+ON_CPUS = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+"""Environment of a launch on CPUs, one core a rank, also where there are GPUs."""
+
 ZERO3 = {
     "zero_optimization": {
         "stage": 3,
@@ -145,10 +148,10 @@ class Launcher:
         processes: int = 2,
         environment: dict[str, str] | None = None,
     ) -> subprocess.Popen[str]:
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""} | (environment or {})
+        environment = os.environ | ON_CPUS | (environment or {})
         return subprocess.Popen(
             self.command(stage, run, overrides or [], processes),
-            env=environment | {"HF_HUB_OFFLINE": "1"},
+            env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

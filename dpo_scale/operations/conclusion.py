@@ -29,7 +29,14 @@ def _write_report(folder: Path) -> str:
     """Have the report written by a process of its own, which can take nothing down; returns what went wrong."""
     command = [sys.executable, "-m", "dpo_scale.cli", "report", str(folder)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=REPORT_SECONDS, check=False)
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=REPORT_SECONDS,
+            check=False,
+            start_new_session=True,  # the signal that stops a run goes to its whole group, and may come twice
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         return str(error)
     if done.returncode == 0:

@@ -67,8 +67,9 @@ class RunRecords:
 
     @property
     def last_step(self) -> int:
-        """Newest step that was noted."""
-        return max((int(line["step"]) for line in (*self.training, *self.held_out)), default=0)
+        """Newest step that was noted; a run that was stopped notes it at its end, between two logged lines too."""
+        logged = (int(line["step"]) for line in (*self.training, *self.held_out))
+        return max(*logged, *(attempt.last_step for attempt in self.attempts), 0, 0)
 
     @property
     def outcome(self) -> str:

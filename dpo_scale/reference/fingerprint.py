@@ -132,6 +132,12 @@ def fingerprint_model(
     )
 
 
+def settings_digest(folder: Path) -> str:
+    """SHA-256 of what a model's config.json says that can change a log-prob, in hex."""
+    settings = _without_irrelevant_keys(_read_json(folder / "config.json"))
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The files that from_pretrained reads weights from, by name; safetensors come first."""
     if (folder / "adapter_config.json").exists():

@@ -39,6 +39,7 @@ class Reference:
 
     Attributes:
         store: what is computed already.
+        train_rows, evaluate_rows: the rows that the run's pairs need.
         rows_cached: rows that were asked for and found.
         rows_computed: rows that were scored.
     """
@@ -57,6 +58,8 @@ class Reference:
         self._ranks = runtime.ranks
         self._source = find_reference(recipe, data, self._ranks, console)
         self.store = ReferenceStore.open(reference_cache_dir(recipe), self._source.fingerprint)
+        self.train_rows = ReferenceRows.of_pairs(data.train)
+        self.evaluate_rows = ReferenceRows.of_pairs(data.evaluate)
         self.rows_cached = 0
         self.rows_computed = 0
         self._fresh = FreshRows(self.store, self._ranks)
@@ -74,10 +77,6 @@ class Reference:
     def is_the_policys_start(self) -> bool:
         """Whether the policy starts as this reference."""
         return self._source.folder == self._data.model_folder
-
-    def rows(self, pairs: TokenPairs) -> ReferenceRows:
-        """The rows that pairs need."""
-        return ReferenceRows.of_pairs(pairs)
 
     def score_all(self, *needed: ReferenceRows) -> None:
         """Score everything that is missing, commit it, and release the engine. Collective."""

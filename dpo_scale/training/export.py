@@ -244,19 +244,19 @@ def _shard_name(number: int, count: int) -> str:
 
 
 def _prepare(hidden: Path, out: Path, folder: ModelFolder) -> None:
-    _check_replaceable(out, folder)
+    check_replaceable(out, folder.trajectory_digest)
     if hidden.exists():
         shutil.rmtree(hidden)
     hidden.mkdir(parents=True)
 
 
-def _check_replaceable(out: Path, folder: ModelFolder) -> None:
-    """Only nothing, an empty folder, or an earlier export of the same run may stand at `out`."""
+def check_replaceable(out: Path, trajectory_digest: str) -> None:
+    """Only nothing, an empty folder, or an earlier export of the same run may stand at `out`; else ExportError."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     try:
         provenance = json.loads((out / "provenance.json").read_text("utf-8"))
-        if provenance.get("trajectory_digest") == folder.trajectory_digest:
+        if provenance.get("trajectory_digest") == trajectory_digest:
             return
     except (OSError, ValueError, AttributeError):
         pass

@@ -7,11 +7,16 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
+
+from dpo_scale.errors import DataError
+
+T = TypeVar("T")
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 """The last one comes when a terminal is closed; the launcher passes it on even under nohup."""
@@ -22,13 +27,14 @@ ECHO_SECONDS = 3.0
 
 
 class Ranks(Protocol):
-    """The collective that agreeing needs."""
+    """The collectives that agreeing needs."""
 
     @property
     def is_main(self) -> bool: ...
     @property
     def device(self) -> torch.device: ...
     def max(self, values: Tensor) -> Tensor: ...
+    def gather_objects(self, value: T) -> list[T]: ...
 
 
 class StopRequestedError(Exception):
@@ -70,6 +76,7 @@ class Interruption:
         if self._file.exists():
             return "the STOP file"
         if self._deadline is not None and time.monotonic() + needed_seconds > self._deadline:
+            self._deadline = -math.inf  # it stays the reason when it is asked for again and less is needed
             return "run.stop_after"
         if os.getppid() != self._launcher:
             return "the end of its launcher"
@@ -120,6 +127,24 @@ def heed(interruption: Interruption, ranks: Ranks) -> None:
     """Raise StopRequestedError on every rank if any of them was asked to stop; collective."""
     if agree(ranks, stop=bool(interruption.reason()), commit=False)[0]:
         raise StopRequestedError
+
+
+def unless_stopped(work: Callable[[], T], interruption: Interruption, ranks: Ranks) -> T:
+    """The result of work on data, which fails on all ranks or on none.
+
+    Raises StopRequestedError where it fails and a rank was asked to stop: a signal to a job also ends the processes
+    that tokenize for it.
+    """
+    try:
+        return work()
+    except DataError:
+        heed(interruption, ranks)
+        raise
+
+
+def reason_of_any(interruption: Interruption, ranks: Ranks) -> str:
+    """Why all ranks stop, from the first one that knows; collective, so that nobody leaves before all have looked."""
+    return next(filter(None, ranks.gather_objects(interruption.reason())), "a request that is gone")
 
 
 def agree(ranks: Ranks, *, stop: bool, commit: bool) -> tuple[bool, bool]:

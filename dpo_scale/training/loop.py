@@ -25,13 +25,22 @@ from dpo_scale.files import write_json
 from dpo_scale.inputs import Data, prepare_data
 from dpo_scale.model.loading import DTYPES
 from dpo_scale.recipe import Recipe
-from dpo_scale.reference.scoring import ReferenceRows
+from dpo_scale.reference.fingerprint import settings_digest
 from dpo_scale.reference.session import Reference
 from dpo_scale.training.checkpoints import RunState, digest_of, save
 from dpo_scale.training.evaluation import best_of, describe, evaluate
 from dpo_scale.training.export import export_engine
 from dpo_scale.training.guards import NumericalError, check_first_step, explain_non_finite, first_step_gap
-from dpo_scale.training.interruption import STOPPED, Interruption, StopRequestedError, StopTime, agree, heed
+from dpo_scale.training.interruption import (
+    STOPPED,
+    Interruption,
+    StopRequestedError,
+    StopTime,
+    agree,
+    heed,
+    reason_of_any,
+    unless_stopped,
+)
 from dpo_scale.training.metrics import MetricsFile, MetricSums
 from dpo_scale.training.optimizer import learning_rate, set_learning_rate
 from dpo_scale.training.policy import load_policy
@@ -63,20 +72,20 @@ def train(
         heed(interruption, ranks)
 
     status.enter("preparing data")
-    data = prepare_data(recipe, ranks, console)
-    if folder is not None:
-        write_json(folder.path / "data_report.json", data.report)
-        folder.write_environment(ranks.world_size, str(ranks.device))
-    reference = Reference(recipe, runtime, data, console, between_batches)
-    by_main(ranks, lambda: folder.keep_reference(reference.fingerprint) if folder is not None else None)
-    needed = reference.rows(data.train), reference.rows(data.evaluate)
-    reached = "before training"
+    reached, reference = "before training", None
     try:
+        data = unless_stopped(lambda: prepare_data(recipe, ranks, console), interruption, ranks)
+        if folder is not None:
+            write_json(folder.path / "data_report.json", data.report)
+            folder.write_environment(ranks.world_size, str(ranks.device))
+        reference = Reference(recipe, runtime, data, console, between_batches)
+        trajectory = _trajectory(recipe, data, reference)
+        by_main(ranks, lambda: folder.claim(reference.fingerprint, trajectory) if folder else None)
         if recipe.reference.schedule == "upfront":
             status.enter("scoring")
-            reference.score_all(*needed)
+            reference.score_all(reference.train_rows, reference.evaluate_rows)
         status.enter("loading")
-        run = _start(recipe, runtime, console, data, reference, needed, folder, watch, between_batches)
+        run = _start(recipe, runtime, console, data, reference, trajectory, folder, watch, between_batches)
         run.start_trackers()
         status.enter("training", run.state.step)
         if run.train(interruption, status):
@@ -89,14 +98,20 @@ def train(
         if step := run.state.step:
             status.advance(step)
             reached = f"after step {step}, which is committed"
-    except StopRequestedError:  # while the reference was scored
-        reference.release()
-    reason = interruption.reason() or "another rank"
+    except StopRequestedError:  # while data were tokenized or the reference was scored
+        if reference is not None:
+            reference.release()
+    reason = reason_of_any(interruption, ranks)
     status.stop(reason)
     console.say(f"Stopped by {reason} {reached}; the same command goes on from there")
-    ranks.barrier()  # all have read why; and a rank that leaves takes the launch down, the main one too
     interruption.consume_file()
     return STOPPED
+
+
+def _trajectory(recipe: Recipe, data: Data, reference: Reference) -> dict[str, Any]:
+    """All that determines what is trained."""
+    own = None if reference.is_the_policys_start else settings_digest(data.model_folder)
+    return trajectory_of(recipe, data.train.digest(), reference.fingerprint.key, own)
 
 
 def evaluate_only(recipe: Recipe, runtime: Runtime, console: Console, folder: RunFolder | None, watch: Watch) -> None:
@@ -104,9 +119,12 @@ def evaluate_only(recipe: Recipe, runtime: Runtime, console: Console, folder: Ru
     data = prepare_data(recipe, runtime.ranks, console)
     between_batches = partial(watch.moved, "a micro-batch of the held-out pass")
     reference = Reference(recipe, runtime, data, console, between_batches)
-    needed = reference.rows(data.train), reference.rows(data.evaluate)
-    reference.score_all(needed[1])
-    _start(recipe, runtime, console, data, reference, needed, folder, watch, between_batches).evaluate()
+    reference.score_all(reference.evaluate_rows)
+    trajectory = _trajectory(recipe, data, reference)
+    run = _start(recipe, runtime, console, data, reference, trajectory, folder, watch, between_batches)
+    if not run.state.step:
+        console.say(f"Of no checkpoint of this run, but of {recipe.model.path}:")
+    run.evaluate()
 
 
 def _start(
@@ -115,14 +133,13 @@ def _start(
     console: Console,
     data: Data,
     reference: Reference,
-    needed: tuple[ReferenceRows, ReferenceRows],
+    trajectory: dict[str, Any],
     folder: RunFolder | None,
     watch: Watch,
     between_batches: Callable[[], None],
 ) -> Run:
     """The run with its policy loaded, resumed and checked, and its plan."""
     watch.rest()
-    trajectory = trajectory_of(recipe, data.train.digest(), reference.fingerprint.key)
     policy, layout, state = load_policy(recipe, runtime, console, data, trajectory)
     schedule = Schedule(
         num_pairs=len(data.train),
@@ -139,8 +156,6 @@ def _start(
         console=console,
         data=data,
         reference=reference,
-        train_rows=needed[0],
-        evaluate_rows=needed[1],
         policy=policy,
         layout=layout,
         schedule=schedule,
@@ -162,14 +177,11 @@ class Run:
     console: Console
     data: Data
     reference: Reference
-    train_rows: ReferenceRows
-    evaluate_rows: ReferenceRows
     policy: PolicyEngine
     layout: Layout
     schedule: Schedule
     costs: Costs
     trajectory: dict[str, Any]
-    """All that determines what is trained."""
     state: RunState
     folder: RunFolder | None
     watch: Watch
@@ -268,13 +280,13 @@ class Run:
     def _step(self, plan: StepPlan, batches: Sequence[PairBatch]) -> StepOutput:
         """One optimizer step that was applied; fp16 repeats it with a lower scale until it is."""
         if self.recipe.reference.schedule == "per_batch":
-            self.reference.ensure(self.train_rows, self.schedule.pairs_of(plan.step))
+            self.reference.ensure(self.reference.train_rows, self.schedule.pairs_of(plan.step))
         for _ in range(MOST_OVERFLOWS_A_STEP):
             sums = MetricSums(self.ranks.device)
             output = run_step(
                 self.policy,
                 batches,
-                lambda indices: self.reference.logps(self.train_rows, indices),
+                lambda indices: self.reference.logps(self.reference.train_rows, indices),
                 sums,
                 self.recipe.loss,
                 global_pairs=plan.num_pairs,
@@ -295,11 +307,10 @@ class Run:
 
     def _compare_with_reference(self, first: PairBatch, output: StepOutput) -> None:
         """The first step, where the policy starts as the reference: their log-probs must agree."""
-        expected = torch.from_numpy(self.reference.token_logps(self.train_rows, first.pairs))
+        expected = torch.from_numpy(self.reference.token_logps(self.reference.train_rows, first.pairs))
         gap = first_step_gap(output, expected, self.ranks)
         self.console.say(f"First step: largest gap of policy and reference {gap:.1e} nats a token")
-        dtype = DTYPES[self.recipe.model.dtype]
-        check_first_step(gap, dtype, self.data.model_folder, self.reference.store.folder)
+        check_first_step(gap, DTYPES[self.recipe.model.dtype], self.data.model_folder, self.reference.store.folder)
 
     def _count(self, plan: StepPlan) -> None:
         lengths = self.data.train.lengths[np.concatenate([i for r in plan.micro_batches for i in r])]
@@ -325,12 +336,12 @@ class Run:
         if not len(self.data.evaluate):
             return
         if self.recipe.reference.schedule == "per_batch":
-            self.reference.ensure(self.evaluate_rows, np.arange(len(self.data.evaluate)))
+            self.reference.ensure(self.reference.evaluate_rows, np.arange(len(self.data.evaluate)))
         started = time.monotonic()
         metrics = evaluate(
             self.policy,
             self.data.evaluate,
-            lambda indices: self.reference.logps(self.evaluate_rows, indices),
+            lambda indices: self.reference.logps(self.reference.evaluate_rows, indices),
             self.ranks,
             self.console,
             self.recipe.loss,
@@ -353,7 +364,6 @@ class Run:
         self.reference.commit()
         self.records.settle()
         self.state = replace(self.state, unlogged=self.records.unlogged())
-        settings = self.recipe.checkpoint
         snapshot = engine_state.snapshot(self.policy.engine)
         with self.console.progress("Saving the checkpoint", snapshot.stored_bytes, BYTES) as bar:
             path = save(
@@ -363,8 +373,8 @@ class Run:
                 self.ranks,
                 trajectory=self.trajectory,
                 source_model=str(self.data.model_folder),
-                keep_last=settings.keep_last,
-                keep_every=settings.keep_every,
+                keep_last=self.recipe.checkpoint.keep_last,
+                keep_every=self.recipe.checkpoint.keep_every,
             )
         seconds, self.committed_step = time.monotonic() - started, self.state.step
         self.stop_time.commit_took(seconds)
@@ -382,8 +392,7 @@ class Run:
             model_folder(self.recipe, self.data.model_folder, digest, self.state.step) as folder,
             self.console.progress("Exporting the model", elements, "parameters") as bar,
         ):
-            engine = self.policy.engine
-            export_engine(engine, out, folder, self.ranks, step=self.state.step, progress=bar.advance)
+            export_engine(self.policy.engine, out, folder, self.ranks, step=self.state.step, progress=bar.advance)
 
 
 def _is_due(step: int, every: int | None) -> bool:

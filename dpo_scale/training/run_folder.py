@@ -19,6 +19,8 @@ from dpo_scale.files import write_atomically, write_json
 from dpo_scale.recipe import Recipe, dump_recipe
 from dpo_scale.reference.fingerprint import ReferenceFingerprint, explain_difference, read_fingerprint
 from dpo_scale.training import locks
+from dpo_scale.training.checkpoints import digest_of
+from dpo_scale.training.export import check_replaceable
 
 HARMLESS = (
     "model.attention",
@@ -44,10 +46,16 @@ HARMLESS = (
 """Settings that do not change what is trained beyond rounding; names that end in a dot are whole sections."""
 
 
-def trajectory_of(recipe: Recipe, train_digest: str, reference_key: str) -> dict[str, Any]:
-    """All that determines the trajectory: the settings that matter, and what training and reference files hold."""
+def trajectory_of(
+    recipe: Recipe, train_digest: str, reference_key: str, policy_settings: str | None = None
+) -> dict[str, Any]:
+    """All that determines the trajectory: the settings that matter, and what training and reference files hold.
+
+    `policy_settings` is the digest of the policy's config.json where the reference is another model.
+    """
     values = {name: value for name, value in flatten(recipe).items() if not name.startswith(HARMLESS)}
-    return {**values, "tokens of the training pairs": train_digest, "files of the reference": reference_key}
+    values |= {"tokens of the training pairs": train_digest, "files of the reference": reference_key}
+    return values if policy_settings is None else {**values, "config.json of the policy": policy_settings}
 
 
 def flatten(recipe: Recipe) -> dict[str, Any]:
@@ -77,6 +85,26 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str
     ]
 
 
+def compare_with_stored(recipe: Recipe) -> list[str]:
+    """What differs, without changing what is trained, from the recipe in the run's folder. Reads only.
+
+    Raises RecipeError if another recipe trained there.
+    """
+    folder = Path(recipe.run.output_dir)
+    if not (folder / "recipe.yaml").exists():
+        return []
+    stored = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+    before = {f"{section}.{field}": value for section, fields in stored.items() for field, value in fields.items()}
+    matters, harmless = changed_settings(before, flatten(recipe))
+    if matters and any((folder / name).exists() for name in ("checkpoints", "model")):
+        raise RecipeError(
+            f"run.output_dir: {folder} holds a run of another recipe\n"
+            + "\n".join(f"  {line}" for line in matters)
+            + "\nchoose another folder, or restore these settings"
+        )
+    return harmless
+
+
 class RunFolder:
     """The folder as the main rank sees it; holds the lock until the process ends."""
 
@@ -87,21 +115,16 @@ class RunFolder:
         """
         self.path = Path(recipe.run.output_dir)
         self._lock = locks.take(self.path / ".lock")
-        self.harmless_changes: list[str] = []
-        recipe_path = self.path / "recipe.yaml"
-        if recipe_path.exists():
-            self._compare(yaml.safe_load(recipe_path.read_text(encoding="utf-8")), recipe)
-        write_atomically(recipe_path, lambda path: _write_text(path, dump_recipe(recipe)))
+        self.harmless_changes = compare_with_stored(recipe)
+        write_atomically(self.path / "recipe.yaml", lambda path: _write_text(path, dump_recipe(recipe)))
 
-    def _compare(self, stored: dict[str, Any], recipe: Recipe) -> None:
-        before = {f"{section}.{field}": value for section, fields in stored.items() for field, value in fields.items()}
-        matters, self.harmless_changes = changed_settings(before, flatten(recipe))
-        if matters and any((self.path / name).exists() for name in ("checkpoints", "model")):
-            raise RecipeError(
-                f"run.output_dir: {self.path} holds a run of another recipe\n"
-                + "\n".join(f"  {line}" for line in matters)
-                + "\nchoose another folder, or restore these settings"
-            )
+    def claim(self, reference: ReferenceFingerprint, trajectory: Mapping[str, Any]) -> None:
+        """See that the folder is free for what is to be trained, before anything is computed for it.
+
+        Raises UserError where it was trained against another reference, or holds another model.
+        """
+        self.keep_reference(reference)
+        check_replaceable(self.path / "model", digest_of(trajectory))
 
     def keep_reference(self, reference: ReferenceFingerprint) -> None:
         """Note in `reference.json` what this run is trained against.

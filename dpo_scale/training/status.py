@@ -15,6 +15,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
+
 from dpo_scale.errors import UserError
 from dpo_scale.files import write_json
 from dpo_scale.training.locks import is_held_by, this_process
@@ -114,13 +116,17 @@ class StatusFile:
 def record_failure(folder: Path, command: str, reason: str, *, users_mistake: bool = False) -> None:
     """Note why a launch failed; any of its ranks may call it, and the first one is believed.
 
-    Does nothing where another launch works in the folder: the failure is then that this one may not.
+    Does nothing where the run is finished, or another launch works in the folder: the failure is then that this one
+    may not.
     """
-    before = read_status(folder, command)
-    own = before is not None and before.launch == _this_launch()
+    try:
+        before = read_status(folder, command)
+    except UserError:  # of another form; it may be what the launch failed over
+        before = None
+    own = before is not None and before.launch == _this_launch() and before.time >= _launched_at()
     if before is not None and own and before.state != "running":
         return
-    if before is not None and not own and is_alive(folder, command, before):
+    if before is not None and not own and (before.state == "finished" or is_alive(folder, command, before)):
         return
     if before is None or not own:
         before = replace(before or Status(state="failed"), stage="starting", step=0)
@@ -205,11 +211,22 @@ def as_json(status: Status | None, verdict: Verdict, committed: int | None) -> d
 
 
 def _write(folder: Path, command: str, status: Status) -> None:
-    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    write_json(folder / FILES[command][0], asdict(replace(status, time=now)))
+    write_json(folder / FILES[command][0], asdict(replace(status, time=_iso(time.time()))))
+
+
+def _iso(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="seconds")
+
+
+def _launched_at() -> str:
+    """When this process's launcher began, as `Status.time` is written; empty where it cannot be seen."""
+    try:
+        return _iso(psutil.Process(os.getppid()).create_time())
+    except psutil.Error:  # outside of this container
+        return ""
 
 
 def _this_launch() -> str:
-    """A name that the ranks of one launch share and no other launch of this run has."""
+    """A name that the ranks of one launch share; a later one may have it again, on a port that was given by hand."""
     names = ("MASTER_ADDR", "MASTER_PORT", "SLURM_JOB_ID", "SLURM_RESTART_COUNT")
     return " ".join(os.environ.get(name, "-") for name in names)

@@ -39,7 +39,7 @@ class Session:
     def __init__(self, recipe: Recipe, runtime: Runtime, data: Data) -> None:
         self.said = io.StringIO()
         self.reference = Reference(recipe, runtime, data, Console(self.said))  # type: ignore[arg-type]
-        self.rows = self.reference.rows(data.train)
+        self.rows = self.reference.train_rows
         self.keys = self.rows.of(np.arange(len(data.train)))
 
     def score_all(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from launching import ON_CPUS
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -27,7 +28,7 @@ RELATIVE = {"fp32": 1e-6, "bf16": 2e-4, "persistent_tied": 2e-4, "cpu_adam": 1e-
 def launch(folder: Path, ranks: int, *variants: str) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(ranks), str(WORKER), str(folder), *variants]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | ON_CPUS
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-6000:]
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from launching import Launched, Launcher, make_model
+from launching import ON_CPUS, Launched, Launcher, make_model
 from safetensors.torch import load_file, save_file
 
 from dpo_scale.cli import main
@@ -95,7 +95,7 @@ def run_worker(
     recipe.write_text(json.dumps(settings))
     done = subprocess.run(
         [*command[:-3], str(WORKER), scenario, str(recipe), str(folder)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"},
+        env=os.environ | ON_CPUS,
         capture_output=True,
         text=True,
         timeout=500,

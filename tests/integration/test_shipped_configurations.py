@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launching import make_model, make_pairs
+from launching import ON_CPUS, make_model, make_pairs
 
 ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("shipped_worker.py")
@@ -20,8 +20,7 @@ pytestmark = pytest.mark.launch
 
 def launch(config: str, *arguments: str) -> None:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"launch/{config}", *arguments]
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=560)
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | ON_CPUS, capture_output=True, text=True, timeout=560)
     assert done.returncode == 0, done.stdout + done.stderr[-6000:]
 
 

@@ -159,11 +159,19 @@ def test_evaluate_repeats_the_last_evaluation(launcher: Launcher, undisturbed: L
     assert run.returncode == 0, run.output
     before, again = run.held_out_lines()[-2:]
     assert again == pytest.approx(before, rel=1e-6)
+    lines = run.metrics()
+    start = launcher("evaluated", ["run.resume=never"], stage="evaluate")
+    assert start.returncode == 0, start.output
+    assert f"Of no checkpoint of this run, but of {launcher.base['model']['path']}:" in start.output
+    assert start.metrics()[:-1] == lines  # it adds a line, and drops none
+    assert start.metrics()[-1]["step"] == 0
 
 
 def test_a_stop_request_commits_and_says_how_to_go_on(stopped: Launched) -> None:
     assert stopped.returncode != 0
-    assert "the same command goes on" in stopped.output
+    assert "Stopped by the STOP file after step 1, which is committed; the same command goes on" in stopped.output
+    assert "could not be written" not in stopped.output
+    assert (stopped.folder / "report.html").is_file()
     assert [line["step"] for line in stopped.training_lines()] == [1]
     assert not (stopped.folder / "STOP").exists()
     assert not (stopped.folder / "model").exists()

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from launching import ON_CPUS
 from plain_dpo import assert_same_gradients, gradients, plain_losses
 from safetensors.torch import load_file
 from tiny_llamas import plain_llama, plain_mixture, random_pairs
@@ -71,7 +72,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
             *("--config_file", str(folder / "accelerate.yaml")),
             *(str(worker), str(folder / "recipe.yaml"), str(folder)),
         ],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""},
+        env=os.environ | ON_CPUS,
         capture_output=True,
         text=True,
         timeout=500,

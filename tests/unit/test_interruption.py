@@ -9,13 +9,24 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from dpo_scale.errors import DataError, UserError
 from dpo_scale.training import interruption
-from dpo_scale.training.interruption import SIGNALS, Interruption, StopRequestedError, StopTime, agree, heed
+from dpo_scale.training.interruption import (
+    SIGNALS,
+    Interruption,
+    StopRequestedError,
+    StopTime,
+    agree,
+    heed,
+    reason_of_any,
+    unless_stopped,
+)
 
 WORKER = """
 import hashlib, sys, time
@@ -106,8 +117,11 @@ def test_the_clock_stops_after_the_recipes_minutes(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(interruption.time, "monotonic", lambda: start + 119)
     assert stopping.reason() == ""
     assert stopping.reason(needed_seconds=2.0) == "run.stop_after"  # what comes next would end too late
+    monkeypatch.setattr(interruption.time, "monotonic", lambda: start + 119.5)
+    assert stopping.reason() == "run.stop_after"  # and it is why, however soon the run is there
+    fresh = Interruption(tmp_path, 2.0, start)
     monkeypatch.setattr(interruption.time, "monotonic", lambda: start + 121)
-    assert stopping.reason() == "run.stop_after"
+    assert fresh.reason() == "run.stop_after"
 
 
 @pytest.mark.usefixtures("old_handlers")
@@ -126,6 +140,27 @@ def test_all_ranks_stop_in_mid_pass_where_one_was_asked_to(tmp_path: Path) -> No
     (tmp_path / "STOP").touch()
     with pytest.raises(StopRequestedError):
         heed(stopping, OneOfTwo(is_main=False, others=[0, 0]))
+
+
+@pytest.mark.usefixtures("old_handlers")
+def test_data_that_fail_after_a_request_to_stop_are_no_mistake(tmp_path: Path) -> None:
+    def fail() -> None:
+        raise DataError("a process that tokenizes was killed")
+
+    stopping = Interruption(tmp_path, None, time.monotonic())
+    assert unless_stopped(lambda: 7, stopping, OneOfTwo(is_main=True, others=[0, 0])) == 7
+    with pytest.raises(UserError, match="was killed"):
+        unless_stopped(fail, stopping, OneOfTwo(is_main=True, others=[0, 0]))
+    with pytest.raises(StopRequestedError):
+        unless_stopped(fail, stopping, OneOfTwo(is_main=True, others=[1, 0]))
+
+
+@pytest.mark.usefixtures("old_handlers")
+def test_every_rank_knows_why_the_other_stops(tmp_path: Path) -> None:
+    stopping = Interruption(tmp_path, None, time.monotonic())
+    assert reason_of_any(stopping, OneOfTwo(is_main=True, others=[0, 0], reason="SIGTERM")) == "SIGTERM"
+    (tmp_path / "STOP").touch()
+    assert reason_of_any(stopping, OneOfTwo(is_main=True, others=[0, 0], reason="")) == "the STOP file"
 
 
 def test_a_stop_takes_the_longest_step_and_the_last_commit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,9 +198,13 @@ class OneOfTwo:
     is_main: bool
     others: list[int]
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    reason: str = ""
 
     def max(self, values: Tensor) -> Tensor:
         return torch.maximum(values, torch.tensor(self.others, dtype=values.dtype))
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        return [value, self.reason]
 
 
 def test_any_rank_may_stop_and_only_the_main_one_asks_for_a_checkpoint() -> None:

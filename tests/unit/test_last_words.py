@@ -9,6 +9,7 @@ import pytest
 
 from dpo_scale.console import Console
 from dpo_scale.launched import LastWords
+from dpo_scale.training.status import StatusFile, read_status
 
 RANKS = 8
 
@@ -35,3 +36,22 @@ def test_one_cause_is_said_whatever_fails_at_the_same_moment(tmp_path: Path, mon
         assert len(said) == 1, attempt
         assert {path.read_text().partition(",")[0] for path in told} == {f'{{"message": "{said[0]}"'}
         assert {path.name for path in folder.iterdir()} == {"said", *(str(rank) for rank in range(RANKS))}
+
+
+def test_a_failure_that_the_main_rank_noted_its_next_stage_over_is_recorded_after_all(tmp_path: Path) -> None:
+    """Another rank fails over a mistake; the main one notes that it is loading, and then fails over the other's end."""
+    ranks = []
+    for rank in range(2):
+        words = LastWords(Console(is_main=False))
+        words._error_file = tmp_path / str(rank) / "error.json"
+        words._error_file.parent.mkdir()
+        words.run = tmp_path, "train"
+        words.console.say = lambda message: None  # type: ignore[method-assign]
+        ranks.append(words)
+    status = StatusFile(tmp_path, "train")
+    ranks[1]("error: no such kernel", cause=True, reason="no such kernel", users_mistake=True)
+    status.enter("loading")
+    ranks[0]("rank 0 failed:\nTraceback", cause=True, reason="RuntimeError: connection closed")
+    found = read_status(tmp_path, "train")
+    assert found is not None
+    assert (found.state, found.reason, found.users_mistake) == ("failed", "no such kernel", True)

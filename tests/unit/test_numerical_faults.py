@@ -91,6 +91,8 @@ def make_run(policy: FakePolicy, dtype: str, monkeypatch: pytest.MonkeyPatch, fo
     nothing: Any = SimpleNamespace(
         schedule="upfront",
         is_the_policys_start=False,
+        train_rows=None,
+        evaluate_rows=None,
         rows_cached=0,
         rows_computed=0,
         logps=lambda rows, indices: np.zeros((len(indices), 2)),
@@ -106,8 +108,6 @@ def make_run(policy: FakePolicy, dtype: str, monkeypatch: pytest.MonkeyPatch, fo
         console=Console(io.StringIO()),  # type: ignore[arg-type]
         data=data,
         reference=nothing,
-        train_rows=nothing,
-        evaluate_rows=nothing,
         policy=policy,  # type: ignore[arg-type]
         layout="packed",
         schedule=Schedule(len(pairs), PAIRS_A_STEP, seed=0, epochs=1),

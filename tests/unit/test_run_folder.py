@@ -14,10 +14,12 @@ from typing import Any
 
 import pytest
 
-from dpo_scale.errors import RecipeError
+from dpo_scale.errors import RecipeError, UserError
+from dpo_scale.files import write_json
 from dpo_scale.recipe import Recipe, load_recipe
-from dpo_scale.reference.fingerprint import ReferenceFingerprint, read_fingerprint
+from dpo_scale.reference.fingerprint import ReferenceFingerprint, read_fingerprint, settings_digest
 from dpo_scale.training import locks
+from dpo_scale.training.checkpoints import digest_of
 from dpo_scale.training.run_folder import RunFolder, changed_settings, differences, flatten, trajectory_of
 
 
@@ -163,6 +165,32 @@ def test_a_trajectory_follows_from_settings_tokens_and_the_reference(tmp_path: P
         "loss.beta: was 0.1, is 0.2",
         "tokens of the training pairs: was 'tokens', is 'other tokens'",
     ]
+
+
+def test_a_policy_that_is_not_the_reference_is_known_by_its_settings(tmp_path: Path) -> None:
+    """Its weights come from the checkpoint; what its config.json says of rotations or norms does not."""
+    recipe = _recipe(tmp_path)
+    before = trajectory_of(recipe, "tokens", "reference", settings_digest(_model(tmp_path / "a", rope_theta=10000)))
+    same = settings_digest(_model(tmp_path / "b", rope_theta=10000, transformers_version="9"))
+    assert differences(before, trajectory_of(recipe, "tokens", "reference", same)) == []
+    other = settings_digest(_model(tmp_path / "c", rope_theta=100))
+    (line,) = differences(before, trajectory_of(recipe, "tokens", "reference", other))
+    assert line.startswith("config.json of the policy: was ")
+
+
+def _model(folder: Path, **config: Any) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_folder_that_holds_another_model_is_refused_before_anything_is_computed(tmp_path: Path) -> None:
+    folder, trajectory = RunFolder(_recipe(tmp_path / "run")), {"loss.beta": 0.1}
+    folder.claim(_reference(), trajectory)
+    write_json(folder.path / "model" / "provenance.json", {"trajectory_digest": digest_of(trajectory)})
+    folder.claim(_reference(), trajectory)
+    with pytest.raises(UserError, match="run/model holds something else than an export of this run"):
+        folder.claim(_reference(), {"loss.beta": 0.2})
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:

@@ -85,6 +85,12 @@ def test_a_run_without_an_end_has_the_state_that_it_noted(tmp_path: Path, state:
     assert run.outcome == state
 
 
+def test_a_stop_between_two_logged_lines_counts_the_steps_that_were_made(tmp_path: Path) -> None:
+    stop = event("end", 7, outcome="stopped", stage_seconds={})
+    lines = [event("start", 0, resumes=0, world_size=2, host="n"), *lines_of_a_run(8)[2:4], stop]
+    assert read_run(make_run(tmp_path / "run", lines)).last_step == 7
+
+
 def test_what_evaluate_adds_after_the_end_belongs_to_no_attempt(tmp_path: Path) -> None:
     lines = [*lines_of_a_run(40), held_out_line(40, time=BEGAN + 1e6, **{"eval/loss": 0.123})]
     run = read_run(make_run(tmp_path / "run", lines))

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from dpo_scale.cli import main
-from dpo_scale.training import locks
+from dpo_scale.training import locks, status
 from dpo_scale.training.status import (
     FAILED_TWICE,
     FINISHED,
@@ -133,6 +133,29 @@ def test_a_launch_that_is_refused_leaves_the_status_of_the_one_that_works(
         record_failure(tmp_path, "train", "in use", users_mistake=True)
         assert (tmp_path / "status.json").read_bytes() == before
     record_failure(tmp_path, "train", "another mistake", users_mistake=True)
+    assert _code(tmp_path) == USER_ERROR
+
+
+def test_a_mistaken_start_leaves_a_finished_run_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    StatusFile(tmp_path, "train").finish()
+    _another_launch(monkeypatch)
+    record_failure(tmp_path, "train", "the folder holds a run of another recipe", users_mistake=True)
+    assert _code(tmp_path) == FINISHED
+
+
+def test_a_later_launch_on_the_same_port_is_another_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ports that are given by hand come again; then the time tells launches apart."""
+    StatusFile(tmp_path, "train").stop("SIGTERM")
+    record_failure(tmp_path, "train", "follows from the stop")
+    assert _code(tmp_path) == UNFINISHED
+    monkeypatch.setattr(status, "_launched_at", lambda: "9999-01-01T00:00:00+00:00")
+    record_failure(tmp_path, "train", "no such file", users_mistake=True)
+    assert _code(tmp_path) == USER_ERROR
+
+
+def test_a_status_of_another_form_does_not_keep_a_failure_from_being_told(tmp_path: Path) -> None:
+    (tmp_path / "status.json").write_text('{"state": "failed", "of another version": 1}')
+    record_failure(tmp_path, "train", "no such file", users_mistake=True)
     assert _code(tmp_path) == USER_ERROR
 
 

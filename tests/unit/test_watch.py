@@ -5,13 +5,16 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
-from dpo_scale.watch import died
+from dpo_scale import watch
+from dpo_scale.watch import Watch, died
 
 RANK = """
 import os, sys, time
@@ -110,3 +113,20 @@ def test_no_progress_is_expected_of_a_rank_that_rests(tmp_path: Path) -> None:
     assert process.poll() is None
     process.kill()
     assert process.communicate()[0] == ""
+
+
+def test_a_rank_is_gone_though_its_launcher_has_not_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waits for one rank to end and does not ask after the others meanwhile. Who fails by itself gives it a second,
+    since it knows the signal."""
+    monkeypatch.setattr(watch, "GRACE_SECONDS", 0.2)
+    zombie = subprocess.Popen([sys.executable, "-c", ""])
+    while psutil.Process(zombie.pid).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+    (tmp_path / "1.pid").write_text(str(zombie.pid))
+    ended = threading.Event()
+    mine = Watch(tmp_path, 0, lambda message, *, cause: None, end=lambda code: ended.set())
+    assert mine.gone() == {}
+    assert ended.wait(10)
+    zombie.wait()
+    assert mine.gone() == {1: zombie.pid}
+    mine.close()
