@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dpo_scale import __version__
@@ -26,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest and not ("overrides" in options and all("=" in word for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
-        options.overrides += rest
+        options.overrides = [*options.overrides, *rest]
     try:
         code: int = options.run(options)
     except UserError as error:
@@ -47,8 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo)
 
     check = commands.add_parser("check", help="recipe, data, tokenizer and paths, without loading weights")
-    check.add_argument("recipe", type=Path)
-    check.add_argument("overrides", nargs="*", metavar="section.field=value")
+    _add_recipe(check)
     check.add_argument("--rows", type=_count, help="read only this many rows of each source (default: all)")
     check.add_argument("--config_file", help="as given to accelerate launch; default: what it would take by itself")
     check.set_defaults(run=_check)
@@ -59,15 +59,15 @@ def _parser() -> argparse.ArgumentParser:
         "doctor",
         help="what this machine has, and what is missing; under srun, all nodes of a job",
         epilog="srun --ntasks-per-node=1 dpo-scale doctor RECIPE looks at every node, their clocks and shared folders. "
-        "exit codes: 0 training would start, 1 it would not",
+        "exit codes: 0 training would start; 1 it would not; 2 a mistake in the recipe or the arguments",
     )
     doctor.add_argument("recipe", type=Path, nargs="?", help="also look at the folders and the precision it names")
-    doctor.add_argument("overrides", nargs="*", metavar="section.field=value")
+    _add_overrides(doctor)
     doctor.add_argument("--config_file", help="as given to accelerate launch; default: what it would take by itself")
     doctor.set_defaults(run=_doctor)
 
     export = commands.add_parser("export", help="checkpoint -> Hugging Face folder")
-    export.add_argument("checkpoint", type=Path, help="RUN/checkpoints/step-...")
+    export.add_argument("checkpoint", type=Path, help="RUN/checkpoints/step-..., or RUN for its newest")
     export.add_argument("out", type=Path)
     export.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: as trained")
     export.set_defaults(run=_export)
@@ -81,30 +81,55 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_recipe(command: argparse.ArgumentParser) -> None:
+    command.add_argument("recipe", type=Path)
+    _add_overrides(command)
+
+
+def _add_overrides(command: argparse.ArgumentParser, note: str | None = None) -> None:
+    # With a default, or argparse calls them required where the argument before them is missing.
+    command.add_argument("overrides", nargs="*", default=[], metavar="section.field=value", help=note)
+
+
+def _number(kind: type[int] | type[float], allowed: Callable[[float], bool], wanted: str) -> Callable[[str], float]:
+    """A type of argument: numbers of a kind that are allowed. `wanted` describes them, for the message."""
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not allowed(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+        return value
+
+    return parse
+
+
+_count = _number(int, lambda value: value >= 1, "a whole number from 1 on")
+_positive = _number(float, lambda value: 0 < value < math.inf, "a number above 0")
+_share = _number(float, lambda value: 0 < value <= 1, "a number above 0 and up to 1")
+_days = _number(float, lambda value: 0 <= value < math.inf, "a number of days from 0 on")
+
+
 def _add_plan_command(plan: argparse.ArgumentParser) -> None:
-    plan.add_argument("recipe", type=Path)
-    plan.add_argument("overrides", nargs="*", metavar="section.field=value")
+    _add_recipe(plan)
     plan.add_argument("--nodes", type=_count, default=1)
     plan.add_argument("--gpus-per-node", type=_count, default=8)
-    plan.add_argument("--gpu-memory", type=float, default=80.0, metavar="GIB", help="of each GPU (default: 80)")
-    plan.add_argument("--host-memory", type=float, default=1024.0, metavar="GIB", help="of each node (default: 1024)")
+    plan.add_argument("--gpu-memory", type=_positive, default=80.0, metavar="GIB", help="of each GPU (default: 80)")
+    plan.add_argument(
+        "--host-memory", type=_positive, default=1024.0, metavar="GIB", help="of each node (default: 1024)"
+    )
     plan.add_argument("--ds-config", type=Path, metavar="FILE", help="DeepSpeed JSON (default: ds_configs/zero3.json)")
     plan.add_argument("--pairs", type=_count, help="plan without data: this many pairs, with the two means below")
     plan.add_argument("--prompt-tokens", type=_count, metavar="MEAN")
     plan.add_argument("--completion-tokens", type=_count, metavar="MEAN")
-    plan.add_argument("--mfu", type=float, default=0.4, help="share of the peak while computing (default: 0.4)")
+    plan.add_argument("--mfu", type=_share, default=0.4, help="share of the peak while computing (default: 0.4)")
     plan.add_argument(
-        "--peak-tflops", type=float, default=989.0, help="dense bf16 peak of a GPU (default: 989, an H100)"
+        "--peak-tflops", type=_positive, default=989.0, help="dense bf16 peak of a GPU (default: 989, an H100)"
     )
-    plan.add_argument("--network", type=float, default=400.0, metavar="GBPS", help="of a node, GB/s (default: 400)")
+    plan.add_argument("--network", type=_positive, default=400.0, metavar="GBPS", help="of a node, GB/s (default: 400)")
     plan.set_defaults(run=_plan)
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
 
 
 def _add_status_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -117,7 +142,7 @@ def _add_status_command(commands: argparse._SubParsersAction[argparse.ArgumentPa
         "(as counted by --count-failure)",
     )
     status.add_argument("folder_or_recipe", type=Path, metavar="RUN", help="a run's folder, or its recipe")
-    status.add_argument("overrides", nargs="*", metavar="section.field=value", help="as given with the recipe")
+    _add_overrides(status, "as given with the recipe")
     status.add_argument("--of", choices=("train", "score"), default="train", help="which command (default: train)")
     status.add_argument("--json", action="store_true", help="all that is known, as one JSON object")
     status.add_argument("--folder", action="store_true", help="print the run's folder, and exit with 0")
@@ -128,25 +153,30 @@ def _add_status_command(commands: argparse._SubParsersAction[argparse.ArgumentPa
 
 
 def _add_cache_commands(cache: argparse.ArgumentParser) -> None:
-    cache.add_argument("--dir", type=Path, default=None, help="default: the recipe's default cache_dir")
+    folder = argparse.ArgumentParser(add_help=False)  # --dir may stand before the action and behind it
+    note = "default: the recipe's default cache_dir"
+    folder.add_argument("--dir", type=Path, default=argparse.SUPPRESS, help=note)
+    cache.add_argument("--dir", type=Path, help=note)
     actions = cache.add_subparsers(required=True, metavar="ACTION")
-    actions.add_parser("list", help="every store: rows, size, precision").set_defaults(run=_cache_list)
-    inspect = actions.add_parser("inspect", help="one store in full")
+
+    every = actions.add_parser("list", parents=[folder], help="every store: rows, size, precision")
+    every.set_defaults(run=_cache_list)
+
+    inspect = actions.add_parser("inspect", parents=[folder], help="one store in full")
     inspect.add_argument("store")
     inspect.set_defaults(run=_cache_inspect)
-    verify = actions.add_parser("verify", help="check every part's checksum, and with --recipe some rows' values")
+
+    note = "check every part's checksum, and with --recipe some rows' values"
+    verify = actions.add_parser("verify", parents=[folder], help=note)
     verify.add_argument("store")
-    verify.add_argument(
-        "--recipe",
-        nargs="+",
-        metavar=("RECIPE", "section.field=value"),
-        help="score rows of its data anew, on one process, and compare",
-    )
-    verify.add_argument("--rows", type=int, default=100, help="rows to score anew (default: 100)")
+    verify.add_argument("--recipe", type=Path, help="score rows of its data anew, on one process, and compare")
+    _add_overrides(verify, "as given with the recipe")
+    verify.add_argument("--rows", type=_count, default=100, help="rows to score anew (default: 100)")
     verify.set_defaults(run=_cache_verify)
-    prune = actions.add_parser("prune", help="delete stores, or what is useless in them")
-    prune.add_argument("stores", nargs="*", metavar="STORE")
-    prune.add_argument("--older-than", type=float, metavar="DAYS")
+
+    prune = actions.add_parser("prune", parents=[folder], help="delete stores, or what is useless in them")
+    prune.add_argument("stores", nargs="*", default=[], metavar="STORE")
+    prune.add_argument("--older-than", type=_days, metavar="DAYS")
     prune.add_argument("--waste", metavar="STORE", help="only repeated, damaged and unfinished parts of a store")
     prune.set_defaults(run=_cache_prune)
 
@@ -175,10 +205,7 @@ def _plan(options: argparse.Namespace) -> int:
 def _status(options: argparse.Namespace) -> int:
     from dpo_scale.training import status
 
-    if not options.folder_or_recipe.is_dir():
-        folder = Path(load_recipe(options.folder_or_recipe, options.overrides).run.output_dir)
-    else:
-        folder = options.folder_or_recipe
+    folder = _run_folder(options.folder_or_recipe, options.overrides)
     if options.folder:
         print(folder)
         return 0
@@ -189,6 +216,26 @@ def _status(options: argparse.Namespace) -> int:
     verdict = status.judge(found, alive=alive, committed=committed)
     print(json.dumps(status.as_json(found, verdict, committed)) if options.json else f"{folder}: {verdict.line}")
     return verdict.code
+
+
+def _run_folder(path: Path, overrides: Sequence[str]) -> Path:
+    """The run that a path means: a folder itself, or a recipe its folder, which need not be there yet."""
+    if not path.exists():
+        raise UserError(f"{path}: not there; give a run's folder or a recipe")
+    if not path.is_dir():
+        return Path(load_recipe(path, overrides).run.output_dir)
+    if not _is_run(path):
+        raise UserError(f"{path}: no run's folder; give one, or a recipe")
+    return path
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether a run is in a folder, or may have died before it wrote more than logs."""
+    from dpo_scale.training.status import FILES
+
+    marks = {"recipe.yaml", "logs", *(name for names in FILES.values() for name in names)}
+    found = {path.name for path in folder.iterdir()}
+    return not found or bool(found & marks)
 
 
 def _doctor(options: argparse.Namespace) -> int:
@@ -204,13 +251,19 @@ def _export(options: argparse.Namespace) -> int:
     from dpo_scale.training.export import export_checkpoint
     from dpo_scale.training.provenance import model_folder
 
-    commit = open_checkpoint(options.checkpoint).commit
-    recipe = load_recipe(options.checkpoint.resolve().parent.parent / "recipe.yaml")
+    checkpoint = _checkpoint(options.checkpoint)
+    stored = checkpoint.resolve().parent.parent / "recipe.yaml"
+    if not stored.is_file():
+        raise UserError(
+            f"{stored} is missing: the recipe of the checkpoint's run, which names its tokenizer; "
+            "export from RUN/checkpoints/, or copy RUN/recipe.yaml there"
+        )
+    recipe, commit = load_recipe(stored), open_checkpoint(checkpoint).commit
     dtype = getattr(torch, options.dtype) if options.dtype else None
     source = Path(commit.source_model)
     with model_folder(recipe, source, commit.trajectory_digest, commit.run.step) as folder:
         export_checkpoint(
-            options.checkpoint,
+            checkpoint,
             options.out,
             source_model=source,
             dtype=dtype,
@@ -218,8 +271,20 @@ def _export(options: argparse.Namespace) -> int:
             chat_template=folder.chat_template,
             provenance=folder.provenance,
         )
-    print(f"exported to {options.out}")
+    print(f"exported {checkpoint} to {options.out}")
     return 0
+
+
+def _checkpoint(path: Path) -> Path:
+    """The checkpoint that a path means: itself, the one that `latest` names, or the newest of a run."""
+    if path.name == "latest" and path.is_file():
+        return path.with_name(path.read_text(encoding="utf-8").strip())
+    if (path / "commit.json").is_file():
+        return path
+    committed = [*path.glob("step-*/commit.json"), *path.glob("checkpoints/step-*/commit.json")]
+    if not committed:
+        raise UserError(f"{path}: no committed checkpoint; give RUN/checkpoints/step-..., or RUN for its newest")
+    return max(committed).parent
 
 
 def _report(options: argparse.Namespace) -> int:
@@ -250,7 +315,9 @@ def _cache_inspect(options: argparse.Namespace) -> int:
 def _cache_verify(options: argparse.Namespace) -> int:
     from dpo_scale.reference.commands import find_store, verify
 
-    recipe = load_recipe(options.recipe[0], options.recipe[1:]) if options.recipe else None
+    if options.overrides and not options.recipe:
+        raise UserError(f"{options.overrides[0]}: a setting of a recipe; give it with --recipe RECIPE")
+    recipe = load_recipe(options.recipe, options.overrides) if options.recipe else None
     recipes_dir = Path(recipe.reference.cache_dir) if recipe and recipe.reference.cache_dir else None
     store = find_store(options.dir or recipes_dir or _cache_dir(options), options.store)
     wrong = verify(store)

@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from dpo_scale.errors import RecipeError
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveInt = Annotated[int, Field(ge=1)]
+Location = Annotated[str, AfterValidator(os.path.expanduser)]
+"""A path, or a name that may stand in its place; a `~` at its start is the home folder."""
 
 
 class Section(BaseModel):
@@ -32,11 +34,11 @@ class Section(BaseModel):
 
 
 class ModelSection(Section):
-    path: str
+    path: Location
     """Folder or hub name of the causal language model that training starts from."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
-    tokenizer: str | None = None
+    tokenizer: Location | None = None
     """Folder or hub name of the tokenizer; null means the model's own."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Precision of forward and backward. Master weights, optimizer state and accumulated gradients are fp32."""
@@ -51,7 +53,7 @@ class ModelSection(Section):
 
 
 class ReferenceSection(Section):
-    path: str | None = None
+    path: Location | None = None
     """Folder or hub name of the frozen reference; null means the policy's starting weights."""
     revision: str | None = None
     """Branch, tag or commit of a hub reference."""
@@ -59,9 +61,9 @@ class ReferenceSection(Section):
     """upfront: score everything, release the reference, then train. per_batch: score each step's missing rows."""
     offload: Literal["none", "cpu", "nvme"] = "cpu"
     """Where the reference's shards rest between forwards (ds_configs/reference_*.json)."""
-    nvme_path: str | None = None
+    nvme_path: Location | None = None
     """Node-local folder for offload: nvme."""
-    cache_dir: str | None = None
+    cache_dir: Location | None = None
     """Store of reference log-probs, shared by runs; null means $XDG_CACHE_HOME/dpo_scale/reference."""
     rank_tokens: PositiveInt | None = None
     """Tokens in one scoring micro-batch on one rank; null means four times batch.rank_tokens."""
@@ -76,7 +78,7 @@ class ReferenceSection(Section):
 
 
 class DataSource(Section):
-    path: str
+    path: Location
     """File, folder, glob or hub dataset (name:split)."""
     columns: dict[str, str] | None = None
     """Field name that the reader expects -> column name in this source. An empty name hides a field of the source;
@@ -112,7 +114,7 @@ class DataSection(Section):
     """Longest completion, in tokens."""
     truncation: Literal["drop", "keep_start_of_prompt", "keep_end_of_prompt", "keep_start"] = "drop"
     """What happens to a pair over a limit: dropped, its prompt cut at one end, or its completions cut at the end."""
-    chat_template: str | None = None
+    chat_template: Location | None = None
     """A file with a Jinja template, or the name of one of several that the tokenizer has; null means its own."""
     completion_pairs: Literal["best_against_worst", "best_against_random", "all_pairs"] = "best_against_worst"
     """Pairs of ranked or scored completions: the best and the worst; the best and a random other, drawn by the row's
@@ -125,7 +127,7 @@ class DataSection(Section):
     """For pairs that carry no preference (equal or empty completions): stop, or count and skip."""
     workers: Annotated[int, Field(ge=0)] = 0
     """Processes that tokenize; 0 means one for each core this job may use."""
-    cache_dir: str | None = None
+    cache_dir: Location | None = None
     """Store of tokenized data; null means $XDG_CACHE_HOME/dpo_scale/tokens."""
 
     @field_validator("train", "evaluate", mode="before")
@@ -201,7 +203,7 @@ class TrackSection(Section):
 
 
 class RunSection(Section):
-    output_dir: str
+    output_dir: Location
     """Folder of the run."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the order of pairs and of everything else that is drawn."""
@@ -209,8 +211,9 @@ class RunSection(Section):
     """Passes over the training pairs."""
     max_steps: PositiveInt | None = None
     """Stop after this many optimizer steps even if epochs remain."""
-    resume: str = "auto"
-    """auto: go on from the newest valid checkpoint; never: start anew; or the path of a checkpoint."""
+    resume: Location = "auto"
+    """auto: go on from the newest valid checkpoint; never: start anew at every start, which is not for jobs that
+    queue themselves again; or the path of a checkpoint."""
     stop_after: Annotated[float, Field(gt=0.0)] | None = None
     """Have a checkpoint committed and stop within this many minutes of wall-clock time."""
     stall_after: Annotated[float, Field(gt=0.0)] | None = 30.0
@@ -257,6 +260,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise RecipeError(f"{path}: {error.strerror}; give the path of a recipe file") from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: not UTF-8; save it in that encoding") from error
     try:
         document = yaml.load(text, Loader=_RecipeLoader)
     except yaml.YAMLError as error:
@@ -340,6 +345,9 @@ def _explain(item: Any) -> str:
         return f"{name}: unknown key; {hint}"
     if item["type"] == "missing":
         return f"{name}: required, and not set"
+    if item["type"] == "model_type":
+        fields = ", ".join(_known_keys(location))
+        return f"{name}: a section of settings ({fields}), not {item['input']!r}"
     reason = item["msg"].removeprefix("Value error, ")
     return f"{name}: {reason} (got {item['input']!r})"
 

@@ -28,6 +28,7 @@ from dpo_scale.recipe import DataSource, Recipe
 from dpo_scale.reference.fingerprint import weight_files
 from dpo_scale.reference.source import reference_cache_dir
 from dpo_scale.training.checkpoints import CheckpointError, open_checkpoint
+from dpo_scale.training.run_folder import compare_with_stored
 from dpo_scale.training.status import committed_step
 
 PAIRS_SHOWN = 3
@@ -69,13 +70,14 @@ def check(recipe: Recipe, rows: int | None = None, config_file: str | None = Non
     console.say("Nothing is wrong with this recipe")
 
 
-def _parts(recipe: Recipe, launches: list[LaunchFile]) -> Iterator[Callable[[], None]]:
+def _parts(recipe: Recipe, launches: list[LaunchFile]) -> Iterator[Callable[[], object]]:
     """Checks that need neither the policy's model nor a row of the data."""
     if recipe.reference.path:
         yield partial(_check_weights, recipe.reference.path, recipe.reference.revision, "reference.path", recipe)
     for launch in launches:
         yield partial(_check_launch_file, launch)
     yield partial(_check_writable, "run.output_dir", Path(recipe.run.output_dir))
+    yield partial(compare_with_stored, recipe)
     if not reference_cache_dir(recipe).is_dir():  # one that is there may hold every row
         yield partial(_check_writable, "reference.cache_dir", reference_cache_dir(recipe))
     yield partial(_check_trackers, recipe)

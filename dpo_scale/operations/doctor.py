@@ -9,12 +9,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from dpo_scale.distributed.nodes import Nodes
 from dpo_scale.operations.findings import Facts, Finding, Node, compare, examine, would_start
-from dpo_scale.operations.machine import gather_facts, versions
+from dpo_scale.operations.machine import gather_facts, nearest_existing, versions
 from dpo_scale.recipe import Recipe
 
 STYLES = {"ok": ("ok", "green"), "warning": ("look", "yellow"), "error": ("wrong", "bold red")}
@@ -37,16 +37,19 @@ def doctor(recipe: Recipe | None, config_file: str | None) -> int:
 
 
 def show(findings: Sequence[Finding], nodes: Sequence[Node], console: Console | None = None) -> None:
-    """The table of findings, worst last, where the eye rests; a table of the nodes above it; the verdict below it."""
+    """The findings, worst last, where the eye rests; a table of the nodes above them; the verdict below them."""
     console = console or Console(highlight=False)
     if len(nodes) > 1:
         console.print(_nodes_table(nodes))
-    table = Table("", "", "found", "what mends it", title_justify="left")
     order = list(STYLES)
-    for finding in sorted(findings, key=lambda finding: order.index(finding.severity)):
-        word, style = STYLES[finding.severity]
-        table.add_row(Text(word, style), Text(finding.topic), Text(finding.found), Text(finding.remedy, "cyan"))
-    console.print(table)
+    findings = sorted(findings, key=lambda finding: order.index(finding.severity))
+    if console.is_terminal:
+        console.print(_findings_table(findings))
+    else:  # a line each, for grep
+        for finding in findings:
+            remedy = f"; mended by: {finding.remedy}" if finding.remedy else ""
+            line = f"{STYLES[finding.severity][0]}: {finding.topic}: {finding.found}{remedy}"
+            console.print(Text(line), soft_wrap=True)
     errors = sum(finding.severity == "error" for finding in findings)
     if errors:
         verdict = f"Training would not start: {errors} thing{'s are' if errors > 1 else ' is'} wrong."
@@ -55,14 +58,27 @@ def show(findings: Sequence[Finding], nodes: Sequence[Node], console: Console | 
         console.print(Text("Training would start.", "bold green"))
 
 
+def _findings_table(findings: Sequence[Finding]) -> Table:
+    table = _table("", "", "found", "what mends it")
+    for finding in findings:
+        word, style = STYLES[finding.severity]
+        table.add_row(Text(word, style), Text(finding.topic), Text(finding.found), Text(finding.remedy, "cyan"))
+    return table
+
+
 def _nodes_table(nodes: Sequence[Node]) -> Table:
-    table = Table("node", "GPUs", "torch", "driver", "clock", "wrong", title_justify="left")
+    table = _table("node", "GPUs", "torch", "driver", "clock", "wrong")
     for node in nodes:
         errors = sum(finding.severity == "error" for finding in node.findings)
         told = [node.versions.get(name, "") for name in ("GPUs", "torch", "CUDA driver")]
         clock = f"{1000 * node.clock_offset:+.0f} ms"
         table.add_row(Text(node.host), *map(Text, told), clock, str(errors or ""))
     return table
+
+
+def _table(*columns: str) -> Table:
+    """A table that cuts nothing off: what is too long goes on in the next line."""
+    return Table(*(Column(name, overflow="fold") for name in columns))
 
 
 def _node(facts: Facts, recipe: Recipe | None, nodes: Nodes) -> Node:
@@ -82,7 +98,7 @@ def _sees_output_dir(folder: Path, nodes: Nodes) -> bool:
     """Whether this node finds a file that the first node puts into the folder, or its nearest parent. Collective."""
     if nodes.count == 1:
         return True
-    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    existing = nearest_existing(folder.absolute())
     mark = Path(nodes.gather("mark", str(existing / f".dpo-scale-doctor-{os.getpid()}"))[0])
     if nodes.rank == 0:
         with contextlib.suppress(OSError):  # told as a finding of the folder

@@ -180,16 +180,27 @@ def _folders(recipe: Recipe | None) -> Iterator[Folder]:
 
 def _folder(purpose: str, path: Path, *, should_be_local: bool = False) -> Folder:
     """Facts of a folder that may not be there yet: those of its nearest parent that is."""
-    path = path.expanduser().absolute()
-    existing = next(parent for parent in (path, *path.parents) if parent.exists())
-    problem = ""
-    if not existing.is_dir():
-        problem = f"{existing} is no folder"
-    elif not os.access(existing, os.W_OK | os.X_OK):
-        problem = f"{existing} may not be written to"
+    path = path.absolute()
+    existing = nearest_existing(path)
     filesystem = _filesystem(existing, Path("/proc/self/mounts").read_text(encoding="utf-8"))
     network = filesystem in NETWORK_FILESYSTEMS
-    return Folder(purpose, str(path), should_be_local, filesystem, network, shutil.disk_usage(existing).free, problem)
+    free_bytes = shutil.disk_usage(existing).free
+    return Folder(purpose, str(path), should_be_local, filesystem, network, free_bytes, why_not_writable(path))
+
+
+def why_not_writable(path: Path) -> str:
+    """What keeps a run from making a folder or writing into it; empty if nothing does."""
+    existing = nearest_existing(path.absolute())
+    if not existing.is_dir():
+        return f"{existing} is no folder"
+    if not os.access(existing, os.W_OK | os.X_OK):
+        return f"{existing} may not be written to"
+    return ""
+
+
+def nearest_existing(path: Path) -> Path:
+    """An absolute path, or the nearest of its parents that is there."""
+    return next(parent for parent in (path, *path.parents) if os.path.exists(parent))
 
 
 def _filesystem(path: Path, mounts: str) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 from dpo_scale.console import Console
 from dpo_scale.data.planning import check_budget, layout_costs, plan_pass
 from dpo_scale.distributed.zero_config import read_policy_config, read_reference_config
+from dpo_scale.errors import UserError
 from dpo_scale.operations.fit import Fit, MemoryPlan, Setting
 from dpo_scale.operations.scaling import Assumptions, Cluster, StepCost, Traffic, plan_steps, step_cost
 from dpo_scale.operations.workload import AssumedData, Workload, read_workload
@@ -150,16 +151,22 @@ def make_plan(
 
 
 def policy_zero(path: Path | None, ranks_per_node: int) -> tuple[ZeroSettings, str]:
-    """The policy's DeepSpeed settings, and the file they stand in."""
+    """The policy's DeepSpeed settings, and the file they stand in. Raises UserError for a file of the reference."""
     wanted = path or Path("ds_configs/zero3.json")
+    if wanted.name in map(_reference_file, REFERENCE_FILES):
+        raise UserError(f"{wanted}: its settings are the reference's; the policy's are ds_configs/zero3*.json")
     found = wanted if wanted.exists() else shipped_file(str(wanted))
     return ZeroSettings.of_config(read_policy_config(found), ranks_per_node), str(wanted)
 
 
 def reference_zero(recipe: Recipe) -> ZeroSettings:
     """The DeepSpeed settings that the recipe's reference runs under."""
-    name = REFERENCE_FILES[recipe.reference.offload]
-    return ZeroSettings.of_config(read_reference_config(shipped_file(f"ds_configs/reference_{name}.json")))
+    name = _reference_file(recipe.reference.offload)
+    return ZeroSettings.of_config(read_reference_config(shipped_file(f"ds_configs/{name}")))
+
+
+def _reference_file(offload: str) -> str:
+    return f"reference_{REFERENCE_FILES[offload]}.json"
 
 
 def _nodes_needed(memory: MemoryPlan, setting: Setting, cluster: Cluster) -> int | None:

@@ -17,7 +17,7 @@ DOES_NOT_FIT = 1
 
 
 def run_plan(recipe: Recipe, options: argparse.Namespace) -> int:
-    """Print the plan; 0 if the recipe fits as it is or with a change, 1 if it does not."""
+    """Print the plan; 0 if the recipe fits as it is, 1 if it does not."""
     cluster = Cluster(
         nodes=options.nodes,
         gpus_per_node=options.gpus_per_node,
@@ -32,7 +32,7 @@ def run_plan(recipe: Recipe, options: argparse.Namespace) -> int:
             console.say(part)
         else:
             console.show(part)
-    return 0 if plan.fit.fits or plan.remedy else DOES_NOT_FIT
+    return 0 if plan.fit.fits else DOES_NOT_FIT
 
 
 def _assumed_data(options: argparse.Namespace) -> AssumedData | None:

@@ -44,7 +44,7 @@ def render(plan: Plan) -> Iterator[RenderableType]:
 
 
 def verdict(plan: Plan) -> str:
-    """Fits, fits with this change, or does not fit."""
+    """Fits, or does not fit as it is, and what would."""
     where = f"{plan.cluster.nodes} node{'s' * (plan.cluster.nodes > 1)} of {plan.cluster.gpus_per_node} GPUs"
     lines = []
     if plan.fit.fits:
@@ -53,7 +53,9 @@ def verdict(plan: Plan) -> str:
         files = [change for change in plan.remedy.setting.change if change.endswith(".json")]
         settings = [change for change in plan.remedy.setting.change if not change.endswith(".json")]
         changes = [*settings, *(f"{file} as DeepSpeed file" for file in files)]
-        lines.append(f"Fits on {where} with this change: {' and '.join(changes)} ({_short_by(plan.fit)})")
+        lines.append(
+            f"Does not fit on {where} as it is ({_short_by(plan.fit)}); fits with this change: {' and '.join(changes)}"
+        )
     else:
         needed = f"; as it is it fits on {plan.nodes_needed} nodes" if plan.nodes_needed else ""
         lines.append(f"Does not fit on {where} ({_short_by(plan.fit)}){needed}")
@@ -70,10 +72,10 @@ def _short_by(fit: Fit) -> str:
     if over > 0:
         worst = fit.gpu if fit.gpu.total >= fit.scoring.total else fit.scoring
         role = "" if worst is fit.gpu else ", reference pass"
-        reasons.append(f"as it is each GPU lacks {_gib(over)}{role}, at the {worst.name}")
+        reasons.append(f"each GPU lacks {_gib(over)}{role}, at the {worst.name}")
     if not fit.fits_host:
         lacks = sum(fit.host.values()) - fit.host_usable
-        reasons.append(f"as it is node 0 lacks {_gib(lacks)} of host memory")
+        reasons.append(f"node 0 lacks {_gib(lacks)} of host memory")
     return "; ".join(reasons)
 
 
@@ -87,8 +89,8 @@ def _run_table(plan: Plan) -> Table:
     table.add_row(
         "tokens an epoch", f"{tokens:,} in the {workload.layout} layout, longest pair {workload.longest_pair:,}"
     )
-    epochs = schedule.num_steps * schedule.global_pairs / max(1, len(workload.train))
-    table.add_row("steps", f"{schedule.num_steps:,} of {schedule.global_pairs} pairs, {epochs:.2g} epochs")
+    epochs = schedule.num_steps / schedule.steps_per_epoch  # the last step of an epoch may be smaller
+    table.add_row("steps", f"{schedule.num_steps:,} of {schedule.global_pairs} pairs, {epochs:.3g} epochs")
     looked = min(STEPS_LOOKED_AT, schedule.num_steps)
     table.add_row(
         "micro-batches a step",

@@ -220,7 +220,7 @@ def test_a_clock_is_blamed_only_beyond_what_the_network_hides() -> None:
 def test_the_table_shows_what_is_wrong_and_what_mends_it() -> None:
     wrong = node("b", dataclasses.replace(GPU_NODE, python=(3, 9)))
     nodes = [node("a"), wrong]
-    console = Console(width=200, record=True, quiet=False)
+    console = Console(width=200, force_terminal=True, no_color=True)
     with console.capture() as capture:
         show(compare(nodes), nodes, console)
     text = capture.get()
@@ -228,3 +228,18 @@ def test_the_table_shows_what_is_wrong_and_what_mends_it() -> None:
     assert "python3.12 -m venv .venv" in text
     assert "Training would not start: 1 thing is wrong." in text
     assert text.index("│ a ") < text.index("│ b ") < text.index("what mends it")
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_no_path_is_cut_off(terminal: bool) -> None:
+    path = "/scratch/" + "long/" * 40 + "end"
+    findings = [Finding("error", "run.output_dir", f"{path}: is no folder", f"another folder than {path}")]
+    console = Console(width=80, force_terminal=terminal, no_color=True)
+    with console.capture() as capture:
+        show(findings, [], console)
+    if terminal:
+        assert "…" not in capture.get()
+        assert "Training would not start" in capture.get()
+    else:
+        line = capture.get().splitlines()[0]
+        assert line == f"wrong: run.output_dir: {path}: is no folder; mended by: another folder than {path}"

@@ -66,6 +66,12 @@ def test_a_folder_that_is_not_there_yet_has_its_parents_facts(tmp_path: Path) ->
     assert "is no folder" in machine._folder("run.output_dir", tmp_path / "file" / "run").problem
 
 
+def test_a_folder_is_writable_where_it_could_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert machine.why_not_writable(tmp_path / "new" / "run") == ""
+    monkeypatch.setattr(machine.os, "access", lambda path, _: Path(path) != tmp_path)
+    assert machine.why_not_writable(tmp_path / "new" / "run") == f"{tmp_path} may not be written to"
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [

@@ -1,25 +1,21 @@
-"""`dpo-scale plan` on models that exist as configurations only, and `dpo-scale check` on a folder of its own."""
+"""`dpo-scale plan` on models that exist as configurations only."""
 
 from __future__ import annotations
 
-import json
-import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import yaml
-from launching import make_model, make_pairs
 from transformers import LlamaConfig
 
 from dpo_scale.cli import main
 from dpo_scale.console import Console
 from dpo_scale.data.planning import plan_step
+from dpo_scale.errors import UserError
 from dpo_scale.operations.fit import Setting
 from dpo_scale.operations.plan import Plan, make_plan, policy_zero
-from dpo_scale.operations.plan_report import verdict
+from dpo_scale.operations.plan_report import render, verdict
 from dpo_scale.operations.scaling import Assumptions, Cluster
 from dpo_scale.operations.workload import AssumedData
 from dpo_scale.recipe import load_recipe
@@ -83,10 +79,12 @@ def test_where_it_does_not_fit_the_remedy_does(one_node: Plan, llama_8b: Path) -
     plan = plan_of(llama_8b, small, "model.activation_checkpointing=true")
     assert plan.remedy is not None
     assert plan.remedy.setting == remedy
-    assert "with this change" in verdict(plan)
+    first_line = verdict(plan).splitlines()[0]
+    assert first_line.startswith("Does not fit on 1 node of 8 GPUs as it is (each GPU lacks")
+    assert "; fits with this change: " in first_line
     hopeless = plan_of(llama_8b, replace(NODE, gpu_memory=12 * GIB, host_memory=64 * GIB))
     assert hopeless.remedy is None
-    assert verdict(hopeless).startswith("Does not fit on 1 node of 8 GPUs (as it is each GPU lacks")
+    assert verdict(hopeless).startswith("Does not fit on 1 node of 8 GPUs (each GPU lacks")
 
 
 def test_checkpointing_trades_activations_for_time(one_node: Plan) -> None:
@@ -147,95 +145,26 @@ def test_the_command_says_what_is_missing_and_what_stands_in(
     assert "give all three" in capsys.readouterr().err
 
 
-# --- check
+@pytest.mark.parametrize(("gpu_gib", "code"), [("80", 0), ("24", 1)])
+def test_a_recipe_that_fits_after_a_change_only_does_not_fit(llama_8b: Path, gpu_gib: str, code: int) -> None:
+    recipe = [str(ROOT / "launch/recipes/8b_one_node.yaml"), f"model.path={llama_8b}"]
+    means = ["--pairs", "256", "--prompt-tokens", "200", "--completion-tokens", "330"]
+    assert main(["plan", *recipe, *means, "--gpu-memory", gpu_gib]) == code
 
 
-@pytest.fixture
-def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A user's folder: a model, pairs, a recipe and no launch files."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
-    make_model(tmp_path / "model")
-    make_pairs(tmp_path / "pairs.jsonl", 40, seed=0)
-    recipe: dict[str, Any] = {
-        "model": {"path": "model", "dtype": "float32"},
-        "data": {"train": "pairs.jsonl"},
-        "batch": {"global_pairs": 4},
-        "loss": {"beta": 0.1},
-        "run": {"output_dir": "run"},
-    }
-    (tmp_path / "own.yaml").write_text(yaml.safe_dump(recipe))
-    return tmp_path
+def test_a_smaller_last_step_makes_no_more_epochs(one_node: Plan) -> None:
+    train = one_node.workload.train[: 2 * one_node.workload.schedule.global_pairs + 1]
+    plan = replace(one_node, workload=replace(one_node.workload, train=train))
+    console = Console()
+    with console.rich.capture() as capture:
+        console.show(next(iter(render(plan))))
+    assert "3 of 128 pairs, 1 epochs" in capture.get()
 
 
-def test_check_shows_pairs_as_they_are_trained_on_and_a_plan(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["check", "own.yaml"]) == 0
-    output = capsys.readouterr().out
-    rows = [json.loads(line) for line in (own / "pairs.jsonl").read_text().splitlines()]
-    shown = re.findall(r"pairs\.jsonl:(\d+)\n +chosen: (.*)\n +rejected: (.*)", output)
-    assert len(shown) == 3
-    for number, *sides in shown:
-        row = rows[int(number) - 1]
-        for name, line in zip(("chosen", "rejected"), sides, strict=True):
-            letters = [letter.replace(" ", "\u0120") for letter in row[name]]  # a token each
-            scored = [f"[{token}]" for token in [*letters, "</s>"]]
-            assert "?" in line.partition("[")[0], "the prompt's last letter is not scored"
-            if len(scored) <= 20:
-                assert line.endswith("".join(scored))
-            else:
-                assert "".join(scored[:16]) in line
-                assert line.endswith("".join(scored[-4:]))
-    assert "10 steps of 4 pairs" in output
-    assert "Fits on" in output
-    assert output.rstrip().endswith("Nothing is wrong with this recipe")
+def test_the_references_deepspeed_file_is_not_planned_with() -> None:
+    with pytest.raises(UserError, match=r"reference_gpu\.json: its settings are the reference's"):
+        policy_zero(Path("ds_configs/reference_gpu.json"), 8)
 
 
-def test_check_reads_as_many_rows_as_it_is_told(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["check", "own.yaml", "--rows", "8", "batch.global_pairs=2"]) == 0
-    assert "4 steps of 2 pairs" in capsys.readouterr().out
-
-
-def test_check_tells_mistakes_of_several_parts_at_once(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with open(own / "pairs.jsonl", "a") as file:
-        file.write('{"prompt": "x", "chosen": 3, "rejected": "y"}\n')
-    (own / "model" / "model.safetensors").unlink()
-    (own / "launch").mkdir()
-    (own / "zero.json").write_text('{"zero_optimization": {"stage": 3}, "gradient_clipping": 1.0}')
-    (own / "launch" / "mine.yaml").write_text(
-        "distributed_type: DEEPSPEED\nnum_processes: 2\ndeepspeed_config: {deepspeed_config_file: zero.json}\n"
-    )
-    assert main(["check", "own.yaml"]) == 2
-    error = capsys.readouterr().err
-    assert "3 parts of this recipe are wrong" in error
-    assert "pairs.jsonl:41" in error
-    assert "'gradient_clipping' belongs to the recipe (optim.max_grad_norm)" in error
-    assert "mine.yaml names this file" in error
-    assert "model" in error
-
-
-def test_check_reads_the_rows_as_text_where_the_model_is_not_found(
-    own: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with open(own / "pairs.jsonl", "a") as file:
-        file.write('{"prompt": "x", "chosen": 3, "rejected": "y"}\n{"prompt": "x"\n')
-        file.write('{"prompt": "x", "chosen": "same", "rejected": "same"}\n')
-    assert main(["check", "own.yaml", "model.path=nowhere"]) == 2
-    error = capsys.readouterr().err
-    assert "2 parts of this recipe are wrong" in error
-    assert "model.path: 'nowhere'" in error
-    assert "2 rows cannot be used" in error  # the equal answers of row 43 are left out and counted, unless told
-    assert "pairs.jsonl:41" in error
-    assert "pairs.jsonl:42" in error
-    assert main(["check", "own.yaml", "model.path=nowhere", "data.on_no_preference=error"]) == 2
-    assert "pairs.jsonl:43: chosen and rejected are equal" in capsys.readouterr().err
-    assert main(["check", "own.yaml", "model.path=nowhere", "data.on_bad_row=skip"]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: model.path: 'nowhere'")
-    assert "pairs.jsonl" not in error
-
-
-def test_a_setting_is_not_lost_behind_an_option() -> None:
-    with pytest.raises(SystemExit):
-        main(["check", "own.yaml", "--rows", "8", "nonsense"])
+def test_the_settings_as_they_are_change_nothing() -> None:
     assert Setting(policy_zero(None, 8)[0], False, 1).change == ()

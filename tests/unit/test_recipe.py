@@ -189,6 +189,41 @@ def test_files_that_are_no_recipe_are_refused(text: str, expected: str, tmp_path
         _load(tmp_path, text=text)
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "latin-1"])
+def test_a_recipe_in_another_encoding_is_refused(encoding: str, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(MINIMAL.replace("runs/one", "läufe/one"), encoding=encoding)
+    with pytest.raises(RecipeError, match=r"recipe\.yaml: not UTF-8; save it in that encoding"):
+        load_recipe(path)
+
+
+def test_a_section_that_is_a_value_is_told_what_belongs_there(tmp_path: Path) -> None:
+    text = MINIMAL.replace("{beta: 2.0}", "sigmoid").replace("[pairs.jsonl]", "[3]")
+    assert _mistakes(tmp_path, text=text) == [
+        "data.train.0: a section of settings (path, columns, rows, weight), not 3",
+        "loss: a section of settings (type, beta, reduction, label_smoothing), not 'sigmoid'",
+    ]
+
+
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    paths = [
+        "model.path",
+        "model.tokenizer",
+        "reference.path",
+        "reference.nvme_path",
+        "reference.cache_dir",
+        "data.chat_template",
+        "data.cache_dir",
+        "run.output_dir",
+        "run.resume",
+    ]
+    recipe = _load(tmp_path, *(f"{name}=~/x" for name in paths), "data.train=[~/a.jsonl, {path: ~/b.jsonl}, a~b]")
+    values = recipe.model_dump()
+    assert [values[section][field] for section, field in (name.split(".") for name in paths)] == ["/home/me/x"] * 9
+    assert [source.path for source in recipe.data.train] == ["/home/me/a.jsonl", "/home/me/b.jsonl", "a~b"]
+
+
 def test_a_missing_file_is_refused_with_its_path(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"absent\.yaml: No such file or directory; give the path of a recipe file"):
         load_recipe(tmp_path / "absent.yaml")
