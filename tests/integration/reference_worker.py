@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import io
 import json
+import os
 import sys
 import weakref
 from collections.abc import Sequence
@@ -277,6 +278,7 @@ def main() -> None:
     if runtime.ranks.is_main:
         (folder / f"{scenario}.json").write_text(json.dumps(everywhere))
     stop()
+    os._exit(0)  # as the program's ranks: threads of libraries that outlive the interpreter may abort it
 
 
 if __name__ == "__main__":

@@ -127,7 +127,7 @@ def test_the_clock_stops_after_the_recipes_minutes(tmp_path: Path, monkeypatch: 
 @pytest.mark.usefixtures("old_handlers")
 def test_a_launcher_that_is_gone_stops_its_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stopping = Interruption(tmp_path, None, time.monotonic())
-    monkeypatch.setattr(interruption.os, "getppid", lambda: 1)
+    monkeypatch.setattr(interruption.os, "getppid", lambda: -1)
     assert stopping.reason() == "the end of its launcher"
 
 
