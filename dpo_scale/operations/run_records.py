@@ -69,7 +69,7 @@ class RunRecords:
     def last_step(self) -> int:
         """Newest step that was noted; a run that was stopped notes it at its end, between two logged lines too."""
         logged = (int(line["step"]) for line in (*self.training, *self.held_out))
-        return max(*logged, *(attempt.last_step for attempt in self.attempts), 0, 0)
+        return max([*logged, *(attempt.last_step for attempt in self.attempts), 0])
 
     @property
     def outcome(self) -> str:
