@@ -99,6 +99,11 @@ def test_the_recipes_numbers_arrive(dtype: str, bf16: bool, fp16: bool) -> None:
     assert "gradient_clipping" not in reference
 
 
+def test_an_offloaded_optimizer_is_not_swapped_for_one_that_compiles() -> None:
+    """Accelerate and DeepSpeed both read the key, and take its absence for consent."""
+    assert policy_config(BASE, _recipe())["zero_force_ds_cpu_optimizer"] is False
+
+
 def test_the_references_nvme_folder_is_its_own() -> None:
     before = copy.deepcopy(BASE)
     config = reference_config(BASE, _recipe(), "/nvme/job/reference")
