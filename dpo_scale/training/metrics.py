@@ -125,11 +125,11 @@ class MetricsFile:
     def __init__(self, path: Path) -> None:
         """Open the file to add to it; a line that was cut off by a kill goes."""
         self._path = path
-        self._keep(lambda step: math.isfinite(step))
+        self._keep(math.isfinite)
 
     def go_back_to(self, step: int) -> None:
         """Drop what a run that was killed logged after the checkpoint it now goes on from; at step 0 all."""
-        self._keep(lambda logged: 0 < step >= logged)
+        self._keep(lambda logged: step > 0 and logged <= step)
 
     def _keep(self, wanted: Callable[[float], bool]) -> None:
         text = "".join(line + "\n" for line in _lines(self._path) if wanted(_step_of(line)))
