@@ -50,9 +50,9 @@ def run_stage(name: str) -> NoReturn:
     except UserError as error:
         words(f"error: {error}", cause=True, reason=_first_line(error), users_mistake=not error.may_pass)
         code = USER_ERROR
-    except KeyboardInterrupt:  # before the stage listens for signals
+    except KeyboardInterrupt:  # before training or scoring listens for signals, or in an evaluation
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher passes its own copy on
-        words("Stopped by SIGINT before anything was begun", cause=True)
+        words("Stopped by SIGINT; the same command starts again", cause=True)
         code = CRASH
     except BaseException as error:  # the last words of a rank, whatever ended it
         if isinstance(error, SystemExit):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from threading import Barrier, Thread
 
@@ -55,3 +58,37 @@ def test_a_failure_that_the_main_rank_noted_its_next_stage_over_is_recorded_afte
     found = read_status(tmp_path, "train")
     assert found is not None
     assert (found.state, found.reason, found.users_mistake) == ("failed", "no such kernel", True)
+
+
+INTERRUPTED = """
+import os, signal, sys, time
+from dpo_scale import launched
+
+def stage(recipe, console, watch):
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(10)
+
+launched._stage = lambda name: stage
+launched.run_stage("train")
+"""
+
+
+def test_an_interrupt_before_a_stage_listens_for_signals_is_told_in_one_line(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    settings = ["model: {path: m}", "data: {train: t}", "batch: {global_pairs: 1}", "loss: {beta: 1.0}"]
+    recipe.write_text("\n".join([*settings, f"run: {{output_dir: {tmp_path / 'run'}}}"]))
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "TORCHELASTIC_ERROR_FILE")}
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, str(recipe)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stdout.splitlines() == ["Stopped by SIGINT; the same command starts again"]
+    found = read_status(tmp_path / "run", "train")
+    assert found is not None
+    assert not found.users_mistake
