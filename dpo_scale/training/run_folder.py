@@ -88,12 +88,14 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str
 def compare_with_stored(recipe: Recipe) -> list[str]:
     """What differs, without changing what is trained, from the recipe in the run's folder. Reads only.
 
-    Raises RecipeError if another recipe trained there.
+    Raises RecipeError if another recipe trained there, or the file is no run's.
     """
     folder = Path(recipe.run.output_dir)
     if not (folder / "recipe.yaml").exists():
         return []
     stored = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+    if not isinstance(stored, dict) or not all(isinstance(fields, dict) for fields in stored.values()):
+        raise RecipeError(f"run.output_dir: {folder} holds a recipe.yaml that no run wrote; choose another folder")
     before = {f"{section}.{field}": value for section, fields in stored.items() for field, value in fields.items()}
     matters, harmless = changed_settings(before, flatten(recipe))
     if matters and any((folder / name).exists() for name in ("checkpoints", "model")):

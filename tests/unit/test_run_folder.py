@@ -98,6 +98,14 @@ def test_changed_settings_are_refused_by_name_once_there_are_checkpoints(tmp_pat
     assert load_recipe(tmp_path / "recipe.yaml") == _recipe(tmp_path)  # the refused one left no trace
 
 
+@pytest.mark.parametrize("text", ["", "- flour\n", "flour: 500 g\n", "model:\n"])
+def test_a_recipe_that_no_run_wrote_is_refused_and_kept(text: str, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(RecipeError, match=r"holds a recipe\.yaml that no run wrote"):
+        RunFolder(_recipe(tmp_path))
+    assert (tmp_path / "recipe.yaml").read_text() == text
+
+
 def test_a_run_that_has_committed_nothing_may_change(tmp_path: Path) -> None:
     RunFolder(_recipe(tmp_path))._lock.close()
     RunFolder(_recipe(tmp_path, loss__beta=0.2))
