@@ -2,15 +2,19 @@
 and fewer passes over memory are made, than by the library's chains of small operations.
 
 No list of names decides what is replaced: a module is, if on random numbers it gives what ours gives. The plain form,
-which the start-up check compares with, runs the library's own code; see `library_code`.
+which the start-up check compares with, runs the library's own code; see `library_code`. On a GPU each pass is one
+kernel of `triton_kernels`; what is written here is what they compute, and what runs everywhere else.
 """
 
 from __future__ import annotations
 
 import inspect
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -32,6 +36,23 @@ def library_code() -> Iterator[None]:
         yield
     finally:
         _as_in_library = before
+
+
+def kernels_for(x: Tensor) -> ModuleType | None:
+    """The kernels, if they take this tensor and run on this machine."""
+    return _kernels() if x.is_cuda and x.dtype != torch.float64 else None
+
+
+@cache
+def _kernels() -> ModuleType | None:
+    try:
+        from dpo_scale.model import triton_kernels  # loads Triton, which only builds for GPUs have
+
+        triton_kernels.try_out()
+    except Exception as error:  # whatever an import, a compiler, a driver or a cache folder may raise
+        warnings.warn(f"steps are slower than they could be, Triton does not run: {error}", stacklevel=2)
+        return None
+    return triton_kernels
 
 
 def fuse(model: nn.Module) -> list[str]:
@@ -126,11 +147,16 @@ class RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float, offset: float, rounds_first: bool) -> Tensor:
+        ctx.offset = offset
+        if kernels := kernels_for(x):
+            output: Tensor
+            output, scale = kernels.rms_norm(x, weight, epsilon, offset, rounds_first)
+            ctx.save_for_backward(x, weight, scale)
+            return output
         fp32 = torch.promote_types(x.dtype, torch.float32)
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=fp32)
         scale = norm.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
-        ctx.offset = offset
         normal: Tensor = x * scale
         if rounds_first:
             rounded = normal.to(x.dtype)
@@ -141,6 +167,8 @@ class RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         (grad,) = grad_outputs
         x, weight, scale = ctx.saved_tensors
+        if kernels := kernels_for(x):
+            return *kernels.rms_norm_backward(grad, x, weight, scale, ctx.offset), None, None, None
         factor = weight.to(scale.dtype) + ctx.offset
         scaled = grad * scale
         product = scaled * x
@@ -181,13 +209,16 @@ class SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        output: Tensor = F.silu(gate).mul_(up)
+        kernels = kernels_for(gate)
+        output: Tensor = kernels.swiglu(gate, up) if kernels else F.silu(gate).mul_(up)
         return output
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         (grad,) = grad_outputs
         gate, up = ctx.saved_tensors
+        if kernels := kernels_for(gate):
+            return kernels.swiglu_backward(grad, gate, up)
         activated = F.silu(gate)
         grad_up = activated * grad
         return torch.ops.aten.silu_backward(torch.mul(grad, up, out=activated), gate), grad_up
@@ -263,6 +294,9 @@ class Rotation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
+        if kernels := kernels_for(x):
+            rotated: Tensor = kernels.rotate(x, cos, sin)
+            return rotated
         (x1, x2), (sin1, sin2) = x.chunk(2, -1), sin.chunk(2, -1)
         output: Tensor = x * cos
         output1, output2 = output.chunk(2, -1)
@@ -274,6 +308,8 @@ class Rotation(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         (grad,) = grad_outputs
         cos, sin = ctx.saved_tensors
+        if kernels := kernels_for(grad):
+            return kernels.rotate(grad, cos, sin, transposed=True), None, None
         (grad1, grad2), (sin1, sin2) = grad.chunk(2, -1), sin.chunk(2, -1)
         output = grad * cos
         output1, output2 = output.chunk(2, -1)

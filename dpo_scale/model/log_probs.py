@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from dpo_scale.data.layouts import MicroBatch
-from dpo_scale.model.fused import fuse, library_code
+from dpo_scale.model.fused import fuse, kernels_for, library_code
 
 CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**27}
 """Logits in a chunk, by device type: 64 MiB and 512 MiB of fp32."""
@@ -50,9 +51,10 @@ class LogitTransform:
             logits.div_(self.softcap).tanh_().mul_(self.softcap)
         return logits
 
-    def backward(self, grad: Tensor, logits: Tensor) -> Tensor:
+    def backward(self, grad: Tensor, logits: Tensor | None) -> Tensor:
         """Gradient of the raw logits from that of the transformed ones, in place; overwrites the logits."""
         if self.softcap:
+            assert logits is not None
             grad *= logits.div_(self.softcap).square_().neg_().add_(1)
         if self.scale != 1.0:
             grad *= self.scale
@@ -76,10 +78,15 @@ class ChunkedLogProbs(torch.autograd.Function):
         lse_C = torch.empty_like(logps_C)
         head = _Head(weight_VH, bias_V, transform)
         chunks = _chunks(len(targets_C), len(weight_VH), hidden_CH.device)
+        kernels = head.kernels
         values_cV: Tensor | None = None
+        highest_c: Tensor | None = None
         for rows in chunks:
             del values_cV  # else it would lie beside the next chunk's
             values_cV = head.logits(hidden_CH[rows])
+            if kernels is not None:
+                logps_C[rows], lse_C[rows] = kernels.log_softmax_at(values_cV, targets_C[rows])
+                continue
             target_c = values_cV.gather(1, targets_C[rows, None])[:, 0]
             highest_c = values_cV.amax(1)
             # In place, from logits to softmax up to the factor exp(highest - lse).
@@ -108,19 +115,16 @@ class ChunkedLogProbs(torch.autograd.Function):
         for rows in _chunks(len(targets_C), len(weight_VH), hidden_CH.device):
             # d logp / d logits = one_hot(target) - softmax(logits) = -scale_c * residual_cV. Factors of whole rows are
             # applied to hidden states, of which there are fewer than logits.
-            logits_cV = None
-            if kept_CV is None:
-                residual_cV = head.logits(hidden_CH[rows])
-                logits_cV = residual_cV.clone() if ctx.transform.softcap else None
-                residual_cV.sub_(lse_C[rows, None]).exp_()
-                scale_c = torch.ones_like(grad_C[rows])
+            if head.kernels is not None:
+                logits_cV = head.logits(hidden_CH[rows]) if kept_CV is None else kept_CV
+                residual_cV = head.kernels.softmax_less_target(logits_cV, targets_C[rows], lse_C[rows], weight_VH.dtype)
+                factor_c = -grad_C[rows] * ctx.transform.scale
+                del logits_cV
             else:
-                residual_cV = kept_CV  # exp(logits - highest)
-                scale_c = torch.exp(highest_C - lse_C)
-            residual_cV.scatter_add_(1, targets_C[rows, None], -scale_c.reciprocal()[:, None])
-            residual_cV = ctx.transform.backward(residual_cV, logits_cV)
-            del logits_cV
-            factor_c = -grad_C[rows] * scale_c
+                residual_cV, scale_c = _residual(
+                    head, hidden_CH[rows], targets_C[rows], lse_C[rows], kept_CV, highest_C
+                )
+                factor_c = -grad_C[rows] * scale_c
             if grad_bias_V is not None:
                 grad_bias_V += factor_c @ residual_cV
             residual_cV = head.operand(residual_cV)
@@ -129,6 +133,32 @@ class ChunkedLogProbs(torch.autograd.Function):
                 head.add_weight_grad(grad_weight_VH, residual_cV, factor_c[:, None] * hidden_CH[rows])
             del residual_cV  # as above
         return grad_hidden_CH, grad_weight_VH, grad_bias_V, None, None
+
+
+def _residual(
+    head: _Head,
+    hidden_cH: Tensor,
+    targets_c: Tensor,
+    lse_c: Tensor,
+    kept_cV: Tensor | None,
+    highest_c: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`(softmax(logits) - one_hot(target)) / scale_c` in fp32 with the slope of the transform, and scale_c.
+
+    Args:
+        kept_cV: `exp(logits - highest_c)` of the forward pass, which is overwritten; without it both are made anew.
+    """
+    logits_cV = None
+    if kept_cV is None or highest_c is None:
+        residual_cV = head.logits(hidden_cH)
+        logits_cV = residual_cV.clone() if head.transform.softcap else None
+        residual_cV.sub_(lse_c[:, None]).exp_()
+        scale_c = torch.ones_like(lse_c)
+    else:
+        residual_cV = kept_cV
+        scale_c = torch.exp(highest_c - lse_c)
+    residual_cV.scatter_add_(1, targets_c[:, None], -scale_c.reciprocal()[:, None])
+    return head.transform.backward(residual_cV, logits_cV), scale_c
 
 
 class _Head:
@@ -141,13 +171,16 @@ class _Head:
         self._native = weight_VH.device.type == "cuda" and weight_VH.dtype != torch.float32
         self._weight_VH = weight_VH if self._native else _at_least_fp32(weight_VH)
         self._bias_V = None if bias_V is None else _at_least_fp32(bias_V)
-        self._transform = transform
+        self.transform = transform
+        one_pass = self._native and bias_V is None and not transform.softcap
+        self.kernels: ModuleType | None = kernels_for(weight_VH) if one_pass else None
+        """What goes over the logits in one pass, where it can."""
 
     def logits(self, hidden_cH: Tensor) -> Tensor:
         logits_cV = self._product(hidden_cH, self._weight_VH.t())
         if self._bias_V is not None:
             logits_cV += self._bias_V
-        return self._transform.forward(logits_cV)
+        return self.transform.forward(logits_cV)
 
     def operand(self, values: Tensor) -> Tensor:
         """As a factor of the products."""

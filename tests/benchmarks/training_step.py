@@ -113,9 +113,10 @@ def compare(
     sides = []
     for side in options.sides:
         layout = "shared" if side == "trl" else side
-        job = make_job(folder / f"{name}-{processes}-{side}", model, rows, settings, layout)
+        caches = folder / f"{name}-{processes}-ours"
+        job = make_job(folder / f"{name}-{processes}-{side}", model, rows, settings, layout, caches)
         sides.append(Side(side, "side_trl.py" if side == "trl" else "side_dpo_scale.py", job))
-    for side in sides:
+    for side in {side.script: side for side in reversed(sides)}.values():  # one of ours scores for all of ours
         with console.status(f"reference log-probs: {side.name}"):
             score(side, machine)
     if options.profile is not None:

@@ -127,9 +127,13 @@ def make_model(folder: Path, tokenizer: PreTrainedTokenizerFast, vocabulary: int
             pad_token_id=tokenizer.pad_token_id,
             **SHAPES[shape],
         )
-        model = LlamaForCausalLM(config).to(getattr(torch, dtype))
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            model = LlamaForCausalLM(config).to(getattr(torch, dtype))
         tokenizer.save_pretrained(folder)
         model.save_pretrained(folder)
+        del model
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # the sides need the memory
     return folder
 
 
@@ -186,8 +190,20 @@ class Settings:
     max_length: int = 8192
 
 
-def make_job(folder: Path, model: Path, rows: Sequence[Row], settings: Settings, layout: str = "shared") -> Job:
-    """A job on these pairs, in this order on every side; writes its files into the folder."""
+def make_job(
+    folder: Path,
+    model: Path,
+    rows: Sequence[Row],
+    settings: Settings,
+    layout: str = "shared",
+    caches: Path | None = None,
+) -> Job:
+    """A job on these pairs, in this order on every side; writes its files into the folder.
+
+    Args:
+        caches: where jobs share what we prepare; without it, the job's own folder.
+    """
+    caches = caches or folder
     folder.mkdir(parents=True, exist_ok=True)
     in_our_file: list[Row | None] = [None] * len(rows)
     for row, place in zip(rows, epoch_order(len(rows), SEED, 0), strict=True):
@@ -199,11 +215,11 @@ def make_job(folder: Path, model: Path, rows: Sequence[Row], settings: Settings,
             "dtype": settings.dtype,
             "activation_checkpointing": settings.activation_checkpointing,
         },
-        "reference": {"cache_dir": str(folder / "reference"), "rank_tokens": settings.scoring_rank_tokens},
+        "reference": {"cache_dir": str(caches / "reference"), "rank_tokens": settings.scoring_rank_tokens},
         "data": {
             "train": str(ours),
             "max_length": settings.max_length,
-            "cache_dir": str(folder / "tokens"),
+            "cache_dir": str(caches / "tokens"),
             "workers": 1,
         },
         "batch": {"global_pairs": settings.step_pairs, "rank_tokens": settings.rank_tokens, "layout": layout},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from dpo_scale.data.layouts import Layout, PromptCompletions, Segments, collate
 from dpo_scale.errors import UserError
 from dpo_scale.model.attention import Kernel, choose_kernel, segment_attention
-from dpo_scale.model.fused import fuse
+from dpo_scale.model.fused import RMSNorm, Rotation, SwiGLU, fuse, kernels_for
 from dpo_scale.model.log_probs import ChunkedLogProbs, LogitTransform
 
 pytestmark = [
@@ -233,3 +234,49 @@ def test_fused_parts_are_as_exact_as_the_librarys(make: Callable[[], nn.Module])
     for ours, theirs, true in zip(values_and_gradients(module, hidden), library, exact, strict=True):
         assert ours.dtype == theirs.dtype
         assert (ours.double() - true).norm() <= 1.1 * (theirs.double() - true).norm() + 1e-6 * true.norm()
+
+
+def _norm(x: Tensor, weight: Tensor) -> Tensor:
+    output: Tensor = RMSNorm.apply(x, weight, 1e-6, 1.0, False)
+    return output
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("function", "shapes"),
+    [
+        (_norm, [(2, 3000, 96), (96,)]),
+        (_norm, [(1, 37, 5120), (5120,)]),
+        (SwiGLU.apply, [(1, 700, 1001), (1, 700, 1001)]),
+        (lambda x, cos, sin: Rotation.apply(x.transpose(1, 2), cos.detach(), sin.detach()),
+         [(2, 301, 5, 96), (1, 1, 301, 96), (1, 1, 301, 96)]),
+    ],
+)  # fmt: skip
+def test_one_pass_kernels_agree_with_fp64(
+    function: Callable[..., Tensor], shapes: list[tuple[int, ...]], dtype: torch.dtype
+) -> None:
+    """The rounding of what goes out is allowed, and of what the library rounds inside; in fp32 that of long sums."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    operands = [torch.randn(shape, generator=generator, device="cuda").to(dtype) for shape in shapes]
+    assert kernels_for(operands[0]) is not None
+
+    def values_and_gradients(operands: list[Tensor]) -> list[Tensor]:
+        leaves = [each.clone().requires_grad_() for each in operands]
+        output = function(*leaves)
+        direction = torch.randn(output.shape, generator=generator.manual_seed(1), device="cuda").to(dtype)
+        gradients = torch.autograd.grad(output, leaves, direction.to(output.dtype), allow_unused=True)
+        return [output.detach(), *(each for each in gradients if each is not None)]
+
+    exact = values_and_gradients([each.double() for each in operands])
+    tolerance = (8 if dtype == torch.float32 else 0.5) * torch.finfo(dtype).eps
+    for ours, true in zip(values_and_gradients(operands), exact, strict=True):
+        assert ours.dtype == dtype
+        assert (ours.double() - true).norm() < tolerance * true.norm()
+
+
+def test_kernels_take_offsets_beyond_32_bits() -> None:
+    gate = torch.zeros(2**31 + 4096, device="cuda", dtype=torch.bfloat16)
+    gate[-1] = 2.0
+    output = SwiGLU.apply(gate, gate)
+    assert output[-1].item() == pytest.approx(4 / (1 + math.exp(-2)), rel=0.01)
+    assert output[:-1].count_nonzero() == 0
