@@ -18,6 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dpo_scale.data.layouts import MicroBatch
 from dpo_scale.distributed.zero_config import pinning_fits
+from dpo_scale.model.fused import takes_weights_of_children
 from dpo_scale.model.log_probs import CompletionLogProbs
 from dpo_scale.recipe import Recipe
 
@@ -69,14 +70,15 @@ def mark_leaves(model: nn.Module) -> None:
 
     Its hooks then run once a layer instead of once for each of a dozen modules, which for a small model takes half as
     long as the arithmetic. A mixture of experts must be gathered as one in any case: ranks route tokens differently,
-    and a rank that skips an expert would wait for ever for those that do not.
+    and a rank that skips an expert would wait for ever for those that do not. So must what reads weights of modules
+    that it does not call.
     """
     pending = [model]
     while pending:
         module = pending.pop()
         if isinstance(module, GradientCheckpointingLayer):
             module.register_forward_pre_hook(_check_hidden_states)
-        elif not isinstance(getattr(module, "experts", None), nn.Module):
+        elif not (isinstance(getattr(module, "experts", None), nn.Module) or takes_weights_of_children(module)):
             pending += module.children()
             continue
         deepspeed.utils.set_z3_leaf_module(module, True)

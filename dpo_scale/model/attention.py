@@ -11,7 +11,6 @@ segment.
 from __future__ import annotations
 
 import importlib.util
-import inspect
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -215,7 +214,7 @@ def segment_attention(
 
         return flex_segment_attention(query_BNTD, key_BGTD, value_BGTD, segments, scale, sliding_window, softcap)
     # Both kernels take [tokens, heads, head size] and grouped key-value heads.
-    query_TND, key_KGD, value_KGD = (x[0].transpose(0, 1) for x in (query_BNTD, key_BGTD, value_BGTD))
+    query_TND, key_KGD, value_KGD = (x.squeeze(0).transpose(0, 1) for x in (query_BNTD, key_BGTD, value_BGTD))
     if segments.key_index is not None:
         key_KGD = key_KGD.index_select(0, segments.key_index)
         value_KGD = value_KGD.index_select(0, segments.key_index)
@@ -259,17 +258,12 @@ def _torch_varlen(
     scale: float,
     left: int,
 ) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
+    """torch's FlashAttention, by the operation behind `torch.nn.attention.varlen`.
 
-    grouped: dict[str, Any] = {}
-    if query_TND.shape[1] != key_KGD.shape[1]:
-        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
-            grouped["enable_gqa"] = True
-        else:  # older torch takes equal numbers of heads only
-            repeats = query_TND.shape[1] // key_KGD.shape[1]
-            key_KGD = key_KGD.repeat_interleave(repeats, dim=1)
-            value_KGD = value_KGD.repeat_interleave(repeats, dim=1)
-    output = varlen_attn(
+    The function around it costs the host as much as a decoder layer's other operations, and refuses in some versions
+    the grouped key-value heads that the operation takes in all.
+    """
+    output: Tensor = torch.ops.aten._flash_attention_forward(
         query_TND,
         key_KGD,
         value_KGD,
@@ -277,11 +271,13 @@ def _torch_varlen(
         segments.cu_keys,
         segments.max_queries,
         segments.max_keys,
+        0.0,  # dropout, which this kernel is not asked for
+        left < 0,  # causal; a window is causal by itself
+        False,
         scale=scale,
-        window_size=(left, 0),
-        **grouped,
-    )
-    assert isinstance(output, Tensor)
+        window_size_left=left,
+        window_size_right=0,
+    )[0]
     return output
 
 

@@ -1,5 +1,5 @@
-"""Norms, gated feed-forwards and rotary embeddings as one autograd function each: less is kept for the backward pass,
-and fewer passes over memory are made, than by the library's chains of small operations.
+"""Norms, gated feed-forwards, rotary embeddings and projections as one autograd function each: less is kept for the
+backward pass, fewer passes over memory are made, and the host has less to do, than with the library's code.
 
 No list of names decides what is replaced: a module is, if on random numbers it gives what ours gives. The plain form,
 which the start-up check compares with, runs the library's own code; see `library_code`. On a GPU each pass is one
@@ -62,7 +62,7 @@ def fuse(model: nn.Module) -> list[str]:
     """
     fused = []
     for name, module in model.named_modules():
-        ours = _norm_like(module) or _feed_forward_like(module)
+        ours = _norm_like(module) or _feed_forward_like(module) or _projection_like(module)
         if ours is not None:
             _replace_forward(module, ours)
         if ours is not None or _rotates_by_ours(module):
@@ -178,50 +178,131 @@ class RMSNorm(torch.autograd.Function):
         return grad_x.to(x.dtype), grad_weight, None, None, None
 
 
-# --- gated feed-forwards -----------------------------------------------------------------------
+# --- projections -------------------------------------------------------------------------------
 
 
-def _feed_forward_like(module: nn.Module) -> Forward | None:
-    """The gated feed-forward that the module computes, or None if it is not ours."""
-    projections = {"gate_proj", "up_proj", "down_proj"}
-    children = dict(module.named_children())
-    if set(children) - {"act_fn"} != projections or not _takes_hidden_states_alone(module):
-        return None
-    random = torch.Generator().manual_seed(0)
-    twin = _twin(module)
-    twin.act_fn = module.act_fn
-    for name in sorted(projections):
-        projection = nn.Linear(32, 32, bias=False, device="meta")
-        projection.weight = nn.Parameter(torch.randn(32, 32, generator=random, device="cpu"))
-        setattr(twin, name, projection)
-    return _swiglu if _agree(_swiglu, twin, torch.randn(8, 50, 32, generator=random, device="cpu")) else None
+def _projection_like(module: nn.Module) -> Forward | None:
+    return _project if type(module) is nn.Linear else None
 
 
-def _swiglu(module: Any, hidden: Tensor) -> Tensor:
-    gated = SwiGLU.apply(module.gate_proj(hidden), module.up_proj(hidden))  # type: ignore[no-untyped-call]
-    output: Tensor = module.down_proj(gated)
+def _project(module: Any, hidden: Tensor) -> Tensor:
+    output: Tensor = Projection.apply(hidden, module.weight, module.bias)  # type: ignore[no-untyped-call]
     return output
 
 
-class SwiGLU(torch.autograd.Function):
-    """`silu(gate) * up` (Shazeer 2020, equation 6). The backward pass keeps gate and up, and computes silu again."""
+class Projection(torch.autograd.Function):
+    """`x W^T + b`.
+
+    What is kept is the parameter, which ZeRO-3 gathers again for the backward pass; torch's own would keep a gathered
+    copy. DeepSpeed's function for that reads its own signature at every call.
+    """
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        kernels = kernels_for(gate)
-        output: Tensor = kernels.swiglu(gate, up) if kernels else F.silu(gate).mul_(up)
-        return output
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         (grad,) = grad_outputs
-        gate, up = ctx.saved_tensors
-        if kernels := kernels_for(gate):
-            return kernels.swiglu_backward(grad, gate, up)
-        activated = F.silu(gate)
-        grad_up = activated * grad
-        return torch.ops.aten.silu_backward(torch.mul(grad, up, out=activated), gate), grad_up
+        x, weight = ctx.saved_tensors
+        grad_weight, grad_bias = _weight_and_bias_grads(grad, x, ctx.needs_input_grad[2])
+        return grad.matmul(weight), grad_weight, grad_bias
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if bias is None:
+        output: Tensor = x.matmul(weight.t())
+        return output
+    output = torch.addmm(bias, x.flatten(0, -2), weight.t())
+    return output.view(*x.shape[:-1], -1)
+
+
+def _weight_and_bias_grads(grad: Tensor, x: Tensor, has_bias: bool) -> tuple[Tensor, Tensor | None]:
+    """Of a projection, from the gradient of what it gave and what it took."""
+    grad_TO = grad.flatten(0, -2)
+    return grad_TO.t().matmul(x.flatten(0, -2)), grad_TO.sum(0) if has_bias else None
+
+
+# --- gated feed-forwards -----------------------------------------------------------------------
+
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
+def takes_weights_of_children(module: nn.Module) -> bool:
+    """Whether the module's forward was replaced by one that reads its children's weights without calling them."""
+    return "_takes_weights_of_children" in vars(module)
+
+
+def _feed_forward_like(module: nn.Module) -> Forward | None:
+    """The gated feed-forward that the module computes, or None if it is not ours."""
+    children = dict(module.named_children())
+    if set(children) - {"act_fn"} != set(PROJECTIONS) or not _takes_hidden_states_alone(module):
+        return None
+    if any(type(children[name]) is not nn.Linear for name in PROJECTIONS):
+        return None
+    random = torch.Generator().manual_seed(0)
+    twin = _twin(module)
+    twin.act_fn = module.act_fn
+    for name in PROJECTIONS:
+        projection = nn.Linear(32, 32, bias=False, device="meta")
+        projection.weight = nn.Parameter(torch.randn(32, 32, generator=random, device="cpu"))
+        setattr(twin, name, projection)
+    if not _agree(_feed_forward, twin, torch.randn(8, 50, 32, generator=random, device="cpu")):
+        return None
+    vars(module)["_takes_weights_of_children"] = True
+    return _feed_forward
+
+
+def _feed_forward(module: Any, hidden: Tensor) -> Tensor:
+    projections = [getattr(module, name) for name in PROJECTIONS]
+    operands = [operand for each in projections for operand in (each.weight, each.bias)]
+    output: Tensor = FeedForward.apply(hidden, *operands)  # type: ignore[no-untyped-call]
+    return output
+
+
+class FeedForward(torch.autograd.Function):
+    """`W_down (silu(W_gate x) * W_up x)`, with biases where there are (Shazeer 2020, equation 6).
+
+    The backward pass keeps x and the two projections, and computes their product again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *operands: Tensor | None) -> Tensor:
+        gate_weight, gate_bias, up_weight, up_bias, down_weight, down_bias = operands
+        assert gate_weight is not None
+        assert up_weight is not None
+        assert down_weight is not None
+        gate, up = _linear(x, gate_weight, gate_bias), _linear(x, up_weight, up_bias)
+        ctx.save_for_backward(x, gate, up, gate_weight, up_weight, down_weight)
+        kernels = kernels_for(gate)
+        gated = kernels.swiglu(gate, up) if kernels else F.silu(gate).mul_(up)
+        return _linear(gated, down_weight, down_bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        (grad,) = grad_outputs
+        x, gate, up, gate_weight, up_weight, down_weight = ctx.saved_tensors
+        _, _, has_gate_bias, _, has_up_bias, _, has_down_bias = ctx.needs_input_grad
+        kernels = kernels_for(gate)
+        backward = kernels.swiglu_backward if kernels else _swiglu_backward
+        gated, grad_gate, grad_up = backward(grad.matmul(down_weight), gate, up)
+        of_down = _weight_and_bias_grads(grad, gated, has_down_bias)
+        del gated
+        of_gate = _weight_and_bias_grads(grad_gate, x, has_gate_bias)
+        of_up = _weight_and_bias_grads(grad_up, x, has_up_bias)
+        grad_x = grad_up.flatten(0, -2).matmul(up_weight)
+        grad_x.addmm_(grad_gate.flatten(0, -2), gate_weight)
+        return grad_x.view_as(x), *of_gate, *of_up, *of_down
+
+
+def _swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`silu(gate) * up` again, and the gradients of gate and up; overwrites the gradient of the product."""
+    activated = F.silu(gate)
+    gated = activated * up
+    grad_up = activated.mul_(grad)
+    grad_gate = torch.ops.aten.silu_backward.grad_input(grad.mul_(up), gate, grad_input=grad)
+    return gated, grad_gate, grad_up
 
 
 # --- rotary embeddings -------------------------------------------------------------------------

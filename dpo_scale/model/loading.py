@@ -144,10 +144,10 @@ def switch_dropout_off(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def checkpoint_activations(model: CompletionLogProbs) -> None:
-    """Recompute every decoder layer in the backward pass."""
+def checkpoint_activations(model: CompletionLogProbs, *, dropout: bool) -> None:
+    """Recompute every decoder layer in the backward pass; only dropout needs the same random numbers again."""
     model.model.gradient_checkpointing_enable(  # type: ignore[operator]
-        gradient_checkpointing_kwargs={"use_reentrant": False}
+        gradient_checkpointing_kwargs={"use_reentrant": False, "preserve_rng_state": dropout}
     )
 
 

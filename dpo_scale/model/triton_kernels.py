@@ -63,11 +63,11 @@ def _norm_tiles(x: Tensor) -> tuple[int, int, int]:
     return size, max(1, TILE // tile_size), tile_size
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _rms_norm(
     x, weight, output, scale, rows, size, epsilon, offset,
     ROUNDS_FIRST: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, SIZE)[None, :]
     place = row[:, None] * size + column
@@ -82,11 +82,11 @@ def _rms_norm(
     tl.store(output + place, normal * factor, mask=inside)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _rms_norm_backward(
     grad, x, weight, scale, grad_x, partial_sums, rows, size, offset, programs,
     ROWS: tl.constexpr, SIZE: tl.constexpr,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     program = tl.program_id(0)
     column = tl.arange(0, SIZE)[None, :]
     factor = tl.load(weight + column, mask=column < size, other=0.0).to(tl.float32) + offset
@@ -117,16 +117,17 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return output
 
 
-def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of gate and up."""
-    grad, gate, up = grad.contiguous(), gate.contiguous(), up.contiguous()
+def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`silu(gate) * up` again, which takes the place of `grad`, and the gradients of gate and up."""
+    gate, up = gate.contiguous(), up.contiguous()
+    assert grad.is_contiguous()
     grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
     _swiglu_backward[(triton.cdiv(gate.numel(), TILE),)](grad, gate, up, grad_gate, grad_up, gate.numel(), TILE)
-    return grad_gate, grad_up
+    return grad, grad_gate, grad_up
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _swiglu(gate, up, output, count, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit
+def _swiglu(gate, up, output, count, SIZE: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     inside = place < count
     x = tl.load(gate + place, mask=inside).to(tl.float32)
@@ -134,16 +135,19 @@ def _swiglu(gate, up, output, count, SIZE: tl.constexpr):  # type: ignore[no-unt
     tl.store(output + place, activated * tl.load(up + place, mask=inside).to(tl.float32), mask=inside)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _swiglu_backward(grad, gate, up, grad_gate, grad_up, count, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit
+def _swiglu_backward(grad, gate, up, grad_gate, grad_up, count, SIZE: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     inside = place < count
     x = tl.load(gate + place, mask=inside).to(tl.float32)
+    y = tl.load(up + place, mask=inside).to(tl.float32)
     gradient = tl.load(grad + place, mask=inside).to(tl.float32)
     opened = tl.sigmoid(x)
+    activated = (x * opened).to(gate.dtype.element_ty).to(tl.float32)
     slope = opened * (1 + x * (1 - opened))
-    tl.store(grad_gate + place, gradient * tl.load(up + place, mask=inside).to(tl.float32) * slope, mask=inside)
-    tl.store(grad_up + place, gradient * x * opened, mask=inside)
+    tl.store(grad_gate + place, gradient * y * slope, mask=inside)
+    tl.store(grad_up + place, gradient * activated, mask=inside)
+    tl.store(grad + place, activated * y, mask=inside)
 
 
 # --- rotary embeddings -------------------------------------------------------------------------
@@ -173,12 +177,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, transposed: bool = False) -> 
     return output
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _rotate(
     x, cos, sin, output, heads, tokens, half, x_batch, x_head, x_token, out_batch, out_head, out_token,
     cos_batch, cos_token, sin_batch, sin_token,
     TRANSPOSED: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     batch, token = program // tokens, program % tokens
     column = tl.arange(0, HALF)[None, :]
@@ -227,8 +231,8 @@ def softmax_less_target(logits_CV: Tensor, targets_C: Tensor, lse_C: Tensor, dty
     return output_CV
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _log_softmax_at(logits, targets, logps, lse, vocabulary, stride, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit
+def _log_softmax_at(logits, targets, logps, lse, vocabulary, stride, SIZE: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
     # Finite, since -inf - -inf is not a number; what no logit has replaced counts for nothing in the end.
@@ -247,8 +251,8 @@ def _log_softmax_at(logits, targets, logps, lse, vocabulary, stride, SIZE: tl.co
     tl.store(logps + row, (target - peak) - log_total)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _softmax_less_target(logits, targets, lse, output, vocabulary, stride, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit
+def _softmax_less_target(logits, targets, lse, output, vocabulary, stride, SIZE: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
     inside = column < vocabulary

@@ -39,7 +39,7 @@ def load_policy(
     ):
         model = load_model(data.model_folder, recipe.model)
     if recipe.model.activation_checkpointing:
-        checkpoint_activations(model)
+        checkpoint_activations(model, dropout=recipe.model.dropout)
     with console.progress("Building the engine", None):
         optimizer = build_optimizer(model, recipe.optim)
         policy = PolicyEngine(runtime.accelerator, model, optimizer, recipe)

@@ -141,7 +141,7 @@ def main() -> None:
             with loading_for(runtime.accelerator, "policy"):
                 model = load_model(folder / f"policy_{kind}", recipe.model)
             if kind in CHECKPOINTED:
-                checkpoint_activations(model)
+                checkpoint_activations(model, dropout=False)
             optimizer = build_optimizer(model, recipe.optim)
             policy = PolicyEngine(runtime.accelerator, model, optimizer, recipe)
             policy.train()

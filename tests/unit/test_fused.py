@@ -21,7 +21,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Config
 
 from dpo_scale.data.layouts import PromptCompletions, collate
 from dpo_scale.model.attention import register
-from dpo_scale.model.fused import RMSNorm, Rotation, SwiGLU, _stand_in, fuse, library_code
+from dpo_scale.model.fused import FeedForward, Projection, RMSNorm, Rotation, _stand_in, fuse, library_code
 from dpo_scale.model.loading import checkpoint_activations, load_model
 from dpo_scale.recipe import ModelSection
 
@@ -43,7 +43,7 @@ def _feed_forward(activation: str = "silu") -> nn.Module:
 
 def _written_out(module: Any, hidden: Tensor) -> Tensor:
     """What a module computes, in the precision of its weights: the library's norms never go beyond fp32."""
-    if isinstance(module, LlamaMLP):
+    if isinstance(module, LlamaMLP | nn.Linear):
         output: Tensor = module(hidden)
         return output
     offset = 1.0 if isinstance(module, Gemma2RMSNorm) else 0.0
@@ -69,13 +69,22 @@ def test_what_is_served_is_found_in_every_architecture(kind: str, tmp_path: Path
     attention = {name for name, _ in model.named_modules() if name.endswith(("self_attn", "attention"))}
     if kind in ("gpt2", "cohere"):  # without rotation; of neighbours, not of halves
         attention = set()
-    assert fused == norms | served | attention
+    projections = {name for name, module in model.named_modules() if type(module) is nn.Linear}
+    assert fused == norms | served | attention | projections
     assert bool(norms) == (kind not in (*LAYER_NORMS, "cohere"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    "make", [_norm, lambda: _norm(Gemma2RMSNorm), _feed_forward], ids=["llama norm", "gemma norm", "feed-forward"]
+    "make",
+    [
+        _norm,
+        lambda: _norm(Gemma2RMSNorm),
+        _feed_forward,
+        lambda: nn.Linear(16, 24),
+        lambda: nn.Linear(16, 24, bias=False),
+    ],
+    ids=["llama norm", "gemma norm", "feed-forward", "projection with bias", "projection"],
 )
 def test_values_and_gradients_are_the_librarys(make: Callable[[], nn.Module], dtype: torch.dtype) -> None:
     torch.manual_seed(0)
@@ -86,7 +95,7 @@ def test_values_and_gradients_are_the_librarys(make: Callable[[], nn.Module], dt
     exact.load_state_dict(module.state_dict())
     exact_values = _values_and_gradients(exact, hidden.double(), _written_out)
     expected = _values_and_gradients(module, hidden)
-    assert fuse(module) == [""]
+    assert fuse(module)[0] == ""
     actual = _values_and_gradients(module, hidden)
     for ours, library, true in zip(actual, expected, exact_values, strict=True):
         assert ours.dtype == library.dtype == dtype
@@ -156,7 +165,7 @@ def test_a_fused_model_alone_is_rotated_by_ours(
     stand_in = modeling_llama.apply_rotary_pos_emb
     model.train()
     if checkpointing:
-        checkpoint_activations(model)
+        checkpoint_activations(model, dropout=False)
     for module in model.modules():  # as ZeRO-3 does, which hands on other tensors than a module returns
         module.register_forward_hook(lambda _, inputs, output: tree_map_only(Tensor, _renewed, output))
     ours = Calls(Rotation.forward)
@@ -203,10 +212,19 @@ def test_angles_of_another_precision_are_left_to_the_library() -> None:
     assert rotate(query, query, cos, sin)[0].dtype == torch.bfloat16
 
 
-def test_gradients_of_the_gate_are_exact() -> None:
+@pytest.mark.parametrize("biased", [True, False])
+def test_gradients_of_projections_and_feed_forwards_are_exact(biased: bool) -> None:
     torch.manual_seed(0)
-    gate, up = (torch.randn(4, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    assert torch.autograd.gradcheck(SwiGLU.apply, (gate, up))
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+    def bias(size: int) -> Tensor | None:
+        return randn(size) if biased else None
+
+    assert torch.autograd.gradcheck(Projection.apply, (randn(2, 3, 4), randn(5, 4), bias(5)))
+    gate, up, down = (randn(5, 4), bias(5)), (randn(5, 4), bias(5)), (randn(4, 5), bias(4))
+    assert torch.autograd.gradcheck(FeedForward.apply, (randn(2, 3, 4), *gate, *up, *down))
 
 
 class Shifted(LlamaRMSNorm):  # type: ignore[misc]
@@ -239,7 +257,7 @@ class Gated(LlamaRMSNorm):  # type: ignore[misc]
 )
 def test_what_computes_something_else_stays_as_it_is(make: Callable[[], nn.Module]) -> None:
     module = make()
-    assert fuse(module) == []
+    assert "" not in fuse(module)
     assert "forward" not in vars(module)
 
 
@@ -247,7 +265,7 @@ def test_the_search_draws_no_random_numbers_and_touches_no_weight() -> None:
     model = nn.ModuleList([_norm(), _feed_forward()])
     before = {name: value.clone() for name, value in model.state_dict().items()}
     state = torch.get_rng_state()
-    assert fuse(model) == ["0", "1"]
+    assert fuse(model) == ["0", "1", "1.gate_proj", "1.up_proj", "1.down_proj"]
     assert torch.equal(torch.get_rng_state(), state)
     assert list(model.state_dict()) == list(before)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -283,7 +301,7 @@ def test_less_is_kept_for_the_backward_pass() -> None:
     inner = 100 * 40 * 4
     with library_code():
         assert _saved_bytes(feed_forward, hidden) == 4 * inner
-    assert _saved_bytes(feed_forward, hidden) == 3 * inner, "gate, up and their product"
+    assert _saved_bytes(feed_forward, hidden) == 2 * inner, "gate and up, not their product"
 
 
 def test_the_plain_form_runs_the_librarys_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
