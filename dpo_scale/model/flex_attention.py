@@ -31,8 +31,11 @@ def flex_segment_attention(
     if sliding_window not in segments.masks:
         segments.masks[sliding_window] = _block_mask(segments, sliding_window, query_BNTD.device)
 
+    # On the device: torch 2.11 cannot compile a backward pass around a number that is the closure's own.
+    cap = torch.full((), softcap or 1.0, device=query_BNTD.device)
+
     def capped(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return softcap * torch.tanh(score / softcap) if softcap else score
+        return cap * torch.tanh(score / cap)
 
     run = _compiled_flex_attention() if query_BNTD.device.type == "cuda" else flex_attention
     output = run(
@@ -109,4 +112,5 @@ def _ordered(blocks_KK: Tensor) -> tuple[Tensor, Tensor]:
 
 @cache
 def _compiled_flex_attention() -> Any:
-    return torch.compile(flex_attention, dynamic=True)
+    # Whole or not at all: what is not compiled makes all scores.
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True)

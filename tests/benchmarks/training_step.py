@@ -61,6 +61,7 @@ COLUMNS = (
     "peak of TRL",
     "loss gap",
 )
+"""Scored pairs/s, on a GPU: the reference pass apart, from its first micro-batch on, with what it compiles."""
 
 
 def arguments() -> argparse.Namespace:
@@ -115,10 +116,11 @@ def compare(
         layout = "shared" if side == "trl" else side
         caches = folder / f"{name}-{processes}-ours"
         job = make_job(folder / f"{name}-{processes}-{side}", model, rows, settings, layout, caches)
-        sides.append(Side(side, "side_trl.py" if side == "trl" else "side_dpo_scale.py", job))
+        sides.append(Side(side, script_of(side), job))
+    scoring_seconds = {}
     for side in {side.script: side for side in reversed(sides)}.values():  # one of ours scores for all of ours
         with console.status(f"reference log-probs: {side.name}"):
-            score(side, machine)
+            scoring_seconds[side.script] = score(side, machine).scoring_seconds
     if options.profile is not None:
         with console.status("profile"):
             profile(sides[0], machine, options.profile / f"{name}-{processes}")
@@ -153,6 +155,7 @@ def compare(
             "above_baseline_mib": median(block.above_baseline_mib for block in blocks[side]),
             "losses": blocks[side][0].losses,
             "seconds_of_each_step": time.seconds,
+            "scored_pairs_per_second": len(rows) / seconds if (seconds := scoring_seconds[script_of(side)]) else None,
             "mfu": _mfu(work, sum(time.seconds), processes),
         }
         if "trl" in times:
@@ -161,6 +164,10 @@ def compare(
         entries.append(entry)
     _show(entries, f"vocabulary {vocabulary:,}, {machine}, {options.dtype}")
     return entries
+
+
+def script_of(side: str) -> str:
+    return "side_trl.py" if side == "trl" else "side_dpo_scale.py"
 
 
 def _show(entries: list[dict[str, Any]], title: str) -> None:
@@ -180,7 +187,7 @@ def _show(entries: list[dict[str, Any]], title: str) -> None:
     )
     columns = COLUMNS
     if entries[0]["mfu"] is not None:
-        keys, columns = (*keys, "mfu"), (*columns, "MFU")
+        keys, columns = (*keys, "mfu", "scored_pairs_per_second"), (*columns, "MFU", "scored pairs/s")
     show(title, columns, [[entry.get(key) for key in keys] for entry in entries])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -207,6 +208,30 @@ def test_kernels_equal_one_softmax_over_the_masked_row(
         )
     assert actual.shape == (1, length, heads, size)
     assert (actual - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_flex_attention_is_compiled_whole_with_its_backward_pass(
+    softcap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As far as a CPU goes: without code for a device. torch has no backward pass there, but can trace one."""
+    module = sys.modules["torch.nn.attention.flex_attention"]
+    monkeypatch.setattr(module, "_validate_device", lambda *states: None, raising=False)
+    torch.compiler.reset()
+    run = torch.compile(flex_attention.flex_attention, dynamic=True, fullgraph=True, backend="aot_eager")
+    monkeypatch.setattr(flex_attention, "flex_attention", run)
+    segments = collate(_pairs(), "shared").segments
+    assert segments is not None
+    torch.manual_seed(0)
+    length = segments.segments[-1].stop
+    states = [torch.randn(1, heads, length, 16, requires_grad=True) for heads in (4, 2, 2)]
+
+    def gradients(kernel: attention.Kernel) -> tuple[torch.Tensor, ...]:
+        output = segment_attention(*states, segments, kernel=kernel, softcap=softcap)
+        return torch.autograd.grad(output.square().sum(), states)
+
+    for ours, plain in zip(gradients("flex"), gradients("sdpa"), strict=True):
+        assert torch.allclose(ours, plain, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("layout", ["shared", "packed"])
