@@ -212,18 +212,18 @@ def test_angles_of_another_precision_are_left_to_the_library() -> None:
     assert rotate(query, query, cos, sin)[0].dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("biased", [True, False])
-def test_gradients_of_projections_and_feed_forwards_are_exact(biased: bool) -> None:
+@pytest.mark.parametrize("biased", ["", "gate", "up", "down"])
+def test_gradients_of_projections_and_feed_forwards_are_exact(biased: str) -> None:
     torch.manual_seed(0)
 
     def randn(*shape: int) -> Tensor:
         return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
-    def bias(size: int) -> Tensor | None:
-        return randn(size) if biased else None
+    def weight_and_bias(name: str, outputs: int, inputs: int) -> tuple[Tensor, Tensor | None]:
+        return randn(outputs, inputs), randn(outputs) if name == biased else None
 
-    assert torch.autograd.gradcheck(Projection.apply, (randn(2, 3, 4), randn(5, 4), bias(5)))
-    gate, up, down = (randn(5, 4), bias(5)), (randn(5, 4), bias(5)), (randn(4, 5), bias(4))
+    assert torch.autograd.gradcheck(Projection.apply, (randn(2, 3, 4), *weight_and_bias("gate", 5, 4)))
+    gate, up, down = weight_and_bias("gate", 5, 4), weight_and_bias("up", 5, 4), weight_and_bias("down", 4, 5)
     assert torch.autograd.gradcheck(FeedForward.apply, (randn(2, 3, 4), *gate, *up, *down))
 
 
@@ -239,6 +239,16 @@ class NeedsMore(LlamaRMSNorm):  # type: ignore[misc]
         return output
 
 
+class Adapted(nn.Linear):
+    """A projection with something of its own."""
+
+
+def _adapted_feed_forward() -> nn.Module:
+    feed_forward = _feed_forward()
+    feed_forward.up_proj = Adapted(16, 40)  # type: ignore[assignment]
+    return feed_forward
+
+
 class Gated(LlamaRMSNorm):  # type: ignore[misc]
     def forward(self, hidden_states: Tensor, gate: Tensor | None = None) -> Tensor:
         return hidden_states
@@ -252,8 +262,13 @@ class Gated(LlamaRMSNorm):  # type: ignore[misc]
         lambda: _norm(Gated),
         lambda: nn.LayerNorm(24, bias=False),
         lambda: _feed_forward("gelu"),
+        _adapted_feed_forward,
+        lambda: Adapted(16, 24),
     ],
-    ids=["another value", "what is unknown", "two inputs", "layer norm", "another activation"],
+    ids=[
+        *("another value", "what is unknown", "two inputs", "layer norm", "another activation"),
+        *("another projection inside", "another projection"),
+    ],
 )
 def test_what_computes_something_else_stays_as_it_is(make: Callable[[], nn.Module]) -> None:
     module = make()

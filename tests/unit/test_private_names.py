@@ -1,6 +1,6 @@
-"""The private names of DeepSpeed that this package uses, held against the installed version without an engine.
+"""The private names of DeepSpeed and torch that this package uses, held against the installed version without an engine.
 
-A release of DeepSpeed that renames one fails here, not in the middle of a run.
+A release that renames one fails here, not in the middle of a run.
 """
 
 from __future__ import annotations
@@ -95,3 +95,15 @@ def test_the_op_that_is_left_out_serves_inference_only() -> None:
         if "shm_" in inspect.getsource(method)
     ]
     assert set(users) - {"inference_all_reduce"} == {"__init__"}
+
+
+def test_torchs_flash_attention_takes_what_it_is_given() -> None:
+    arguments = {a.name: a for a in torch.ops.aten._flash_attention_forward.default._schema.arguments}
+    positional = [
+        *("query", "key", "value", "cum_seq_q", "cum_seq_k", "max_q", "max_k"),
+        *("dropout_p", "is_causal", "return_debug_mask"),
+    ]
+    assert list(arguments)[: len(positional)] == positional
+    given = {*positional, "scale", "window_size_left", "window_size_right"}
+    assert given <= set(arguments)
+    assert all(arguments[name].has_default_value() for name in set(arguments) - given)
