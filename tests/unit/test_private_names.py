@@ -1,4 +1,4 @@
-"""The private names of DeepSpeed and torch that this package uses, held against the installed version without an engine.
+"""The private names of DeepSpeed and torch that this package uses, held against the installed versions, without engine.
 
 A release that renames one fails here, not in the middle of a run.
 """
