@@ -167,23 +167,24 @@ def training_moments(
     parameters: list[Parameter] = parameters_of(units)
     resting = sum(states(parameters, zero, ranks, dtype_bytes, cpu=device.is_cpu).device.values())
     whole = gathered(units, zero, recompute=checkpointing, copies=device.gather_copies)
+    element_bytes = _gathered_element_bytes(zero, ranks, dtype_bytes)
     gradients = gradient_bytes(units, zero, ranks, dtype_bytes, copies=device.reduce_copies)
     head = head_memory(shape.head, dtype_bytes, device)
     check = layout_check_bytes(shape.checked_tokens, shape.head.vocabulary, dtype_bytes)
     last = len(units) - 1
-    moments = [Moment("layout check", resting, dtype_bytes * whole.forward[last], head=check)]
+    moments = [Moment("layout check", resting, element_bytes * whole.forward[last], head=check)]
     kept = 0
     backwards = []
     for number, (unit, memory) in enumerate(zip(units, shape.activations.units, strict=True)):
-        forward, backward = dtype_bytes * whole.forward[number], dtype_bytes * whole.backward[number]
+        forward, backward = element_bytes * whole.forward[number], element_bytes * whole.backward[number]
         moments.append(Moment(f"forward of {unit.name}", resting, forward, kept + memory.forward))
         backwards.append(
             Moment(f"backward of {unit.name}", resting, backward, kept + memory.backward, gradients=gradients[number])
         )
         kept += memory.saved
     moments += [
-        Moment("forward of the head", resting, dtype_bytes * whole.forward[last], kept, head.forward),
-        Moment("backward of the head", resting, dtype_bytes * whole.backward[last], kept, head.backward),
+        Moment("forward of the head", resting, element_bytes * whole.forward[last], kept, head.forward),
+        Moment("backward of the head", resting, element_bytes * whole.backward[last], kept, head.backward),
         *reversed(backwards),
     ]
     update = optimizer_step_bytes(parameters, zero, ranks)
@@ -203,19 +204,25 @@ def scoring_moments(
     """The same for the reference pass: weights only, nothing kept between layers."""
     parameters = parameters_of(units)
     held = states(parameters, zero, ranks, dtype_bytes, cpu=device.is_cpu).device
-    resting = held.get("weights", 0) + held["small weights, kept whole"]
+    resting = sum(held.get(name, 0) for name in ("weights", "small weights, kept whole", "cuBLAS workspaces"))
     whole = gathered(units, zero, recompute=False, copies=device.gather_copies)
     head = head_memory(shape.head, dtype_bytes, device)
     check = layout_check_bytes(shape.checked_tokens, shape.head.vocabulary, dtype_bytes)
-    last = dtype_bytes * whole.forward[len(units) - 1]
+    element_bytes = _gathered_element_bytes(zero, ranks, dtype_bytes)
+    last = element_bytes * whole.forward[len(units) - 1]
     return [
         Moment("layout check", resting, last, head=check),
         *(
-            Moment(f"forward of {unit.name}", resting, dtype_bytes * whole.forward[number], memory.forward)
+            Moment(f"forward of {unit.name}", resting, element_bytes * whole.forward[number], memory.forward)
             for number, (unit, memory) in enumerate(zip(units, shape.activations.units, strict=True))
         ),
         Moment("forward of the head", resting, last, shape.activations.units[-1].saved, head.forward),
     ]
+
+
+def _gathered_element_bytes(zero: ZeroSettings, ranks: int, dtype_bytes: int) -> int:
+    """A rank that holds all weights on its device uses them where they lie: nothing is gathered beside them."""
+    return 0 if ranks == 1 and zero.offload_param == "none" else dtype_bytes
 
 
 def peak(moments: Sequence[Moment]) -> Moment:

@@ -15,6 +15,10 @@ MASTER_BYTES, MOMENTS_BYTES, GRADIENT_BYTES = 4, 8, 4
 """fp32 a parameter: the weight that is updated, Adam's two moments, the accumulated gradient."""
 
 
+WORKSPACES_BYTES = 2 * 32 * 2**20
+"""Of cuBLAS on a Hopper (older GPUs take 8 MiB each), for the thread of forward passes and that of backward passes."""
+
+
 @dataclass(frozen=True, slots=True)
 class Parameter:
     """A trained tensor. Tied weights are one parameter with one key."""
@@ -143,6 +147,8 @@ def states(parameters: Sequence[Parameter], zero: ZeroSettings, ranks: int, dtyp
     held.device["small weights, kept whole"] = persistent * dtype_bytes
     if zero.hpz_partition_size > 1:
         held.device["second copy within the node"] = shard_elements(parameters, zero.hpz_partition_size) * dtype_bytes
+    if not cpu:
+        held.device["cuBLAS workspaces"] = WORKSPACES_BYTES
     bucket = zero.reduce_bucket_size
     held.device["reduce bucket"] = (min(bucket, sum(p.elements for p in parameters)) if cpu else bucket) * dtype_bytes
     return held

@@ -7,7 +7,9 @@ on all sides, and the sides take their steps in turns, so that a busy machine sl
 
 On a GPU, MFU is 6 x multiply-accumulates of the forward / (seconds x dense bf16 peak), where the multiply-accumulates
 are those of the plain form: two whole sequences a pair, no padding, the head on completion tokens, attention causal.
-It is the same number on all sides, so a side that computes less for the same result shows more.
+It is the same number on all sides, so a side that computes less for the same result shows more. Planned is the peak
+that `dpo-scale plan` would say for these pairs. Scored pairs/s are those of the reference pass apart, from its first
+micro-batch on, with all that is compiled and loaded then.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+import torch
 from comparison import (
     Block,
     Machine,
@@ -33,8 +36,10 @@ from comparison import (
     work_folder,
     write_json,
 )
+from measuring import MIB
 from transformers import AutoConfig, PreTrainedTokenizerFast
 from workload import (
+    DEEPSPEED,
     Row,
     Settings,
     make_job,
@@ -42,8 +47,13 @@ from workload import (
     pairs_to_measure,
 )
 
-from dpo_scale.data.planning import layout_costs
+from dpo_scale.data.layouts import Layout
+from dpo_scale.data.planning import layout_costs, plan_step
+from dpo_scale.distributed.zero_config import read_policy_config
 from dpo_scale.model.loading import cost_model
+from dpo_scale.operations.memory import peak, training_moments
+from dpo_scale.operations.memory_trace import build_meta_model, micro_batch_shape
+from dpo_scale.operations.zero_memory import ZeroSettings
 from dpo_scale.training.metrics import PEAK_FLOPS
 
 OURS = ("shared", "packed", "padded")
@@ -61,7 +71,7 @@ COLUMNS = (
     "peak of TRL",
     "loss gap",
 )
-"""Scored pairs/s, on a GPU: the reference pass apart, from its first micro-batch on, with what it compiles."""
+ON_GPUS = {"planned MiB": "planned_mib", "MFU": "mfu", "scored pairs/s": "scored_pairs_per_second"}
 
 
 def arguments() -> argparse.Namespace:
@@ -133,7 +143,8 @@ def compare(
                     blocks[name_of_side].append(block)
 
     times = {side: StepTimes.of(blocks[side], options.warm_up, options.step_pairs) for side in options.sides}
-    lengths = _lengths(tokenizer, rows[options.step_pairs * options.warm_up :])
+    all_lengths = _lengths(tokenizer, rows)
+    lengths = all_lengths[options.step_pairs * options.warm_up :]
     work = float(layout_costs(lengths, "packed", cost_model(AutoConfig.from_pretrained(model))).work.sum())
     entries = []
     for side in options.sides:
@@ -158,6 +169,8 @@ def compare(
             "scored_pairs_per_second": len(rows) / seconds if (seconds := scoring_seconds[script_of(side)]) else None,
             "mfu": _mfu(work, sum(time.seconds), processes),
         }
+        if side != "trl" and options.device == "cuda":
+            entry["planned_mib"] = _planned_mib(model, side, all_lengths, settings, processes)
         if "trl" in times:
             entry["peak_of_trl"] = entry["peak_mib"] / median(block.peak_mib for block in blocks["trl"])
             entry["loss_gap"] = largest_loss_gap(blocks[side], blocks["trl"])
@@ -187,7 +200,7 @@ def _show(entries: list[dict[str, Any]], title: str) -> None:
     )
     columns = COLUMNS
     if entries[0]["mfu"] is not None:
-        keys, columns = (*keys, "mfu", "scored_pairs_per_second"), (*columns, "MFU", "scored pairs/s")
+        keys, columns = (*keys, *ON_GPUS.values()), (*columns, *ON_GPUS)
     show(title, columns, [[entry.get(key) for key in keys] for entry in entries])
 
 
@@ -197,9 +210,37 @@ def _lengths(tokenizer: PreTrainedTokenizerFast, rows: list[Row]) -> np.ndarray:
     return np.array([[len(ids) for ids in tokenizer(three)["input_ids"]] for three in texts]) + [0, 1, 1]
 
 
-def _mfu(work: float, seconds: float, processes: int) -> float | None:
-    import torch
+def _planned_mib(model: Path, layout: Layout, lengths: np.ndarray, settings: Settings, processes: int) -> float:
+    """Peak of a rank over these steps by the plan's arithmetic."""
+    config = AutoConfig.from_pretrained(model)
+    meta = build_meta_model(config, getattr(torch, settings.dtype), "varlen")
+    costs = layout_costs(lengths, layout, cost_model(config))
+    plans = [
+        plan_step(pairs, costs, world_size=processes, rank_tokens=settings.rank_tokens, step=step, epoch=0)
+        for step, pairs in enumerate(np.array_split(np.arange(len(lengths)), settings.steps))
+    ]
+    micro_batches = [indices for plan in plans for round_ in plan.micro_batches for indices in round_]
+    largest = max(micro_batches, key=lambda indices: costs.tokens[indices].sum())
+    shape = micro_batch_shape(
+        meta,
+        lengths[largest],
+        layout,
+        int((lengths[:, 0] + lengths[:, 1:].max(axis=1)).max()),
+        checkpointing=settings.activation_checkpointing,
+        training=True,
+    )
+    moments = training_moments(
+        meta.units,
+        shape,
+        ZeroSettings.of_config(read_policy_config(DEEPSPEED / "zero3.json")),
+        ranks=processes,
+        dtype_bytes=getattr(torch, settings.dtype).itemsize,
+        checkpointing=settings.activation_checkpointing,
+    )
+    return peak(moments).total / MIB
 
+
+def _mfu(work: float, seconds: float, processes: int) -> float | None:
     if not torch.cuda.is_available():
         return None
     peak = next(flops for name, flops in PEAK_FLOPS.items() if name in torch.cuda.get_device_name())
