@@ -5,7 +5,7 @@
 Runs `training_step.py` (shared, packed, padded and TRL, one side after the other, and a profile of shared) for each
 shape and mix: the pairs of the file, and a long-tailed mix like UltraFeedback's (prompts of about 150 tokens,
 completions of about 300, at most 2,048 a sequence). Its tables go to the screen, the figures with pairs and tokens per
-second, MFU, peak memory and the reference pass to FOLDER. An H200 takes about 5 minutes for a shape, a mix and a repeat.
+second, MFU, peak memory and the reference pass to FOLDER. An H200 takes some 5 minutes for a shape, a mix, a repeat.
 """
 
 from __future__ import annotations
