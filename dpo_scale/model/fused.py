@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import inspect
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -40,19 +39,23 @@ def library_code() -> Iterator[None]:
 
 def kernels_for(x: Tensor) -> ModuleType | None:
     """The kernels, if they take this tensor and run on this machine."""
-    return _kernels() if x.is_cuda and x.dtype != torch.float64 else None
+    return _kernels()[0] if x.is_cuda and x.dtype != torch.float64 else None
+
+
+def why_no_kernels(device: torch.device) -> str:
+    """Why a GPU here runs one operation after the other; empty where it does not, and on CPUs."""
+    return _kernels()[1] if device.type == "cuda" else ""
 
 
 @cache
-def _kernels() -> ModuleType | None:
+def _kernels() -> tuple[ModuleType | None, str]:
     try:
         from dpo_scale.model import triton_kernels  # loads Triton, which only builds for GPUs have
 
         triton_kernels.try_out()
     except Exception as error:  # whatever an import, a compiler, a driver or a cache folder may raise
-        warnings.warn(f"steps are slower than they could be, Triton does not run: {error}", stacklevel=2)
-        return None
-    return triton_kernels
+        return None, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return triton_kernels, ""
 
 
 def fuse(model: nn.Module) -> list[str]:

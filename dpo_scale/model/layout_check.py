@@ -14,6 +14,7 @@ from dpo_scale.data.layouts import Layout, MicroBatch, PromptCompletions, collat
 from dpo_scale.data.token_pairs import TokenPairs
 from dpo_scale.errors import UserError
 from dpo_scale.model.attention import observe
+from dpo_scale.model.fused import why_no_kernels
 from dpo_scale.model.log_probs import CompletionLogProbs
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
@@ -39,12 +40,15 @@ class LayoutChoice:
     layout: Layout
     gap: float
     passed_over: tuple[str, ...]
+    no_kernels: str
+    """Why a GPU runs without Triton's kernels, if it does."""
 
     def describe(self, role: str) -> list[str]:
         """Lines for the console: what was passed over, and what is in use."""
         return [
             *(f"  not {reason}" for reason in self.passed_over),
             f"Layout of the {role}: {self.layout} (largest gap to the plain form {self.gap:.1e} nats a token)",
+            *([f"  slower than it could be, Triton does not run: {self.no_kernels}"] if self.no_kernels else []),
         ]
 
 
@@ -98,7 +102,7 @@ def choose_layout(
             continue
         gap = (actual - torch.cat(expected)).abs().max().item()
         if gap <= TOLERANCE[dtype]:  # false for NaN
-            return LayoutChoice(layout, gap, tuple(passed_over))
+            return LayoutChoice(layout, gap, tuple(passed_over), why_no_kernels(device))
         passed_over.append(
             f"{layout}: a token's log-prob differs by {gap:.3g} nats from the model's plain forward "
             f"(tolerance {TOLERANCE[dtype]})"

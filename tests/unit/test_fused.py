@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,21 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from transformers.models.olmo2 import modeling_olmo2
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Config
 
+import dpo_scale.model as model_package
 from dpo_scale.data.layouts import PromptCompletions, collate
 from dpo_scale.model.attention import register
-from dpo_scale.model.fused import FeedForward, Projection, RMSNorm, Rotation, _stand_in, fuse, library_code
+from dpo_scale.model.fused import (
+    FeedForward,
+    Projection,
+    RMSNorm,
+    Rotation,
+    _kernels,
+    _stand_in,
+    fuse,
+    library_code,
+    why_no_kernels,
+)
+from dpo_scale.model.layout_check import LayoutChoice
 from dpo_scale.model.loading import checkpoint_activations, load_model
 from dpo_scale.recipe import ModelSection
 
@@ -334,3 +347,24 @@ def test_the_plain_form_runs_the_librarys_code(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(RMSNorm, "forward", wrong)
     assert not torch.allclose(model(batch), right, atol=1e-2)
     assert torch.allclose(model(batch, plain=True), right, atol=1e-5)
+
+
+def test_a_machine_without_triton_or_a_gpu_says_why_its_gpu_would_be_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Anything may go wrong, from a missing package to a missing compiler: training goes on without kernels."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "dpo_scale.model.triton_kernels", raising=False)
+    monkeypatch.delattr(model_package, "triton_kernels", raising=False)
+    _kernels.cache_clear()
+    try:
+        assert _kernels()[0] is None
+        assert why_no_kernels(torch.device("cuda")).startswith("ModuleNotFoundError: ")
+        assert why_no_kernels(torch.device("cpu")) == ""
+    finally:
+        _kernels.cache_clear()
+
+
+def test_what_keeps_triton_from_running_is_said_with_the_layout() -> None:
+    lines = LayoutChoice("shared", 0.0, (), "RuntimeError: no C compiler").describe("policy")
+    assert lines[1] == "  slower than it could be, Triton does not run: RuntimeError: no C compiler"
+    assert len(LayoutChoice("shared", 0.0, (), "").describe("policy")) == 1
