@@ -217,14 +217,19 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if bias is None:
         output: Tensor = x.matmul(weight.t())
         return output
-    output = torch.addmm(bias, x.flatten(0, -2), weight.t())
+    output = torch.addmm(bias, _rows(x), weight.t())
     return output.view(*x.shape[:-1], -1)
 
 
 def _weight_and_bias_grads(grad: Tensor, x: Tensor, has_bias: bool) -> tuple[Tensor, Tensor | None]:
     """Of a projection, from the gradient of what it gave and what it took."""
-    grad_TO = grad.flatten(0, -2)
-    return grad_TO.t().matmul(x.flatten(0, -2)), grad_TO.sum(0) if has_bias else None
+    grad_TO = _rows(grad)
+    return grad_TO.t().matmul(_rows(x)), grad_TO.sum(0) if has_bias else None
+
+
+def _rows(x: Tensor) -> Tensor:
+    """All but the last dimension as one, which a vector has too."""
+    return x.reshape(-1, x.shape[-1])
 
 
 # --- gated feed-forwards -----------------------------------------------------------------------
@@ -294,8 +299,8 @@ class FeedForward(torch.autograd.Function):
         del gated
         of_gate = _weight_and_bias_grads(grad_gate, x, has_gate_bias)
         of_up = _weight_and_bias_grads(grad_up, x, has_up_bias)
-        grad_x = grad_up.flatten(0, -2).matmul(up_weight)
-        grad_x.addmm_(grad_gate.flatten(0, -2), gate_weight)
+        grad_x = _rows(grad_up).matmul(up_weight)
+        grad_x.addmm_(_rows(grad_gate), gate_weight)
         return grad_x.view_as(x), *of_gate, *of_up, *of_down
 
 

@@ -236,6 +236,7 @@ def test_gradients_of_projections_and_feed_forwards_are_exact(biased: str) -> No
         return randn(outputs, inputs), randn(outputs) if name == biased else None
 
     assert torch.autograd.gradcheck(Projection.apply, (randn(2, 3, 4), *weight_and_bias("gate", 5, 4)))
+    assert torch.autograd.gradcheck(Projection.apply, (randn(4), *weight_and_bias("gate", 5, 4)))
     gate, up, down = weight_and_bias("gate", 5, 4), weight_and_bias("up", 5, 4), weight_and_bias("down", 4, 5)
     assert torch.autograd.gradcheck(FeedForward.apply, (randn(2, 3, 4), *gate, *up, *down))
 
