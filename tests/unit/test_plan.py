@@ -51,7 +51,7 @@ NODE = Cluster(1, 8, 80 * GIB, 1024 * GIB)
 
 @pytest.fixture(scope="module")
 def one_node(llama_8b: Path) -> Plan:
-    return plan_of(llama_8b, NODE, "model.activation_checkpointing=true")
+    return plan_of(llama_8b, NODE, "model.activation_checkpointing=true", "batch.rank_tokens=16384")
 
 
 def test_an_8b_model_fits_a_node_of_eight_and_has_its_published_size(one_node: Plan) -> None:
