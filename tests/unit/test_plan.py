@@ -47,11 +47,12 @@ def plan_of(model: Path, cluster: Cluster, *overrides: str, ds_config: str | Non
 
 
 NODE = Cluster(1, 8, 80 * GIB, 1024 * GIB)
+LOAD = ("model.activation_checkpointing=true", "batch.rank_tokens=16384")
 
 
 @pytest.fixture(scope="module")
 def one_node(llama_8b: Path) -> Plan:
-    return plan_of(llama_8b, NODE, "model.activation_checkpointing=true", "batch.rank_tokens=16384")
+    return plan_of(llama_8b, NODE, *LOAD)
 
 
 def test_an_8b_model_fits_a_node_of_eight_and_has_its_published_size(one_node: Plan) -> None:
@@ -76,7 +77,7 @@ def test_where_it_does_not_fit_the_remedy_does(one_node: Plan, llama_8b: Path) -
     assert not memory.fit(setting, small).fits
     remedy = next(s for s in memory.remedies(setting, small) if memory.fit(s, small).fits)
     assert remedy.change
-    plan = plan_of(llama_8b, small, "model.activation_checkpointing=true")
+    plan = plan_of(llama_8b, small, *LOAD)
     assert plan.remedy is not None
     assert plan.remedy.setting == remedy
     first_line = verdict(plan).splitlines()[0]
