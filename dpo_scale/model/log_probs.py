@@ -206,8 +206,15 @@ def _at_least_fp32(values: Tensor) -> Tensor:
     return values if values.dtype == torch.float64 else values.float()
 
 
+def chunk_tokens(num_tokens: int, vocabulary: int, elements: int) -> int:
+    """Tokens of a chunk: chunks are as few as hold no more than that many logits, and as even as they can be."""
+    most = max(16, elements // vocabulary)
+    number = max(1, -(-num_tokens // most))
+    return max(1, -(-num_tokens // number))
+
+
 def _chunks(num_tokens: int, vocabulary: int, device: torch.device) -> list[slice]:
-    size = max(16, CHUNK_ELEMENTS.get(device.type, 2**27) // vocabulary)
+    size = chunk_tokens(num_tokens, vocabulary, CHUNK_ELEMENTS.get(device.type, 2**27))
     return [slice(start, start + size) for start in range(0, num_tokens, size)]
 
 

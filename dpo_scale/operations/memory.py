@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dpo_scale.model.log_probs import CHUNK_ELEMENTS, PLAIN_CHUNK
+from dpo_scale.model.log_probs import CHUNK_ELEMENTS, PLAIN_CHUNK, chunk_tokens
 from dpo_scale.operations.zero_memory import (
     Parameter,
     Unit,
@@ -116,7 +116,7 @@ def head_memory(head: Head, dtype_bytes: int, device: Device) -> HeadMemory:
     A GPU multiplies in the model's dtype; a CPU works on an fp32 copy of the weight, in fp32 the weight itself.
     """
     rows, weight = head.completion_tokens, head.vocabulary * head.hidden
-    in_a_chunk = min(rows, max(16, device.chunk_elements // head.vocabulary))
+    in_a_chunk = chunk_tokens(rows, head.vocabulary, device.chunk_elements)
     chunk, kept = in_a_chunk * head.vocabulary, in_a_chunk == rows and not head.soft_capped
     native = not device.is_cpu and dtype_bytes < 4
     converted = 4 * weight if dtype_bytes < 4 and not native else 0

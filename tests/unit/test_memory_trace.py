@@ -15,9 +15,9 @@ from dpo_scale.data.layouts import Layout, MicroBatch, PromptCompletions, collat
 from dpo_scale.model.attention import ATTENTION, register
 from dpo_scale.model.fused import fuse
 from dpo_scale.model.log_probs import ChunkedLogProbs, CompletionLogProbs, LogitTransform
-from dpo_scale.operations.memory import CPU, Head, head_memory
-from dpo_scale.operations.memory_trace import build_meta_model, trace
-from dpo_scale.operations.zero_memory import parameters_of
+from dpo_scale.operations.memory import CPU, Head, head_memory, scoring_moments, training_moments
+from dpo_scale.operations.memory_trace import build_meta_model, micro_batch_shape, trace
+from dpo_scale.operations.zero_memory import ZeroSettings, parameters_of
 
 WIDE = {**COMMON, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3}
 
@@ -166,3 +166,17 @@ def test_the_head_takes_what_torchs_allocator_gives_it(
 
     assert memory.forward - given == pytest.approx(peak_of_allocator(forward), rel=0.05)
     assert memory.backward - memory.saved == pytest.approx(peak_of_allocator(backward), rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "offload_param", "gathers"), [(1, "none", False), (1, "cpu", True), (2, "none", True)]
+)
+def test_a_rank_with_all_weights_on_its_device_gathers_nothing(ranks: int, offload_param: str, gathers: bool) -> None:
+    """As measured: training_step.py of 1B on one H200, 37,505 MiB where 37,504 are planned."""
+    meta = build_meta_model(AutoConfig.for_model("llama", **WIDE), torch.bfloat16, "varlen")
+    shape = micro_batch_shape(meta, np.full((4, 3), 20), "shared", 40, checkpointing=False, training=True)
+    zero = ZeroSettings(param_persistence_threshold=0, offload_param=offload_param)
+    moments = training_moments(meta.units, shape, zero, ranks=ranks, dtype_bytes=2, checkpointing=False)
+    scoring = scoring_moments(meta.units, shape, zero, ranks=ranks, dtype_bytes=2)
+    for each in (moments[:-1], scoring):
+        assert any(moment.gathered for moment in each) == gathers
