@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from dpo_scale.console import Console
-from dpo_scale.data.planning import CostModel
+from dpo_scale.data.layouts import Layout
+from dpo_scale.data.planning import CostModel, Indices, layout_costs
 from dpo_scale.data.preparation import prepare_pairs
 from dpo_scale.data.report import DataReport, overlap
 from dpo_scale.data.samples import sample_pairs
@@ -33,6 +34,10 @@ class Data:
     @property
     def cost(self) -> CostModel:
         return cost_model(self.model_config)
+
+    def forward_macs(self, pairs: Indices, layout: Layout) -> float:
+        """Multiply-accumulates of the forward pass over these training pairs."""
+        return float(layout_costs(self.train.lengths[pairs], layout, self.cost).work.sum())
 
 
 def prepare_data(recipe: Recipe, ranks: MachineRanks, console: Console, *, weights: bool = True) -> Data:

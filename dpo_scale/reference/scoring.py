@@ -200,7 +200,7 @@ def plan_scoring(
     is_wanted[rows[first[missing]]] = True
 
     groups = group_rows(needed, rows[np.unique(first)], layout=layout, rank_tokens=rank_tokens)
-    costs = layout_costs(groups.lengths(), layout, cost)
+    costs = layout_costs(groups.lengths(), layout, cost.in_time())
     is_whole = np.logical_and.reduceat(is_wanted[groups.rows], groups.starts[:-1])
     micro_batches = [batch for batch in pack_pass(costs, rank_tokens=rank_tokens) if is_whole[batch].all()]
 
@@ -211,7 +211,7 @@ def plan_scoring(
     if is_left.any():
         left = groups.rows[is_left]
         others = group_rows(needed, left, layout=layout, rank_tokens=rank_tokens)
-        their_costs = layout_costs(others.lengths(), layout, cost)
+        their_costs = layout_costs(others.lengths(), layout, cost.in_time())
         micro_batches += [len(groups) + batch for batch in pack_pass(their_costs, rank_tokens=rank_tokens)]
         groups, costs = join(groups, others), costs.followed_by(their_costs)
     plan = ScoringPlan(groups, costs, micro_batches)

@@ -61,7 +61,7 @@ def evaluate(
 
     All ranks call `between_batches` between two micro-batches; what it raises ends the pass.
     """
-    costs = layout_costs(pairs.lengths, layout, cost)
+    costs = layout_costs(pairs.lengths, layout, cost.in_time())
     check_budget(costs, rank_tokens, pairs.rows, "batch.rank_tokens")
     plan = plan_pass(costs, world_size=ranks.world_size, rank_tokens=rank_tokens)
     sums = MetricSums(ranks.device)

@@ -148,7 +148,7 @@ def _start(
         epochs=recipe.run.epochs,
         max_steps=recipe.run.max_steps,
     )
-    costs = layout_costs(data.train.lengths, layout, data.cost)
+    costs = layout_costs(data.train.lengths, layout, data.cost.in_time())
     check_budget(costs, recipe.batch.rank_tokens, data.train.rows, "batch.rank_tokens")
     return Run(
         recipe=recipe,
@@ -302,7 +302,7 @@ class Run:
             raise NumericalError(f"step {plan.step + 1}: the gradient overflows float16 at every loss scale")
         if plan.step == 0 and self.reference.is_the_policys_start:
             self._compare_with_reference(batches[0], output)
-        self.records.add(sums, float(self.costs.work[plan.pairs()].sum()))
+        self.records.add(sums, self.data.forward_macs(plan.pairs(), self.layout))
         return output
 
     def _compare_with_reference(self, first: PairBatch, output: StepOutput) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import COMMON, SERVED
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from dpo_scale.data.token_pairs import TokenPair, TokenPairs
+from dpo_scale.inputs import Data
 from dpo_scale.model.loading import cost_model
 
 ROUTERS = ("gate.weight", "shared_expert_gate.weight")
@@ -39,3 +43,17 @@ def test_work_a_token_is_that_of_the_weights_it_passes(model_type: str) -> None:
             share = config.num_experts_per_tok / getattr(config, "num_experts", 4) if in_experts else 1
             passed += share * math.prod(parameter.shape)
     assert cost_model(config).per_token == pytest.approx(passed)
+
+
+def test_a_steps_work_is_that_of_its_pairs_and_not_of_the_time_their_attention_takes() -> None:
+    """MFU counts multiply-accumulates: 16 tokens, of which 9 are scored, and attention to what is before each."""
+    config = AutoConfig.for_model("llama", **COMMON)
+    ids = np.arange(7, dtype=np.int32)
+    pairs = TokenPairs.from_pairs([TokenPair(ids, ids[:5], ids[:4], row) for row in ("a", "b")])
+    nothing: Any = None
+    data = Data(pairs, pairs, nothing, 0, nothing, config, {})
+    cost = cost_model(config)
+    attended = 7**2 / 2 + 7 * 5 + 5**2 / 2 + 7 * 4 + 4**2 / 2
+    one = 16 * cost.per_token + 9 * cost.per_scored_token + attended * cost.per_attended_position
+    assert data.forward_macs(np.array([1]), "shared") == pytest.approx(one)
+    assert data.forward_macs(np.array([0, 1]), "shared") == pytest.approx(2 * one)

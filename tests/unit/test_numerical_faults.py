@@ -101,7 +101,9 @@ def make_run(policy: FakePolicy, dtype: str, monkeypatch: pytest.MonkeyPatch, fo
         log=lambda values, step: None,
     )
     runtime: Any = SimpleNamespace(ranks=OneRank(), accelerator=nothing)
-    data: Any = SimpleNamespace(train=pairs, evaluate=empty, cost=CostModel(), pad_id=0)
+    data: Any = SimpleNamespace(
+        train=pairs, evaluate=empty, cost=CostModel(), pad_id=0, forward_macs=lambda pairs, layout: 0.0
+    )
     run = Run(
         recipe=recipe,
         runtime=runtime,

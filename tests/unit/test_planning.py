@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from dpo_scale.data import planning
 from dpo_scale.data.planning import (
+    ATTENTION_SLOWNESS,
     CostModel,
     Costs,
     Schedule,
@@ -265,3 +266,18 @@ def test_a_pass_over_nothing_has_no_micro_batches() -> None:
     assert plan_pass(_costs([(1, 1, 1)], "shared"), world_size=2, rank_tokens=9).num_pairs == 1
     nothing = Costs(np.zeros(0, np.int64), np.zeros(0))
     assert plan_pass(nothing, world_size=2, rank_tokens=9).micro_batches == ()
+
+
+def test_a_long_pair_is_planned_by_the_time_its_attention_takes() -> None:
+    """The rank that has it gets fewer others than multiply-accumulates alone would give it."""
+    lengths = np.array([[900, 400, 400], *[[90, 40, 40]] * 31])
+    cost = CostModel(1.0, 0.0, 1e-3)
+    by_macs, by_time = (layout_costs(lengths, "shared", each) for each in (cost, cost.in_time()))
+    attention = by_macs.work - layout_costs(lengths, "shared", CostModel(1.0)).work
+    assert np.allclose(by_time.work, by_macs.work + (ATTENTION_SLOWNESS - 1) * attention)
+
+    def pairs_beside_the_long_one(costs: Costs) -> int:
+        plan = plan_step(np.arange(32), costs, world_size=2, rank_tokens=16384, step=0, epoch=0)
+        return next(len(indices) for indices in plan.micro_batches[0] if 0 in indices) - 1
+
+    assert pairs_beside_the_long_one(by_time) < pairs_beside_the_long_one(by_macs)
