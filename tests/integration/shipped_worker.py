@@ -80,6 +80,9 @@ def main() -> None:
         result.write_text(json.dumps(losses))
     dist.barrier()
     dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # as the program's ranks: threads of libraries that outlive the interpreter may abort it
 
 
 if __name__ == "__main__":

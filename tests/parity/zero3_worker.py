@@ -7,6 +7,7 @@ receives `KIND_TOKENS.json` and `KIND_TOKENS.safetensors` for each case.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -148,6 +149,9 @@ def main() -> None:
             train(runtime, recipe, policy, reference, rank_tokens, folder / f"{kind}_{rank_tokens}")
             policy.engine.destroy()
     stop()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # as the program's ranks: threads of libraries that outlive the interpreter may abort it
 
 
 if __name__ == "__main__":
