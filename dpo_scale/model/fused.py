@@ -65,7 +65,7 @@ def fuse(model: nn.Module) -> list[str]:
     """
     fused = []
     for name, module in model.named_modules():
-        ours = _norm_like(module) or _feed_forward_like(module) or _projection_like(module)
+        ours = _norm_like(module) or _feed_forward_like(module) or (_project if type(module) is nn.Linear else None)
         if ours is not None:
             _replace_forward(module, ours)
         if ours is not None or _rotates_by_ours(module):
@@ -184,10 +184,6 @@ class RMSNorm(torch.autograd.Function):
 # --- projections -------------------------------------------------------------------------------
 
 
-def _projection_like(module: nn.Module) -> Forward | None:
-    return _project if type(module) is nn.Linear else None
-
-
 def _project(module: Any, hidden: Tensor) -> Tensor:
     output: Tensor = Projection.apply(hidden, module.weight, module.bias)  # type: ignore[no-untyped-call]
     return output
@@ -214,10 +210,7 @@ class Projection(torch.autograd.Function):
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if bias is None:
-        output: Tensor = x.matmul(weight.t())
-        return output
-    output = torch.addmm(bias, _rows(x), weight.t())
+    output: Tensor = x.matmul(weight.t()) if bias is None else torch.addmm(bias, _rows(x), weight.t())
     return output.view(*x.shape[:-1], -1)
 
 
@@ -276,11 +269,8 @@ class FeedForward(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *operands: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, *operands: Any) -> Tensor:
         gate_weight, gate_bias, up_weight, up_bias, down_weight, down_bias = operands
-        assert gate_weight is not None
-        assert up_weight is not None
-        assert down_weight is not None
         gate, up = _linear(x, gate_weight, gate_bias), _linear(x, up_weight, up_bias)
         ctx.save_for_backward(x, gate, up, gate_weight, up_weight, down_weight)
         kernels = kernels_for(gate)
