@@ -157,7 +157,9 @@ def _gpus(facts: Facts) -> Iterator[Finding]:
             yield Finding("warning", "GPUs", "of several kinds: the slowest sets the pace, the smallest the batch")
         if not (facts.compiler and facts.python_headers):
             lacking = "headers of this Python" if facts.compiler else "C compiler"
-            found = f"no {lacking}: a step takes longer without Triton's kernels, and FlexAttention (float32) does not run"
+            found = (
+                f"no {lacking}: a step takes longer without Triton's kernels, and FlexAttention (float32) does not run"
+            )
             yield Finding("warning", "Triton", found, "apt-get install g++ python3-dev")
     elif facts.driver_gpus and not facts.torch_cuda:
         found = f"{facts.driver_gpus} here, and this PyTorch is built for CPUs alone"
