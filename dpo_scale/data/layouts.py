@@ -77,6 +77,8 @@ class Segments:
     """int32 [segments + 1], cumulative numbers of keys."""
     key_index: Tensor | None
     """int64 [keys], the row position of each key, segment by segment; None where keys are the row itself."""
+    read: Tensor | None = None
+    """int64 [positions], those of the row whose output predicts a completion token, in order; None means all."""
     masks: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
     """Masks that a kernel made of the segments, kept for the layers that follow."""
 
@@ -89,7 +91,7 @@ class Segments:
         return max(segment.num_keys for segment in self.segments)
 
     @classmethod
-    def build(cls, segments: Sequence[Segment]) -> Segments:
+    def build(cls, segments: Sequence[Segment], read: np.ndarray | None = None) -> Segments:
         queries = np.cumsum([0] + [segment.num_queries for segment in segments])
         keys = np.cumsum([0] + [segment.num_keys for segment in segments])
         shares = any(segment.prefix_stop > segment.prefix_start for segment in segments)
@@ -101,6 +103,7 @@ class Segments:
             cu_queries=torch.from_numpy(queries.astype(np.int32)),
             cu_keys=torch.from_numpy(keys.astype(np.int32)),
             key_index=torch.from_numpy(index.astype(np.int64)) if shares else None,
+            read=None if read is None else torch.from_numpy(read.astype(np.int64)),
         )
 
     def to(self, device: torch.device | str) -> Segments:
@@ -109,6 +112,7 @@ class Segments:
             cu_queries=to_device(self.cu_queries, device),
             cu_keys=to_device(self.cu_keys, device),
             key_index=None if self.key_index is None else to_device(self.key_index, device),
+            read=None if self.read is None else to_device(self.read, device),
             masks={},
         )
 
@@ -188,11 +192,12 @@ def _collate_row(groups: Sequence[PromptCompletions], *, share_prompts: bool) ->
                 last_of_prompt = prompt_start + num_prompt - 1
                 predictors.append(np.r_[last_of_prompt, own_start : own_start + num_own])
     targets, sequence_of_target, lengths = _targets(groups)
+    read = np.unique(np.concatenate(predictors)) if predictors else None
     return MicroBatch(
         input_ids=_int64(inputs)[None],
         position_ids=_int64(positions)[None],
         attention_mask=None,
-        segments=Segments.build(segments),
+        segments=Segments.build(segments, read),
         predictors=_int64(predictors),
         targets=targets,
         sequence_of_target=sequence_of_target,

@@ -67,13 +67,14 @@ def fuse(model: nn.Module) -> list[str]:
     for name, module in model.named_modules():
         ours = _norm_like(module) or _feed_forward_like(module) or (_project if type(module) is nn.Linear else None)
         if ours is not None:
-            _replace_forward(module, ours)
+            replace_forward(module, ours)
         if ours is not None or _rotates_by_ours(module):
             fused.append(name)
     return fused
 
 
-def _replace_forward(module: nn.Module, ours: Forward) -> None:
+def replace_forward(module: nn.Module, ours: Forward) -> None:
+    """Let the module compute ours, but for what runs inside of `library_code`."""
     library_forward = module.forward
 
     def forward(*inputs: Tensor, **named: Tensor) -> Tensor:
@@ -111,9 +112,10 @@ def _agree(ours: Forward, twin: nn.Module, hidden: Tensor) -> bool:
     return True
 
 
-def _takes_hidden_states_alone(module: nn.Module) -> bool:
-    inputs = inspect.signature(module.forward).parameters.values()
-    return [each.kind for each in inputs] == [inspect.Parameter.POSITIONAL_OR_KEYWORD]
+def takes_hidden_states_alone(module: nn.Module) -> bool:
+    """Whether the forward of the module's class has one argument beside the module."""
+    inputs = inspect.signature(type(module).forward).parameters.values()
+    return [each.kind for each in inputs] == [inspect.Parameter.POSITIONAL_OR_KEYWORD] * 2
 
 
 # --- norms -------------------------------------------------------------------------------------
@@ -123,7 +125,7 @@ def _norm_like(module: nn.Module) -> Forward | None:
     """The norm that the module computes, or None if it is not one of ours."""
     parameters = dict(module.named_parameters(recurse=False))
     settings = [name for name in ("variance_epsilon", "eps") if isinstance(getattr(module, name, None), float)]
-    if set(parameters) != {"weight"} or not settings or not _takes_hidden_states_alone(module):
+    if set(parameters) != {"weight"} or not settings or not takes_hidden_states_alone(module):
         return None
     epsilon: float = getattr(module, settings[0])
     random = torch.Generator().manual_seed(0)
@@ -238,7 +240,7 @@ def takes_weights_of_children(module: nn.Module) -> bool:
 def _feed_forward_like(module: nn.Module) -> Forward | None:
     """The gated feed-forward that the module computes, or None if it is not ours."""
     children = dict(module.named_children())
-    if set(children) - {"act_fn"} != set(PROJECTIONS) or not _takes_hidden_states_alone(module):
+    if set(children) - {"act_fn"} != set(PROJECTIONS) or not takes_hidden_states_alone(module):
         return None
     if any(type(children[name]) is not nn.Linear for name in PROJECTIONS):
         return None

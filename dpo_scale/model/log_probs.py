@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from dpo_scale.data.layouts import MicroBatch
 from dpo_scale.model.fused import fuse, kernels_for, library_code
+from dpo_scale.model.last_layer import skip_unread_positions
 
 CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**27}
 """Logits in a chunk, by device type: 64 MiB and 512 MiB of fp32."""
@@ -236,6 +237,7 @@ class CompletionLogProbs(nn.Module):
         head = model.get_output_embeddings()  # type: ignore[operator]
         self._takes_positions = "logits_to_keep" in inspect.signature(model.forward).parameters
         fuse(model)
+        skip_unread_positions(model)
         plain_forward = head.forward
 
         def forward(hidden: Tensor, targets_C: Tensor | None = None) -> Tensor:

@@ -28,6 +28,7 @@ from dpo_scale.data.token_pairs import Lengths
 from dpo_scale.errors import UserError
 from dpo_scale.model.attention import ATTENTION, Kernel, register
 from dpo_scale.model.fused import fuse
+from dpo_scale.model.last_layer import decoder_layers, skip_unread_positions
 from dpo_scale.model.loading import switch_dropout_off
 from dpo_scale.model.log_probs import LogitTransform
 from dpo_scale.operations.memory import Activations, Head, MicroBatchShape, UnitMemory
@@ -63,14 +64,12 @@ def build_meta_model(config: Any, dtype: torch.dtype, kernel: Kernel, *, trust_r
             model = AutoModelForCausalLM.from_config(config, **build)
     switch_dropout_off(model)
     fuse(model)
-    count = config.get_text_config().num_hidden_layers
-    lists = (module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count)
-    layers = next(lists, None)
+    layers = decoder_layers(model)
     if layers is None:
-        raise UserError(
-            f"{type(model).__name__}: no list of {count} decoder layers is found in it; it cannot be planned"
-        )
+        raise UserError(f"{type(model).__name__}: no list of its decoder layers is found in it; it cannot be planned")
     forms = [_form(layer) for layer in layers]
+    if skip_unread_positions(model):
+        forms[-1] = ("last", *forms[-1])
     return MetaModel(model, layers, _units(model, layers), tuple(forms.index(form) for form in forms))
 
 

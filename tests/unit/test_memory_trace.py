@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from dpo_scale.data.layouts import Layout, MicroBatch, PromptCompletions, collate
 from dpo_scale.model.attention import ATTENTION, register
 from dpo_scale.model.fused import fuse
+from dpo_scale.model.last_layer import skip_unread_positions
 from dpo_scale.model.log_probs import ChunkedLogProbs, CompletionLogProbs, LogitTransform
 from dpo_scale.operations.memory import CPU, Head, head_memory, scoring_moments, training_moments
 from dpo_scale.operations.memory_trace import build_meta_model, micro_batch_shape, trace
@@ -72,6 +73,17 @@ def test_layers_that_differ_are_traced_apart() -> None:
     assert first != second
 
 
+def test_the_last_feed_forward_keeps_what_it_has_of_positions_that_are_read() -> None:
+    meta = build_meta_model(AutoConfig.for_model("llama", **WIDE), torch.bfloat16, "varlen")
+    batch = batch_of("shared")
+    units = trace(meta, batch).units
+    unread = batch.input_ids.numel() - len(batch.predictors.unique())
+    of_a_token = 2 * (2 * WIDE["intermediate_size"])  # gate and up
+    kept_anew = 2 * WIDE["hidden_size"] * len(batch.predictors.unique()) + 8 * batch.input_ids.numel()
+    less = units[-3].saved - units[-2].saved
+    assert less == pytest.approx(unread * of_a_token, abs=kept_anew)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_memory_without_gradients_is_in_proportion_to_tokens(checkpointing: bool) -> None:
     meta = build_meta_model(AutoConfig.for_model("llama", **WIDE), torch.bfloat16, "varlen")
@@ -93,6 +105,7 @@ def test_what_is_kept_is_what_autograd_saves(layout: Layout) -> None:
     register("sdpa")
     model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION)
     fuse(model)
+    skip_unread_positions(model)
     given = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
     saved: dict[int, int] = {}
 
