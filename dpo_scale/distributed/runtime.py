@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 from collections.abc import Callable
@@ -121,6 +122,8 @@ def start(recipe: Recipe, say: Callable[[str], None] = logger.warning) -> Runtim
     load_muon_uncompiled()
     # Without a named backend Accelerate believes, on CPUs, that every rank is alone.
     backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if backend == "gloo":
+        keep_one_heap()
     # Read by the plugin as a second source of the configuration that is already given.
     os.environ.pop("ACCELERATE_DEEPSPEED_CONFIG_FILE", None)
     accelerator = Accelerator(
@@ -144,6 +147,21 @@ def start(recipe: Recipe, say: Callable[[str], None] = logger.warning) -> Runtim
         device=accelerator.device,
     )
     return Runtime(accelerator, ranks)
+
+
+M_ARENA_MAX = -8
+"""Of glibc's malloc.h."""
+
+
+def keep_one_heap() -> None:
+    """Let all threads of this process share one heap.
+
+    glibc gives threads heaps of their own, and what is freed in one serves no other: gloo's and autograd's threads cost
+    a rank on CPUs 35 MiB so.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # other C libraries have no such heaps
+        mallopt(M_ARENA_MAX, 1)
 
 
 _OFFLOAD_FILES = {"none": "gpu", "cpu": "cpu", "nvme": "nvme"}

@@ -5,6 +5,7 @@ Usage: reference_worker.py SCENARIO RECIPE FOLDER. Writes FOLDER/SCENARIO.json.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import io
 import json
@@ -262,8 +263,29 @@ def loaded_in_vain(recipe: Recipe, runtime: Runtime, data: Data, folder: Path) -
     return [name for name in UNNEEDED if name in sys.modules]
 
 
+def heaps(recipe: Recipe, runtime: Runtime, data: Data, folder: Path) -> int:
+    """Heaps of glibc's malloc that this rank has had so far."""
+    libc = ctypes.CDLL(None)
+    libc.open_memstream.restype = ctypes.c_void_p
+    text, size = ctypes.c_char_p(), ctypes.c_size_t()
+    stream = ctypes.c_void_p(libc.open_memstream(ctypes.byref(text), ctypes.byref(size)))
+    libc.malloc_info(0, stream)
+    libc.fclose(stream)
+    return (text.value or b"").count(b"<heap nr=")
+
+
 SCENARIOS: dict[str, Sequence[Any]] = {
-    "two_ranks": (settings_and_data, overwritten, engine, architectures, disks, per_batch, one_step, loaded_in_vain),
+    "two_ranks": (
+        settings_and_data,
+        overwritten,
+        engine,
+        architectures,
+        disks,
+        per_batch,
+        one_step,
+        loaded_in_vain,
+        heaps,
+    ),
     "one_rank": (other_world, memory, not_finite),
 }
 

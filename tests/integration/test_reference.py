@@ -127,6 +127,10 @@ def test_ranks_load_no_package_that_they_do_not_need(two_ranks: list[dict[str, A
     assert [rank["loaded_in_vain"] for rank in two_ranks] == [[], []]
 
 
+def test_threads_of_a_rank_on_cpus_share_one_heap(two_ranks: list[dict[str, Any]]) -> None:
+    assert [rank["heaps"] for rank in two_ranks] == [1, 1]
+
+
 def test_only_rows_that_were_never_scored_are_scored(two_ranks: list[dict[str, Any]]) -> None:
     """Learning rate, folder, epochs, seed, batch, layout, loss, schedule, offload and order are not in the key."""
     for rank in two_ranks:
