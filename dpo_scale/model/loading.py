@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -74,8 +75,9 @@ def load_config(folder: Path, *, trust_remote_code: bool, setting: str = "model.
         raise UserError(f"{setting}: {file} holds no JSON object; copy the file again")
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except ValueError as error:  # an unknown kind of model, or one with code of its own
-        raise UserError(f"{setting}: {file}: {' '.join(str(error).split())}") from error
+    except Exception as error:  # an unknown kind of model, one with code of its own, or what checks of its values raise
+        kind = "" if isinstance(error, ValueError | StrictDataclassError) else f"{type(error).__name__}: "
+        raise UserError(f"{setting}: {file}: {kind}{' '.join(str(error).split())}") from error
 
 
 def check_vocabulary(largest_token_id: int, config: Any, setting: str) -> None:

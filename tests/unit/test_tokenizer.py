@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sentencepiece
@@ -238,3 +239,21 @@ def test_a_configuration_that_cannot_be_read_is_named(tmp_path, content, message
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(UserError, match=rf"^reference\.path: {tmp_path}/config\.json ?{message}"):
         load_config(tmp_path, trust_remote_code=False, setting="reference.path")
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"hidden_size": "wide"}, "hidden_size"),
+        ({"rope_parameters": 5}, "rope_parameters"),
+        ({"hidden_size": 30, "num_attention_heads": 4}, "not a multiple"),
+        ({"num_attention_heads": 0}, "ZeroDivisionError"),
+    ],
+    ids=str,
+)
+def test_a_configuration_with_impossible_values_is_named(values: dict[str, Any], said: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **values}))
+    with pytest.raises(UserError, match=said) as raised:
+        load_config(tmp_path, trust_remote_code=False)
+    assert str(raised.value).startswith(f"model.path: {tmp_path / 'config.json'}: ")
+    assert "\n" not in str(raised.value)
