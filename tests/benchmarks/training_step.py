@@ -15,6 +15,7 @@ micro-batch on, with all that is compiled and loaded then.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -97,8 +98,11 @@ def main() -> None:
         tokenizer, rows = pairs_to_measure(options.pairs, count)
         for vocabulary in options.vocabulary:
             for processes in options.processes:
-                results += compare(options, folder, tokenizer, rows, vocabulary, processes)
-                write_json(options.json, results, options)
+                machine = Machine(processes, options.device, options.threads)
+                for entries in compare(options, folder, tokenizer, rows, vocabulary, machine):
+                    write_json(options.json, results + entries, options)
+                results += entries
+                _show(entries, f"vocabulary {vocabulary:,}, {machine}, {options.dtype}")
 
 
 def compare(
@@ -107,9 +111,12 @@ def compare(
     tokenizer: PreTrainedTokenizerFast,
     rows: list[Row],
     vocabulary: int,
-    processes: int,
-) -> list[dict[str, Any]]:
-    """Measure all sides at one vocabulary and number of processes; one entry a side."""
+    machine: Machine,
+) -> Iterator[list[dict[str, Any]]]:
+    """Measure all sides at one vocabulary.
+
+    Gives an entry a side, again after each run, of those that have run: what is cut off has lost its last run alone.
+    """
     settings = Settings(
         step_pairs=options.step_pairs,
         steps=options.warm_up + options.steps,
@@ -120,12 +127,11 @@ def compare(
     )
     name = f"{options.shape}-{vocabulary}"
     model = make_model(folder / name, tokenizer, vocabulary, options.shape, options.dtype)
-    machine = Machine(processes, options.device, options.threads)
     sides = []
     for side in options.sides:
         layout = "shared" if side == "trl" else side
-        caches = folder / f"{name}-{processes}-ours"
-        job = make_job(folder / f"{name}-{processes}-{side}", model, rows, settings, layout, caches)
+        caches = folder / f"{name}-{machine.processes}-ours"
+        job = make_job(folder / f"{name}-{machine.processes}-{side}", model, rows, settings, layout, caches)
         sides.append(Side(side, script_of(side), job))
     scoring_seconds = {}
     for side in {side.script: side for side in reversed(sides)}.values():  # one of ours scores for all of ours
@@ -133,25 +139,36 @@ def compare(
             scoring_seconds[side.script] = score(side, machine).scoring_seconds
     if options.profile is not None:
         with console.status("profile"):
-            profile(sides[0], machine, options.profile / f"{name}-{processes}")
+            profile(sides[0], machine, options.profile / f"{name}-{machine.processes}")
     groups = [[side] for side in sides] if options.apart else [sides]
-    blocks: dict[str, list[Block]] = {side.name: [] for side in sides}
+    blocks: dict[str, list[Block]] = {}
     for repeat in range(options.repeats):
         with console.status(f"repeat {repeat + 1} of {options.repeats}"):
             for group in groups:
                 for name_of_side, block in train_in_turns(group, machine).items():
-                    blocks[name_of_side].append(block)
+                    blocks.setdefault(name_of_side, []).append(block)
+                yield _entries(options, blocks, scoring_seconds, model, settings, machine, _lengths(tokenizer, rows))
 
-    times = {side: StepTimes.of(blocks[side], options.warm_up, options.step_pairs) for side in options.sides}
-    all_lengths = _lengths(tokenizer, rows)
+
+def _entries(
+    options: argparse.Namespace,
+    blocks: dict[str, list[Block]],
+    scoring_seconds: dict[str, float],
+    model: Path,
+    settings: Settings,
+    machine: Machine,
+    all_lengths: np.ndarray,
+) -> list[dict[str, Any]]:
+    times = {side: StepTimes.of(blocks[side], options.warm_up, options.step_pairs) for side in blocks}
     lengths = all_lengths[options.step_pairs * options.warm_up :]
-    work = float(layout_costs(lengths, "packed", cost_model(AutoConfig.from_pretrained(model))).work.sum())
+    config = AutoConfig.from_pretrained(model)
+    work = float(layout_costs(lengths, "packed", cost_model(config)).work.sum())
     entries = []
-    for side in options.sides:
-        time = times[side]
+    for side, time in times.items():
+        seconds_of_scoring = scoring_seconds[script_of(side)]
         entry = {
-            "vocabulary": vocabulary,
-            "processes": processes,
+            "vocabulary": config.vocab_size,
+            "processes": machine.processes,
             "threads": machine.threads,
             "side": side,
             "pairs_per_second": time.pairs_per_second,
@@ -166,16 +183,15 @@ def compare(
             "above_baseline_mib": median(block.above_baseline_mib for block in blocks[side]),
             "losses": blocks[side][0].losses,
             "seconds_of_each_step": time.seconds,
-            "scored_pairs_per_second": len(rows) / seconds if (seconds := scoring_seconds[script_of(side)]) else None,
-            "mfu": _mfu(work, sum(time.seconds), processes),
+            "scored_pairs_per_second": len(all_lengths) / seconds_of_scoring if seconds_of_scoring else None,
+            "mfu": _mfu(work, sum(time.seconds), machine.processes),
         }
         if side != "trl" and options.device == "cuda":
-            entry["planned_mib"] = _planned_mib(model, side, all_lengths, settings, processes)
+            entry["planned_mib"] = _planned_mib(model, side, all_lengths, settings, machine.processes)
         if "trl" in times:
             entry["peak_of_trl"] = entry["peak_mib"] / median(block.peak_mib for block in blocks["trl"])
             entry["loss_gap"] = largest_loss_gap(blocks[side], blocks["trl"])
         entries.append(entry)
-    _show(entries, f"vocabulary {vocabulary:,}, {machine}, {options.dtype}")
     return entries
 
 

@@ -184,6 +184,7 @@ def per_batch(recipe: Recipe, runtime: Runtime, data: Data, folder: Path) -> dic
         assert np.isfinite(reference.logps(session.rows, indices)).all()
         computed.append(reference.rows_computed)
         files.append(files_in(reference.store))
+    runtime.ranks.barrier()  # else the other rank may commit before this one has counted
     reference.commit()
     files.append(files_in(reference.store))
     reference.ensure(session.rows, np.arange(4))
