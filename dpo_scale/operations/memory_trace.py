@@ -145,7 +145,7 @@ def _checkpointing(model: nn.Module, wanted: bool) -> Iterator[None]:
 
 def _run(model: nn.Module, layers: nn.ModuleList, batch: MicroBatch) -> list[UnitMemory]:
     """Forward and backward of the decoder; the memory of the embedding, of each layer in the list, and of the norm."""
-    tracker = _Tracker(model)
+    tracker = _Tracker(model, padded=batch.attention_mask is not None)
     handles = [parameter.register_post_accumulate_grad_hook(_drop_gradient) for parameter in model.parameters()]
     handles += [layer.register_forward_pre_hook(lambda _, inputs: tracker.next_unit(inputs)) for layer in layers]
     handles.append(layers[-1].register_forward_hook(lambda *call: tracker.next_unit(call[-1])))
@@ -189,8 +189,9 @@ class _Loss(torch.autograd.Function):
 class _Tracker(TorchDispatchMode):
     """Bytes of all storages that are alive, at their most in each unit's forward and backward."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, padded: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._padded = padded
         self._live = 0
         self._storages: dict[int, weakref.ref[Any]] = {}
         given = (*model.parameters(), *model.buffers())
@@ -236,9 +237,9 @@ class _Tracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
-            # The one question that a decoder asks about values is whether positions restart within a row, to build
-            # masks that segments make needless.
-            return True
+            # Of values a decoder asks with a mask whether that masks nothing, and else whether positions never restart
+            # within a row, to build masks that segments make needless.
+            return not self._padded
         output = func(*args, **(kwargs or {}))
         for value in tree_leaves(output):
             if isinstance(value, Tensor):

@@ -95,7 +95,7 @@ def test_memory_without_gradients_is_in_proportion_to_tokens(checkpointing: bool
         assert actual.backward == pytest.approx(wanted.backward, rel=0.01)
 
 
-@pytest.mark.parametrize("layout", ["shared", "packed"])
+@pytest.mark.parametrize("layout", ["shared", "packed", "padded"])
 def test_what_is_kept_is_what_autograd_saves(layout: Layout) -> None:
     config = AutoConfig.for_model("llama", **WIDE)
     batch = batch_of(layout)
