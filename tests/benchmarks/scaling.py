@@ -11,7 +11,7 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ COLUMNS = ("case", "layout", "pairs/s", "tokens/s", "step s", "peak MiB", "above
 
 
 class Bench:
-    """Measures pairs of given lengths; layouts of one case take their steps in turns."""
+    """Measures pairs of given lengths; cases that are measured together take their steps in turns."""
 
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
         self.options, self.folder = options, folder
@@ -55,34 +55,37 @@ class Bench:
 
     def measure(
         self,
-        case: str,
-        lengths: np.ndarray,
+        cases: Mapping[str, np.ndarray],
         *,
         layouts: tuple[str, ...] = ("shared",),
         vocabulary: int | None = None,
         step_pairs: int = STEP_PAIRS,
         machine: Machine | None = None,
     ) -> list[dict[str, Any]]:
-        """One entry a layout. `lengths` is int [pairs, 3], enough for all steps."""
+        """One entry a case and layout. Each case has lengths, int [pairs, 3], of equally many pairs for all steps."""
         machine = machine or self.machine
         vocabulary = vocabulary or self.options.vocabulary[0]
         name = f"{self.options.shape}-{vocabulary}"
         model = make_model(self.folder / name, self.tokenizer, vocabulary, self.options.shape, self.options.dtype)
-        rows = list(make_pairs(self.words, lengths - [0, 1, 1]))  # the end token comes on top
-        settings = Settings(step_pairs, len(rows) // step_pairs, self.options.dtype, rank_tokens=32768)
-        sides = [
-            Side(layout, "side_dpo_scale.py", make_job(self.folder / f"{case}-{layout}", model, rows, settings, layout))
-            for layout in layouts
-        ]
-        blocks: dict[str, list[Block]] = {layout: [] for layout in layouts}
-        with console.status(case):
-            for side in sides:
+        sides: dict[tuple[str, str], Side] = {}
+        for case, lengths in cases.items():
+            rows = list(make_pairs(self.words, lengths - [0, 1, 1]))  # the end token comes on top
+            settings = Settings(step_pairs, len(rows) // step_pairs, self.options.dtype, rank_tokens=32768)
+            for layout in layouts:
+                side = f"{case}-{layout}"
+                job = make_job(self.folder / side, model, rows, settings, layout)
+                sides[case, layout] = Side(side, "side_dpo_scale.py", job)
+        blocks: dict[str, list[Block]] = {side.name: [] for side in sides.values()}
+        with console.status(", ".join(cases)):
+            for side in sides.values():
                 score(side, machine)
             for _ in range(self.options.repeats):
-                for layout, block in train_in_turns(sides, machine).items():
-                    blocks[layout].append(block)
-        tokens = float(lengths[WARM_UP * step_pairs :].sum())
-        return [_entry(case, layout, blocks[layout], step_pairs, tokens) for layout in layouts]
+                for name, block in train_in_turns(list(sides.values()), machine).items():
+                    blocks[name].append(block)
+        return [
+            _entry(case, layout, blocks[side.name], step_pairs, float(cases[case][WARM_UP * step_pairs :].sum()))
+            for (case, layout), side in sides.items()
+        ]
 
     @property
     def num_pairs(self) -> int:
@@ -103,6 +106,7 @@ def _entry(case: str, layout: str, blocks: list[Block], pairs: int, tokens: floa
         "slowest": times.slowest,
         "fastest": times.fastest,
         "tokens_per_second": tokens / sum(times.seconds),
+        "tokens_per_cpu_second": tokens / sum(times.cpu_seconds),
         "step_seconds": sum(times.seconds) / len(times.seconds),
         "peak_mib": max(block.peak_mib for block in blocks),
         "above_baseline_mib": max(block.above_baseline_mib for block in blocks),
@@ -110,7 +114,7 @@ def _entry(case: str, layout: str, blocks: list[Block], pairs: int, tokens: floa
 
 
 def by_length(bench: Bench) -> list[dict[str, Any]]:
-    return [e for total in LENGTHS for e in bench.measure(f"{total} tokens a sequence", bench.lengths(total, 0.5))]
+    return [e for total in LENGTHS for e in bench.measure({f"{total} tokens a sequence": bench.lengths(total, 0.5)})]
 
 
 def by_prompt_share(bench: Bench) -> list[dict[str, Any]]:
@@ -118,7 +122,7 @@ def by_prompt_share(bench: Bench) -> list[dict[str, Any]]:
     return [
         entry
         for share in SHARES
-        for entry in bench.measure(f"prompt {share:.0%}", bench.lengths(SHARE_LENGTH, share), layouts=layouts)
+        for entry in bench.measure({f"prompt {share:.0%}": bench.lengths(SHARE_LENGTH, share)}, layouts=layouts)
     ]
 
 
@@ -126,25 +130,26 @@ def by_vocabulary(bench: Bench) -> list[dict[str, Any]]:
     return [
         entry
         for vocabulary in (8_000, 32_000, 128_256)
-        for entry in bench.measure(f"vocabulary {vocabulary:,}", bench.lengths(256, 0.6), vocabulary=vocabulary)
+        for entry in bench.measure({f"vocabulary {vocabulary:,}": bench.lengths(256, 0.6)}, vocabulary=vocabulary)
     ]
 
 
 def balance(bench: Bench) -> list[dict[str, Any]]:
-    """Two ranks, steps of 32 pairs: all near the median length, and with one pair of ten times that in every step."""
+    """Two ranks, steps of 32 pairs: all near the median length, and with one pair of ten times that in every step.
+
+    What is lost by CPU time is work, the long pair's attention; what more is lost by the clock is imbalance.
+    """
     random = np.random.default_rng(0)
     steps = WARM_UP + bench.options.steps
     even = np.array(MEDIAN_LENGTHS) * random.uniform(0.7, 1.3, (steps * BALANCE_PAIRS, 1))
     uneven = even.copy()
     uneven[::BALANCE_PAIRS] = 10 * np.array(MEDIAN_LENGTHS)
+    cases = {"even lengths": even.astype(int), "one pair of ten times the median": uneven.astype(int)}
     machine = Machine(2, bench.options.device, bench.options.threads)
-    entries = [
-        entry
-        for case, lengths in (("even lengths", even), ("one pair of ten times the median", uneven))
-        for entry in bench.measure(case, lengths.astype(int), step_pairs=BALANCE_PAIRS, machine=machine)
-    ]
+    entries = bench.measure(cases, step_pairs=BALANCE_PAIRS, machine=machine)
     for entry in entries:
         entry["throughput_kept"] = entry["tokens_per_second"] / entries[0]["tokens_per_second"]
+        entry["kept_by_cpu_time"] = entry["tokens_per_cpu_second"] / entries[0]["tokens_per_cpu_second"]
     return entries
 
 
@@ -183,7 +188,8 @@ def main() -> None:
             entries = measure(bench)
             keys, columns = (tuple(entries[0]),) * 2 if name == "pairs" else (KEYS, COLUMNS)
             if name == "balance":
-                keys, columns = (*KEYS, "throughput_kept"), (*COLUMNS, "tokens/s kept")
+                keys = (*KEYS, "throughput_kept", "kept_by_cpu_time")
+                columns = (*COLUMNS, "tokens/s kept", "by CPU time")
             where = title if name == "balance" else f"{title}; {bench.machine}"
             show(where, columns, [[entry[key] for key in keys] for entry in entries])
             results += [{"table": name, **entry} for entry in entries]
