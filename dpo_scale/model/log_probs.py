@@ -95,35 +95,38 @@ class ChunkedLogProbs(torch.autograd.Function):
             log_sum_c = values_cV.sum(1).log_()
             lse_C[rows] = highest_c + log_sum_c
             logps_C[rows] = (target_c - highest_c) - log_sum_c
-        # An only chunk is kept: it costs no more memory than its like in the backward pass, and saves a product there.
-        keeps = len(chunks) == 1 and any(ctx.needs_input_grad) and not transform.softcap
-        kept = (values_cV, highest_c) if keeps else (None, None)
         # The weight is saved as the parameter that it is: ZeRO-3 gathers it again before the backward pass.
-        ctx.save_for_backward(hidden_CH, weight_VH, bias_V, targets_C, lse_C, *kept)
+        ctx.save_for_backward(hidden_CH, weight_VH, bias_V, targets_C, lse_C)
+        # The backward pass begins with the last chunk: kept, it costs no more memory than its like there, and saves a
+        # product. Autograd would hold a saved tensor beside the chunks that follow, so it is the context's own.
+        keeps = any(ctx.needs_input_grad) and not transform.softcap
+        ctx.last_chunk = (values_cV, highest_c) if keeps else (None, None)
         ctx.transform = transform
         return logps_C
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         (grad_C,) = grad_outputs
-        hidden_CH, weight_VH, bias_V, targets_C, lse_C, kept_CV, highest_C = ctx.saved_tensors
+        hidden_CH, weight_VH, bias_V, targets_C, lse_C = ctx.saved_tensors
         head = _Head(weight_VH, bias_V, ctx.transform)
         grad_hidden_CH = torch.empty_like(hidden_CH)
         wants_weight = ctx.needs_input_grad[1]
         # fp32 over all chunks: sums of bf16 chunks would lose what small gradients add
         grad_weight_VH = torch.zeros_like(weight_VH, dtype=grad_C.dtype) if wants_weight else None
         grad_bias_V = None if bias_V is None else torch.zeros_like(bias_V, dtype=grad_C.dtype)
-        for rows in _chunks(len(targets_C), len(weight_VH), hidden_CH.device):
+        kept_cV, highest_c = ctx.last_chunk
+        ctx.last_chunk = None, None  # its gradient takes its place: another backward pass computes it anew
+        for rows in reversed(_chunks(len(targets_C), len(weight_VH), hidden_CH.device)):
             # d logp / d logits = one_hot(target) - softmax(logits) = -scale_c * residual_cV. Factors of whole rows are
             # applied to hidden states, of which there are fewer than logits.
             if head.kernels is not None:
-                logits_cV = head.logits(hidden_CH[rows]) if kept_CV is None else kept_CV
+                logits_cV = head.logits(hidden_CH[rows]) if kept_cV is None else kept_cV
                 residual_cV = head.kernels.softmax_less_target(logits_cV, targets_C[rows], lse_C[rows], weight_VH.dtype)
                 factor_c = -grad_C[rows] * ctx.transform.scale
                 del logits_cV
             else:
                 residual_cV, scale_c = _residual(
-                    head, hidden_CH[rows], targets_C[rows], lse_C[rows], kept_CV, highest_C
+                    head, hidden_CH[rows], targets_C[rows], lse_C[rows], kept_cV, highest_c
                 )
                 factor_c = -grad_C[rows] * scale_c
             if grad_bias_V is not None:
@@ -133,6 +136,7 @@ class ChunkedLogProbs(torch.autograd.Function):
             if grad_weight_VH is not None:
                 head.add_weight_grad(grad_weight_VH, residual_cV, factor_c[:, None] * hidden_CH[rows])
             del residual_cV  # as above
+            kept_cV = highest_c = None
         return grad_hidden_CH, grad_weight_VH, grad_bias_V, None, None
 
 

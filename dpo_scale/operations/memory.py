@@ -117,18 +117,19 @@ def head_memory(head: Head, dtype_bytes: int, device: Device) -> HeadMemory:
     """
     rows, weight = head.completion_tokens, head.vocabulary * head.hidden
     in_a_chunk = chunk_tokens(rows, head.vocabulary, device.chunk_elements)
-    chunk, kept = in_a_chunk * head.vocabulary, in_a_chunk == rows and not head.soft_capped
+    chunk = in_a_chunk * head.vocabulary
+    in_the_last = 0 if head.soft_capped or not rows else rows - (rows - 1) // in_a_chunk * in_a_chunk
+    kept = 4 * in_the_last * (head.vocabulary + 1)  # with its highest logits
     native = not device.is_cpu and dtype_bytes < 4
     converted = 4 * weight if dtype_bytes < 4 and not native else 0
     saved = rows * (head.hidden * dtype_bytes + 4 + 4 + 8 + 8)  # log-prob, log-sum-exp, target, predictor
-    saved += 4 * (chunk + rows) if kept else 0  # an only chunk is kept, with its highest logits
-    forward = saved + converted + (0 if kept else 4 * chunk)
+    forward = saved + converted + max(4 * chunk, kept)
     held = saved + converted + rows * head.hidden * dtype_bytes + 4 * weight
     # The gradient takes the place of the logits, or of what was kept of them.
     beside = 4 * chunk if head.soft_capped else dtype_bytes * chunk if native else 0
-    backward = held + (0 if kept else 4 * chunk) + beside
+    backward = held + max(4 * chunk, kept) + beside
     rounded = held - converted + dtype_bytes * weight * (dtype_bytes < 4)  # the gradient as the weight's dtype has it
-    return HeadMemory(saved, forward, max(backward, rounded))
+    return HeadMemory(saved + kept, forward, max(backward, rounded))
 
 
 def layout_check_bytes(completion_tokens: int, vocabulary: int, dtype_bytes: int) -> int:
