@@ -26,8 +26,8 @@ def render(plan: Plan) -> Iterator[RenderableType]:
     yield _scale_table(plan)
     if any(scale.limits for scale in plan.scales):
         yield (
-            "limits: memory: does not fit; idle: ranks without a pair, a step is too small for so many; network: "
-            "exchanging weights and gradients takes longer than computing"
+            "limits: memory: does not fit; idle: ranks wait for the one with the most work, a step holds too few "
+            "pairs for so many; network: exchanging weights and gradients takes longer than computing"
         )
     yield "Assumed:"
     if plan.workload.assumed is not None:
@@ -95,7 +95,7 @@ def _run_table(plan: Plan) -> Table:
     table.add_row(
         "micro-batches a step",
         f"{step.micro_batches:.1f} on each of {step.ranks} ranks, {step.rank_tokens:,.0f} of "
-        f"{workload.recipe.batch.rank_tokens:,} tokens filled, {step.idle:.0%} without a pair (mean of {looked} steps)",
+        f"{workload.recipe.batch.rank_tokens:,} tokens filled, {step.idle:.0%} of the time idle (mean of {looked})",
     )
     table.add_row("seconds a step", f"{step.seconds:.3g} ({_parts(step)}); MFU {step.mfu:.0%} of the whole")
     reference = plan.reference

@@ -73,7 +73,7 @@ class StepCost:
     rank_tokens: float
     """Tokens of a rank's micro-batch, on average."""
     idle: float
-    """Share of micro-batches that hold no pair: they only keep their rank in step."""
+    """Share of the computing time that ranks spend waiting for the one with the most work, or have no pair at all."""
     compute_seconds: float
     communication_seconds: float
     offload_seconds: float
@@ -162,12 +162,12 @@ def step_cost(
     Ranks wait for each other in every micro-batch, so the heaviest one sets its time.
     """
     per_mac = 6 * (4 / 3 if checkpointing else 1) / (given.peak_flops * given.mfu)
-    useful = compute = exposed = 0.0
+    useful = heaviest = 0.0
     rounds = tokens = empty = pairs = 0
     for plan in plans:
         for round_ in plan.micro_batches:
             work = [float(costs.work[indices].sum()) for indices in round_]
-            compute += max(work) * per_mac
+            heaviest += max(work)
             useful += sum(work)
             rounds += 1
             empty += sum(not len(indices) for indices in round_)
@@ -182,7 +182,8 @@ def step_cost(
         hidden_weights = micro_batches * per_gather / given.host_link
         if traffic.zero.offload_param == "nvme":
             hidden_weights += micro_batches * per_gather * cluster.gpus_per_node / given.nvme
-    exposed = max(compute / steps, communication, hidden_weights)
+    compute = heaviest * per_mac / steps
+    exposed = max(compute, communication, hidden_weights)
     offload = offload_seconds(traffic, micro_batches, cluster, given)
     seconds = exposed + offload
     ranks = cluster.ranks
@@ -191,8 +192,8 @@ def step_cost(
         micro_batches=micro_batches,
         pairs_a_rank=pairs / steps / ranks,
         rank_tokens=tokens / max(1, rounds * ranks - empty),
-        idle=empty / (rounds * ranks),
-        compute_seconds=compute / steps,
+        idle=1 - useful / (ranks * heaviest),
+        compute_seconds=compute,
         communication_seconds=communication,
         offload_seconds=offload,
         seconds=seconds,

@@ -14,9 +14,9 @@ from dpo_scale.console import Console
 from dpo_scale.data.planning import plan_step
 from dpo_scale.errors import UserError
 from dpo_scale.operations.fit import Setting
-from dpo_scale.operations.plan import Plan, make_plan, policy_zero
+from dpo_scale.operations.plan import STEPS_LOOKED_AT_A_SCALE, Plan, make_plan, policy_zero
 from dpo_scale.operations.plan_report import render, verdict
-from dpo_scale.operations.scaling import Assumptions, Cluster
+from dpo_scale.operations.scaling import Assumptions, Cluster, sample_steps
 from dpo_scale.operations.workload import AssumedData
 from dpo_scale.recipe import load_recipe
 
@@ -113,10 +113,13 @@ def test_scaling_counts_what_the_planner_gives_each_rank(one_node: Plan) -> None
     scales = {scale.cluster.ranks: scale for scale in one_node.scales}
     assert list(scales) == [8 * 2**n for n in range(10)]
     workload = one_node.workload
-    pairs = workload.schedule.pairs_of(0)
-    plan = plan_step(pairs, workload.costs, world_size=512, rank_tokens=16384, step=0, epoch=0)
-    empty = sum(not len(indices) for round_ in plan.micro_batches for indices in round_)
-    assert scales[512].step.idle == pytest.approx(empty / (512 * len(plan.micro_batches)))
+    work = []
+    for step in sample_steps(workload.schedule, STEPS_LOOKED_AT_A_SCALE):
+        pairs = workload.schedule.pairs_of(step)
+        plan = plan_step(pairs, workload.costs, world_size=512, rank_tokens=16384, step=step, epoch=0)
+        work += [[float(workload.costs.work[indices].sum()) for indices in round_] for round_ in plan.micro_batches]
+    waited = sum(max(round_) - mine for round_ in work for mine in round_)
+    assert scales[512].step.idle == pytest.approx(waited / (512 * sum(max(round_) for round_ in work)))
     assert not scales[8].limits
     assert any("idle" in limit for limit in scales[4096].limits)
     assert "network" in scales[4096].limits
