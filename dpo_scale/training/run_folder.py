@@ -93,9 +93,16 @@ def compare_with_stored(recipe: Recipe) -> list[str]:
     folder = Path(recipe.run.output_dir)
     if not (folder / "recipe.yaml").exists():
         return []
-    stored = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
-    if not isinstance(stored, dict) or not all(isinstance(fields, dict) for fields in stored.values()):
-        raise RecipeError(f"run.output_dir: {folder} holds a recipe.yaml that no run wrote; choose another folder")
+    text = (folder / "recipe.yaml").read_text(encoding="utf-8")
+    stored = yaml.safe_load(text)
+    is_recipe = isinstance(stored, dict) and all(isinstance(fields, dict) for fields in stored.values())
+    # A run's own has no comment in it. Beside a status it may have got one since, and the run must go on.
+    own = (folder / "status.json").exists() or text == yaml.safe_dump(stored, sort_keys=False)
+    if not (is_recipe and own):
+        raise RecipeError(
+            f"run.output_dir: {folder} holds a recipe.yaml that no run wrote, and a run writes its own there; "
+            "choose another folder"
+        )
     before = {f"{section}.{field}": value for section, fields in stored.items() for field, value in fields.items()}
     matters, harmless = changed_settings(before, flatten(recipe))
     if matters and any((folder / name).exists() for name in ("checkpoints", "model")):

@@ -98,12 +98,24 @@ def test_changed_settings_are_refused_by_name_once_there_are_checkpoints(tmp_pat
     assert load_recipe(tmp_path / "recipe.yaml") == _recipe(tmp_path)  # the refused one left no trace
 
 
-@pytest.mark.parametrize("text", ["", "- flour\n", "flour: 500 g\n", "model:\n"])
+@pytest.mark.parametrize(
+    "text", ["", "- flour\n", "flour: 500 g\n", "model:\n", "# the third try\nloss:\n  beta: 0.2\n"]
+)
 def test_a_recipe_that_no_run_wrote_is_refused_and_kept(text: str, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(text)
     with pytest.raises(RecipeError, match=r"holds a recipe\.yaml that no run wrote"):
         RunFolder(_recipe(tmp_path))
     assert (tmp_path / "recipe.yaml").read_text() == text
+
+
+def test_a_comment_in_the_recipe_of_a_run_does_not_keep_it_from_going_on(tmp_path: Path) -> None:
+    RunFolder(_recipe(tmp_path))._lock.close()
+    with open(tmp_path / "recipe.yaml", "a") as file:
+        file.write("# preempted twice\n")
+    with pytest.raises(RecipeError, match=r"holds a recipe\.yaml that no run wrote"):
+        RunFolder(_recipe(tmp_path))
+    (tmp_path / "status.json").write_text("{}")
+    assert RunFolder(_recipe(tmp_path)).harmless_changes == []
 
 
 def test_a_run_that_has_committed_nothing_may_change(tmp_path: Path) -> None:
