@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,10 +41,20 @@ class Data:
         return float(layout_costs(self.train.lengths[pairs], layout, self.cost).work.sum())
 
 
-def prepare_data(recipe: Recipe, ranks: MachineRanks, console: Console, *, weights: bool = True) -> Data:
+def prepare_data(
+    recipe: Recipe,
+    ranks: MachineRanks,
+    console: Console,
+    between_blocks: Callable[[], None] | None = None,
+    *,
+    weights: bool = True,
+) -> Data:
     """Resolve the model, read and tokenize the data once a machine, and check what can be checked without weights.
 
-    `weights` says whether those of a hub model are fetched, for a run that follows.
+    Args:
+        between_blocks: called after each block of rows that is tokenized; a UserError from it ends the work on all
+            ranks.
+        weights: whether those of a hub model are fetched, for a run that follows.
     """
     settings = recipe.model
     folder = once_a_machine(ranks, lambda: resolve_folder(settings.path, settings.revision, weights=weights))
@@ -54,8 +65,14 @@ def prepare_data(recipe: Recipe, ranks: MachineRanks, console: Console, *, weigh
         if not sources:
             return TokenPairs.from_pairs([]), None
         with console.progress(f"Tokenizing {name} pairs", None, "rows") as bar:
+
+            def progress(rows: int) -> None:
+                bar.advance(rows)
+                if between_blocks is not None:
+                    between_blocks()
+
             return prepare_pairs(
-                sources, recipe.data, tokenizer, seed=recipe.run.seed, setting=setting, progress=bar.advance
+                sources, recipe.data, tokenizer, seed=recipe.run.seed, setting=setting, progress=progress
             )
 
     train, train_report = once_a_machine(ranks, lambda: prepare("training", "data.train", recipe.data.train))

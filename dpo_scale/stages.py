@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from dpo_scale.console import Console
@@ -56,7 +57,7 @@ def score(recipe: Recipe, console: Console, watch: Watch) -> int:
 
     reference = None
     try:
-        data = unless_stopped(lambda: prepare_data(recipe, started.ranks, console), interruption, started.ranks)
+        data = unless_stopped(partial(prepare_data, recipe, started.ranks, console), interruption, started.ranks)
         status.enter("scoring")
         reference = Reference(recipe, started, data, console, between_batches)
         reference.score_all(reference.train_rows, reference.evaluate_rows)

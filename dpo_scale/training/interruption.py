@@ -129,14 +129,19 @@ def heed(interruption: Interruption, ranks: Ranks) -> None:
         raise StopRequestedError
 
 
-def unless_stopped(work: Callable[[], T], interruption: Interruption, ranks: Ranks) -> T:
-    """The result of work on data, which fails on all ranks or on none.
+def unless_stopped(work: Callable[[Callable[[], None]], T], interruption: Interruption, ranks: Ranks) -> T:
+    """The result of work on data, which fails on all ranks or on none. It gets what it is to call between its parts.
 
-    Raises StopRequestedError where it fails and a rank was asked to stop: a signal to a job also ends the processes
-    that tokenize for it.
+    Raises StopRequestedError where it fails and a rank was asked to stop: a part is the last one after a request, and
+    a signal to a job also ends the processes that tokenize for it.
     """
+
+    def between_parts() -> None:
+        if reason := interruption.reason():
+            raise DataError(f"stopped by {reason}")  # as a mistake in the data would, it ends the work on all ranks
+
     try:
-        return work()
+        return work(between_parts)
     except DataError:
         heed(interruption, ranks)
         raise

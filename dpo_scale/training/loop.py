@@ -74,7 +74,7 @@ def train(
     status.enter("preparing data")
     reached, reference = "before training", None
     try:
-        data = unless_stopped(lambda: prepare_data(recipe, ranks, console), interruption, ranks)
+        data = unless_stopped(partial(prepare_data, recipe, ranks, console), interruption, ranks)
         if folder is not None:
             write_json(folder.path / "data_report.json", data.report)
             folder.write_environment(ranks.world_size, str(ranks.device))

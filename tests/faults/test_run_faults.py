@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from launching import Launched, Launcher
+from launching import Launched, Launcher, kill_all, make_pairs
 from run_kill import wrong_lines
 from safetensors.torch import load_file
 
@@ -108,6 +109,27 @@ def test_the_run_ends_as_if_nothing_had_happened(
     expected, actual = (load_file(run.folder / "model" / "model.safetensors") for run in (undisturbed, done))
     assert expected.keys() == actual.keys()
     assert all(actual[name].equal(expected[name]) for name in expected)
+
+
+def test_a_preemption_while_data_are_tokenized_ends_it_there(launcher: Launcher) -> None:
+    """Not after all rows, for which the launcher might not wait."""
+    many = make_pairs(launcher.workspace / "many.jsonl", 200_000, seed=5)
+    tokens = launcher.workspace / "tokens of many"
+    process = launcher.start(
+        "tokenizing", [f"data.train=[{many}]", f"data.cache_dir={tokens}", "data.workers=1", "data.evaluate=[]"]
+    )
+    try:
+        while process.poll() is None and not list(tokens.glob(".*/*")):
+            time.sleep(0.1)
+        process.terminate()
+        output, _ = process.communicate(timeout=25)  # after 30 s the launcher kills
+    finally:
+        kill_all(process.pid)
+        many.unlink()
+    status = json.loads((launcher.workspace / "tokenizing" / "status.json").read_text())
+    assert (status["state"], status["stage"], status["reason"]) == ("stopped", "preparing data", "SIGTERM"), output
+    assert "Stopped by SIGTERM before training; the same command goes on from there" in output
+    assert [path.name for path in tokens.iterdir() if path.is_dir()] == []
 
 
 def test_tensorboard_shows_each_step_once(launches: dict[str, Struck]) -> None:

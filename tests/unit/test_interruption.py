@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -144,15 +144,31 @@ def test_all_ranks_stop_in_mid_pass_where_one_was_asked_to(tmp_path: Path) -> No
 
 @pytest.mark.usefixtures("old_handlers")
 def test_data_that_fail_after_a_request_to_stop_are_no_mistake(tmp_path: Path) -> None:
-    def fail() -> None:
+    def fail(between_parts: object) -> None:
         raise DataError("a process that tokenizes was killed")
 
     stopping = Interruption(tmp_path, None, time.monotonic())
-    assert unless_stopped(lambda: 7, stopping, OneOfTwo(is_main=True, others=[0, 0])) == 7
+    assert unless_stopped(lambda between_parts: 7, stopping, OneOfTwo(is_main=True, others=[0, 0])) == 7
     with pytest.raises(UserError, match="was killed"):
         unless_stopped(fail, stopping, OneOfTwo(is_main=True, others=[0, 0]))
     with pytest.raises(StopRequestedError):
         unless_stopped(fail, stopping, OneOfTwo(is_main=True, others=[1, 0]))
+
+
+@pytest.mark.usefixtures("old_handlers")
+def test_work_on_data_ends_with_the_part_in_which_a_stop_was_asked_for(tmp_path: Path) -> None:
+    parts: list[int] = []
+
+    def work(between_parts: Callable[[], None]) -> None:
+        for part in range(3):
+            parts.append(part)
+            if part == 1:
+                (tmp_path / "STOP").touch()
+            between_parts()
+
+    with pytest.raises(StopRequestedError):
+        unless_stopped(work, Interruption(tmp_path, None, time.monotonic()), OneOfTwo(is_main=True, others=[0, 0]))
+    assert parts == [0, 1]
 
 
 @pytest.mark.usefixtures("old_handlers")
