@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import signal
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -270,6 +271,8 @@ _worker: tuple[PairTokenizer, dict[str, str] | None]
 def _start_worker(tokenizer: PairTokenizer, columns: dict[str, str] | None) -> None:
     global _worker
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    # Ctrl-C reaches all processes of a terminal; when to stop is for the one that started this one to say.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     _worker = (tokenizer, columns)
 

@@ -566,6 +566,25 @@ def test_a_worker_that_is_killed_is_named(tmp_path, prepare, monkeypatch):
         prepare(path, workers=2)
 
 
+def press_ctrl_c(block: Block) -> preparation._Chunk:
+    os.kill(os.getpid(), signal.SIGINT)
+    return preparation._tokenize_block(*preparation._worker, block)
+
+
+def test_ctrl_c_is_for_the_process_that_reads_to_act_on(tmp_path, prepare, monkeypatch):
+    path = write(tmp_path / "rows.jsonl", *[row(f"question {n}:") for n in range(200)])
+    alone, _ = prepare(path)
+    monkeypatch.setattr(readers, "BLOCK_ROWS", 20)
+    monkeypatch.setattr(preparation, "INLINE_BLOCKS", 1)
+    monkeypatch.setattr(preparation, "_are_starting", lambda signs: False)
+    monkeypatch.setattr(preparation, "_work", press_ctrl_c)
+    try:
+        pairs, _ = prepare(path, workers=2, cache_dir=str(tmp_path / "other"))
+    except KeyboardInterrupt:  # which would end all tests
+        pytest.fail("a worker passed Ctrl-C on as an error of its own")
+    assert pairs.digest() == alone.digest()
+
+
 DYING_PARENT = """
 import os, pathlib, signal
 from concurrent.futures import ProcessPoolExecutor
