@@ -13,7 +13,7 @@ from dpo_scale.distributed.lockstep import Ranks
 from dpo_scale.errors import UserError
 from dpo_scale.recipe import Recipe
 from dpo_scale.training.checkpoints import UNFINISHED, Checkpoint, RunState, find_checkpoint
-from dpo_scale.training.run_folder import differences
+from dpo_scale.training.run_folder import refuse_another_run
 from dpo_scale.training.stored_state import StoredState, check_fits
 
 
@@ -25,13 +25,7 @@ def resume(recipe: Recipe, ranks: Ranks, console: Console, engine: Any, trajecto
     found = _find(recipe, ranks, console)
     if found is None:
         return RunState()
-    differing = differences(found.commit.trajectory, trajectory)
-    if differing:
-        raise UserError(
-            f"{found.path}: the checkpoint of another run\n"
-            + "\n".join(f"  {line}" for line in differing)
-            + "\nchoose another run.output_dir, or restore what changed"
-        )
+    refuse_another_run(found, trajectory)
     snapshot = engine_state.snapshot(engine)
     check_fits(found, snapshot.parameters)
     with (

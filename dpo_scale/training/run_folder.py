@@ -8,21 +8,28 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from dpo_scale.errors import RecipeError
+from dpo_scale.errors import RecipeError, UserError
 from dpo_scale.files import write_atomically, write_json
 from dpo_scale.recipe import Recipe, dump_recipe
 from dpo_scale.reference.fingerprint import ReferenceFingerprint, explain_difference, read_fingerprint
 from dpo_scale.training import locks
-from dpo_scale.training.checkpoints import digest_of
+from dpo_scale.training.checkpoints import Checkpoint, CheckpointError, digest_of, open_checkpoint
 from dpo_scale.training.export import check_replaceable
 
 HARMLESS = (
+    "model.path",
+    "model.revision",
+    "model.tokenizer",
+    "reference.path",
+    "reference.revision",
+    "data.train.path",
     "model.attention",
     "model.activation_checkpointing",
     "reference.schedule",
@@ -43,7 +50,10 @@ HARMLESS = (
     "run.stop_after",
     "run.stall_after",
 )
-"""Settings that do not change what is trained beyond rounding; names that end in a dot are whole sections."""
+"""Settings that do not change what is trained beyond rounding; names that end in a dot are whole sections.
+
+Files may move: what they hold is in the trajectory, not where they lie.
+"""
 
 
 def trajectory_of(
@@ -53,9 +63,23 @@ def trajectory_of(
 
     `policy_settings` is the digest of the policy's config.json where the reference is another model.
     """
-    values = {name: value for name, value in flatten(recipe).items() if not name.startswith(HARMLESS)}
+    values = what_matters(flatten(recipe))
     values |= {"tokens of the training pairs": train_digest, "files of the reference": reference_key}
     return values if policy_settings is None else {**values, "config.json of the policy": policy_settings}
+
+
+def what_matters(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Of flattened settings those that change what is trained, be they of this version or of an older one."""
+    return {name: value for name, value in _paths_apart(settings).items() if not name.startswith(HARMLESS)}
+
+
+def _paths_apart(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Flattened settings with the training files under a name of their own, apart from what is taken of them."""
+    apart, sources = dict(settings), settings.get("data.train")
+    if isinstance(sources, list) and all(isinstance(source, dict) and "path" in source for source in sources):
+        apart["data.train"] = [{key: value for key, value in source.items() if key != "path"} for source in sources]
+        apart["data.train.path"] = [source["path"] for source in sources]
+    return apart
 
 
 def flatten(recipe: Recipe) -> dict[str, Any]:
@@ -71,7 +95,7 @@ def changed_settings(before: dict[str, Any], after: dict[str, Any]) -> tuple[lis
     """What changed between two flattened recipes, one line each: what matters, and what is harmless."""
     matters: list[str] = []
     harmless: list[str] = []
-    for line in differences(before, after):
+    for line in differences(_paths_apart(before), _paths_apart(after)):
         (harmless if line.startswith(HARMLESS) else matters).append(line)
     return matters, harmless
 
@@ -114,6 +138,17 @@ def compare_with_stored(recipe: Recipe) -> list[str]:
     return harmless
 
 
+def refuse_another_run(checkpoint: Checkpoint, trajectory: Mapping[str, Any]) -> None:
+    """Raise UserError for the checkpoint of another run, naming what differs."""
+    differing = differences(what_matters(checkpoint.commit.trajectory), trajectory)
+    if differing:
+        raise UserError(
+            f"{checkpoint.path}: the checkpoint of another run\n"
+            + "\n".join(f"  {line}" for line in differing)
+            + "\nchoose another run.output_dir, or restore what changed"
+        )
+
+
 class RunFolder:
     """The folder as the main rank sees it; holds the lock until the process ends."""
 
@@ -122,7 +157,7 @@ class RunFolder:
 
         Raises RecipeError if another process works in it, or another recipe did.
         """
-        self.path = Path(recipe.run.output_dir)
+        self.path, self._resume = Path(recipe.run.output_dir), recipe.run.resume
         self._lock = locks.take(self.path / ".lock")
         self.harmless_changes = compare_with_stored(recipe)
         write_atomically(self.path / "recipe.yaml", lambda path: _write_text(path, dump_recipe(recipe)))
@@ -130,10 +165,20 @@ class RunFolder:
     def claim(self, reference: ReferenceFingerprint, trajectory: Mapping[str, Any]) -> None:
         """See that the folder is free for what is to be trained, before anything is computed for it.
 
-        Raises UserError where it was trained against another reference, or holds another model.
+        Raises UserError where it was trained against another reference or on other pairs, or holds another model.
         """
         self.keep_reference(reference)
+        newest = self._newest_checkpoint()
+        if newest is not None and self._resume == "auto":
+            refuse_another_run(newest, trajectory)
         check_replaceable(self.path / "model", digest_of(trajectory))
+
+    def _newest_checkpoint(self) -> Checkpoint | None:
+        """By its commit record alone: whether its contents are whole is looked at when it is read."""
+        for path in sorted(self.checkpoints.glob("step-*"), reverse=True):
+            with suppress(CheckpointError):
+                return open_checkpoint(path)
+        return None
 
     def keep_reference(self, reference: ReferenceFingerprint) -> None:
         """Note in `reference.json` what this run is trained against.

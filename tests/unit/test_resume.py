@@ -12,9 +12,11 @@ from fake_engine import TRAJECTORY, make_parameters, on_ranks, snapshot_of
 from dpo_scale.console import Console
 from dpo_scale.errors import UserError
 from dpo_scale.recipe import Recipe
+from dpo_scale.reference.fingerprint import ReferenceFingerprint
 from dpo_scale.training import checkpoints
 from dpo_scale.training.checkpoints import RunState
 from dpo_scale.training.resume import _find, resume
+from dpo_scale.training.run_folder import RunFolder, what_matters
 
 
 def recipe(folder: Path, wanted: str) -> Recipe:
@@ -89,14 +91,32 @@ def test_damage_everywhere_is_no_reason_to_start_anew(tmp_path: Path) -> None:
 
 
 def test_what_differs_from_the_run_of_a_checkpoint_is_named(tmp_path: Path) -> None:
+    """Where its files lay does not count, though earlier versions noted it."""
     path = commit(tmp_path, step=3)
-    error = refused(tmp_path, {**TRAJECTORY, "loss.beta": 0.7, "files of the reference": "abc"})
+    error = refused(tmp_path, {"data.train": [{}], "loss.beta": 0.7, "files of the reference": "abc"})
     assert str(error).splitlines() == [
         f"{path}: the checkpoint of another run",
         "  files of the reference: was None, is 'abc'",
         "  loss.beta: was 0.5, is 0.7",
         "choose another run.output_dir, or restore what changed",
     ]
+
+
+def test_a_run_on_other_pairs_is_refused_before_they_are_scored(tmp_path: Path) -> None:
+    reference = ReferenceFingerprint(1, "float32", {"model.safetensors": "0" * 64}, {}, {}, "org/base")
+    before = RunFolder(recipe(tmp_path, "auto"))
+    before.claim(reference, TRAJECTORY)
+    before._lock.close()
+    (commit(tmp_path, step=3) / "commit.json").rename(tmp_path / "away")
+    commit(tmp_path, step=1)
+    path = commit(tmp_path, step=2)  # the newest that is one
+    other = {**what_matters(TRAJECTORY), "tokens of the training pairs": "abc"}
+    folder = RunFolder(recipe(tmp_path, "auto"))
+    with pytest.raises(UserError, match=f"{path}: the checkpoint of another run\n  tokens of the training pairs: was"):
+        folder.claim(reference, other)
+    folder.claim(reference, what_matters(TRAJECTORY))
+    folder._lock.close()
+    RunFolder(recipe(tmp_path, "never")).claim(reference, other)
 
 
 def test_the_open_log_interval_comes_back(tmp_path: Path) -> None:

@@ -137,8 +137,7 @@ def test_harmless_changes_are_taken_and_told(tmp_path: Path) -> None:
 
 
 TRAJECTORY = {
-    "model": {"path", "revision", "tokenizer", "dtype", "dropout", "trust_remote_code"},
-    "reference": {"path", "revision"},
+    "model": {"dtype", "dropout", "trust_remote_code"},
     "data": {
         "train",
         "max_length",
@@ -185,6 +184,27 @@ def test_a_trajectory_follows_from_settings_tokens_and_the_reference(tmp_path: P
         "loss.beta: was 0.1, is 0.2",
         "tokens of the training pairs: was 'tokens', is 'other tokens'",
     ]
+
+
+def test_files_may_move(tmp_path: Path) -> None:
+    """What they hold is compared by its digests, once it is read."""
+    first = RunFolder(_recipe(tmp_path, data__train=[{"path": "a.jsonl", "rows": 5}, {"path": "b.jsonl"}]))
+    first.checkpoints.mkdir()
+    first._lock.close()
+    moved = _recipe(
+        tmp_path, model__path="/new/model", data__train=[{"path": "/new/a.jsonl", "rows": 5}, {"path": "b.jsonl"}]
+    )
+    second = RunFolder(moved)
+    second._lock.close()
+    assert second.harmless_changes == [
+        "data.train.path: was ['a.jsonl', 'b.jsonl'], is ['/new/a.jsonl', 'b.jsonl']",
+        f"model.path: was {_recipe(tmp_path).model.path!r}, is '/new/model'",
+    ]
+    expected = trajectory_of(_recipe(tmp_path, data__train=[{"path": "a", "rows": 5}]), "tokens", "reference")
+    elsewhere = _recipe(tmp_path, model__path="/new", data__train=[{"path": "b", "rows": 5}])
+    assert trajectory_of(elsewhere, "tokens", "reference") == expected
+    with pytest.raises(RecipeError, match=r"data\.train: was .*'rows': 5.* is .*'rows': 6"):
+        RunFolder(_recipe(tmp_path, data__train=[{"path": "/new/a.jsonl", "rows": 6}, {"path": "b.jsonl"}]))
 
 
 def test_a_policy_that_is_not_the_reference_is_known_by_its_settings(tmp_path: Path) -> None:
