@@ -23,9 +23,9 @@ from dpo_scale.training import locks
 from dpo_scale.training.checkpoints import Checkpoint, CheckpointError, digest_of, open_checkpoint
 from dpo_scale.training.export import check_replaceable
 
+HASHED = ("model.path", "model.revision")
+"""Where a policy lies that starts as the reference, whose files are hashed. Nobody hashes the weights of another."""
 HARMLESS = (
-    "model.path",
-    "model.revision",
     "model.tokenizer",
     "reference.path",
     "reference.revision",
@@ -70,7 +70,14 @@ def trajectory_of(
 
 def what_matters(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Of flattened settings those that change what is trained, be they of this version or of an older one."""
-    return {name: value for name, value in _paths_apart(settings).items() if not name.startswith(HARMLESS)}
+    harmless = _harmless(settings)
+    return {name: value for name, value in _paths_apart(settings).items() if not name.startswith(harmless)}
+
+
+def _harmless(*recipes: Mapping[str, Any]) -> tuple[str, ...]:
+    """Of flattened recipes that are compared. One without `reference.path` is a trajectory, and holds what matters."""
+    starts_as_reference = all(settings.get("reference.path", "") is None for settings in recipes)
+    return (*HASHED, *HARMLESS) if starts_as_reference else HARMLESS
 
 
 def _paths_apart(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,8 +102,9 @@ def changed_settings(before: dict[str, Any], after: dict[str, Any]) -> tuple[lis
     """What changed between two flattened recipes, one line each: what matters, and what is harmless."""
     matters: list[str] = []
     harmless: list[str] = []
+    names = _harmless(before, after)
     for line in differences(_paths_apart(before), _paths_apart(after)):
-        (harmless if line.startswith(HARMLESS) else matters).append(line)
+        (harmless if line.startswith(names) else matters).append(line)
     return matters, harmless
 
 

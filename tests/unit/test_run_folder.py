@@ -20,7 +20,7 @@ from dpo_scale.recipe import Recipe, load_recipe
 from dpo_scale.reference.fingerprint import ReferenceFingerprint, read_fingerprint, settings_digest
 from dpo_scale.training import locks
 from dpo_scale.training.checkpoints import digest_of
-from dpo_scale.training.run_folder import RunFolder, changed_settings, differences, flatten, trajectory_of
+from dpo_scale.training.run_folder import RunFolder, changed_settings, differences, flatten, trajectory_of, what_matters
 
 
 def _recipe(folder: Path, **changes: Any) -> Recipe:
@@ -137,7 +137,7 @@ def test_harmless_changes_are_taken_and_told(tmp_path: Path) -> None:
 
 
 TRAJECTORY = {
-    "model": {"dtype", "dropout", "trust_remote_code"},
+    "model": {"path", "revision", "dtype", "dropout", "trust_remote_code"},
     "data": {
         "train",
         "max_length",
@@ -164,12 +164,18 @@ TRAJECTORY = {
     "run": {"seed", "epochs", "max_steps"},
 }
 """Every setting that changes what is trained; a new setting must be put on one side or the other."""
+HASHED = {"model.path", "model.revision"}
+"""Of these, what does not where the policy starts as the reference, whose files are hashed."""
 
 
-def test_what_matters_is_exactly_what_changes_the_trajectory(tmp_path: Path) -> None:
+@pytest.mark.parametrize("reference", [None, "elsewhere"])
+def test_what_matters_is_exactly_what_changes_the_trajectory(reference: str | None, tmp_path: Path) -> None:
     names = flatten(_recipe(tmp_path)).keys()
-    matters, harmless = changed_settings(dict.fromkeys(names, 1), dict.fromkeys(names, 2))
+    before, after = (dict.fromkeys(names, value) | {"reference.path": reference} for value in (1, 2))
+    matters, harmless = changed_settings(before, after)
     expected = {f"{section}.{field}" for section, fields in TRAJECTORY.items() for field in fields}
+    expected -= set() if reference else HASHED
+    names -= {"reference.path"}
     assert {line.partition(":")[0] for line in matters} == expected
     assert {line.partition(":")[0] for line in harmless} == set(names) - expected
 
@@ -205,6 +211,21 @@ def test_files_may_move(tmp_path: Path) -> None:
     assert trajectory_of(elsewhere, "tokens", "reference") == expected
     with pytest.raises(RecipeError, match=r"data\.train: was .*'rows': 5.* is .*'rows': 6"):
         RunFolder(_recipe(tmp_path, data__train=[{"path": "/new/a.jsonl", "rows": 6}, {"path": "b.jsonl"}]))
+
+
+@pytest.mark.parametrize(("before", "after"), [("a", "a"), (None, "base"), ("a", None)])
+def test_a_policy_that_is_not_the_reference_may_not_move(before: str | None, after: str | None, tmp_path: Path) -> None:
+    """Nobody hashes its weights: another start under the same name as the old one would go unseen."""
+    first = RunFolder(_recipe(tmp_path, reference__path=before))
+    first.checkpoints.mkdir()
+    first._lock.close()
+    moved = _recipe(tmp_path, model__path="another", reference__path=after)
+    with pytest.raises(RecipeError, match=r"model\.path: was 'base', is 'another'"):
+        RunFolder(moved)
+    of_an_older_version = flatten(_recipe(tmp_path, reference__path=before))
+    for stored in (of_an_older_version, what_matters(of_an_older_version)):
+        lines = differences(what_matters(stored), trajectory_of(moved, "tokens", "reference"))
+        assert any(line.startswith("model.path: was ") for line in lines)
 
 
 def test_a_policy_that_is_not_the_reference_is_known_by_its_settings(tmp_path: Path) -> None:
