@@ -126,7 +126,9 @@ def compare_with_stored(recipe: Recipe) -> list[str]:
     if not (folder / "recipe.yaml").exists():
         return []
     text = (folder / "recipe.yaml").read_text(encoding="utf-8")
-    stored = yaml.safe_load(text)
+    stored = None
+    with suppress(yaml.YAMLError):
+        stored = yaml.safe_load(text)
     is_recipe = isinstance(stored, dict) and all(isinstance(fields, dict) for fields in stored.values())
     # A run's own has no comment in it. Beside a status it may have got one since, and the run must go on.
     own = (folder / "status.json").exists() or text == yaml.safe_dump(stored, sort_keys=False)

@@ -99,7 +99,7 @@ def test_changed_settings_are_refused_by_name_once_there_are_checkpoints(tmp_pat
 
 
 @pytest.mark.parametrize(
-    "text", ["", "- flour\n", "flour: 500 g\n", "model:\n", "# the third try\nloss:\n  beta: 0.2\n"]
+    "text", ["", "- flour\n", "flour: 500 g\n", "model:\n", "model: [\n", "# the third try\nloss:\n  beta: 0.2\n"]
 )
 def test_a_recipe_that_no_run_wrote_is_refused_and_kept(text: str, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(text)
