@@ -126,7 +126,7 @@ def compare_with_stored(recipe: Recipe) -> list[str]:
     if not (folder / "recipe.yaml").exists():
         return []
     text = (folder / "recipe.yaml").read_text(encoding="utf-8")
-    stored = None
+    stored: Any = None
     with suppress(yaml.YAMLError):
         stored = yaml.safe_load(text)
     is_recipe = isinstance(stored, dict) and all(isinstance(fields, dict) for fields in stored.values())
