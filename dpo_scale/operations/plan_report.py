@@ -95,8 +95,9 @@ def _run_table(plan: Plan) -> Table:
     table.add_row(
         "micro-batches a step",
         f"{step.micro_batches:.1f} on each of {step.ranks} ranks, {step.rank_tokens:,.0f} of "
-        f"{workload.recipe.batch.rank_tokens:,} tokens filled, {step.idle:.0%} of the time idle (mean of {looked})",
+        f"{workload.recipe.batch.rank_tokens:,} tokens filled (means of {looked} steps)",
     )
+    table.add_row("ranks idle", f"{step.idle:.0%} of their time, waiting for the one with the most work")
     table.add_row("seconds a step", f"{step.seconds:.3g} ({_parts(step)}); MFU {step.mfu:.0%} of the whole")
     reference = plan.reference
     table.add_row(
