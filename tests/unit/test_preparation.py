@@ -526,14 +526,19 @@ def test_two_writers_of_one_store_agree(tmp_path, prepare, monkeypatch):
     assert outer.digest() == inner[0].digest()
 
 
+def use_workers(monkeypatch, after_blocks, starting=False):
+    """Blocks of 20 rows, of which workers get those after the first few; while these start, none."""
+    monkeypatch.setattr(readers, "BLOCK_ROWS", 20)
+    monkeypatch.setattr(preparation, "INLINE_BLOCKS", after_blocks)
+    monkeypatch.setattr(preparation, "_are_starting", lambda signs: starting)
+
+
 def test_worker_processes_give_what_this_process_gives(tmp_path, prepare, monkeypatch):
     rows = [row(f"question {n}:", " yes" * (n % 7 + 1), " no" * (n % 5 + 1)) for n in range(300)]
     rows[200] = row(rejected="")
     path = write(tmp_path / "rows.jsonl", *rows)
     alone, alone_report = prepare(path)
-    monkeypatch.setattr(readers, "BLOCK_ROWS", 20)
-    monkeypatch.setattr(preparation, "INLINE_BLOCKS", 2)
-    monkeypatch.setattr(preparation, "_are_starting", lambda signs: False)
+    use_workers(monkeypatch, after_blocks=2)
     many, many_report = prepare(path, workers=2, cache_dir=str(tmp_path / "other"))
     assert many.digest() == alone.digest()
     assert [pair.row for pair in many] == [pair.row for pair in alone]
@@ -547,9 +552,7 @@ def die(block: Block) -> None:
 def test_this_process_works_on_while_others_start(tmp_path, prepare, monkeypatch):
     path = write(tmp_path / "rows.jsonl", *[row(f"question {n}:") for n in range(200)])
     alone, alone_report = prepare(path)
-    monkeypatch.setattr(readers, "BLOCK_ROWS", 20)
-    monkeypatch.setattr(preparation, "INLINE_BLOCKS", 1)
-    monkeypatch.setattr(preparation, "_are_starting", lambda signs: True)
+    use_workers(monkeypatch, after_blocks=1, starting=True)
     monkeypatch.setattr(preparation, "_work", die)
     many, many_report = prepare(path, workers=2, cache_dir=str(tmp_path / "other"))
     assert many.digest() == alone.digest()
@@ -558,9 +561,7 @@ def test_this_process_works_on_while_others_start(tmp_path, prepare, monkeypatch
 
 def test_a_worker_that_is_killed_is_named(tmp_path, prepare, monkeypatch):
     path = write(tmp_path / "rows.jsonl", *[row()] * 100)
-    monkeypatch.setattr(readers, "BLOCK_ROWS", 20)
-    monkeypatch.setattr(preparation, "INLINE_BLOCKS", 1)
-    monkeypatch.setattr(preparation, "_are_starting", lambda signs: False)
+    use_workers(monkeypatch, after_blocks=1)
     monkeypatch.setattr(preparation, "_work", die)
     with pytest.raises(DataError, match=r"killed, as happens where the memory is full; lower data\.workers"):
         prepare(path, workers=2)
@@ -574,9 +575,7 @@ def press_ctrl_c(block: Block) -> preparation._Chunk:
 def test_ctrl_c_is_for_the_process_that_reads_to_act_on(tmp_path, prepare, monkeypatch):
     path = write(tmp_path / "rows.jsonl", *[row(f"question {n}:") for n in range(200)])
     alone, _ = prepare(path)
-    monkeypatch.setattr(readers, "BLOCK_ROWS", 20)
-    monkeypatch.setattr(preparation, "INLINE_BLOCKS", 1)
-    monkeypatch.setattr(preparation, "_are_starting", lambda signs: False)
+    use_workers(monkeypatch, after_blocks=1)
     monkeypatch.setattr(preparation, "_work", press_ctrl_c)
     try:
         pairs, _ = prepare(path, workers=2, cache_dir=str(tmp_path / "other"))
@@ -616,8 +615,6 @@ def test_workers_end_with_a_parent_that_is_killed(tmp_path):
 
 def test_a_mistake_in_a_worker_process_reaches_the_user(tmp_path, prepare, monkeypatch):
     path = write(tmp_path / "rows.jsonl", *[row()] * 60, "{", *[row()] * 200)
-    monkeypatch.setattr(readers, "BLOCK_ROWS", 20)
-    monkeypatch.setattr(preparation, "INLINE_BLOCKS", 2)
-    monkeypatch.setattr(preparation, "_are_starting", lambda signs: False)
+    use_workers(monkeypatch, after_blocks=2)
     with pytest.raises(DataError, match=f"{path}:61: not valid JSON"):
         prepare(path, workers=2)
