@@ -34,12 +34,12 @@ def run_stage(name: str) -> NoReturn:
     The process ends here, without waiting for other ranks: whoever fails takes the launch down at once.
     """
     rank = os.environ.get("RANK", "0")
-    words = LastWords(Console(is_main=rank == "0"))
+    words = LastWords(Console(sys.stderr, is_main=rank == "0"))  # type: ignore[arg-type]
     watch = Watch(words.attempt, int(rank), words)
     try:
         recipe = _recipe_of_arguments(name)
         words.run = Path(recipe.run.output_dir), name
-        words.console = _console_of_run(recipe, name, is_main=rank == "0")
+        words.console, words.has_log = _console_of_run(recipe, name, is_main=rank == "0"), True
         watch.expect(recipe.run.stall_after and 60 * recipe.run.stall_after)
         faulthandler.enable()  # what a crash below Python leaves, and what kill -USR2 asks for, goes to the log
         faulthandler.register(signal.SIGUSR2)
@@ -93,8 +93,12 @@ def _stage(name: str) -> Callable[[Recipe, Console, Watch], int]:
 
 def _recipe_of_arguments(name: str) -> Recipe:
     arguments = sys.argv[1:]
-    if not arguments or arguments[0] in ("-h", "--help"):
-        raise UserError(f"usage: -m dpo_scale.{name} RECIPE [section.field=value ...]")
+    usage = f"usage: accelerate launch ... -m dpo_scale.{name} RECIPE [section.field=value ...]"
+    if not arguments:
+        raise UserError(usage)
+    if arguments[0] in ("-h", "--help"):
+        print(usage)
+        raise SystemExit
     return load_recipe(arguments[0], arguments[1:])
 
 
@@ -124,6 +128,8 @@ class LastWords:
         self.console = console
         self.run: tuple[Path, str] | None = None
         """The run's folder and the stage, once they are known."""
+        self.has_log = False
+        """Whether stderr is this rank's log by now, and no longer what a person reads."""
         error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
         self._error_file = None if error_file is None else Path(error_file)
 
@@ -137,8 +143,9 @@ class LastWords:
 
         `reason` is its one line for the run's status; the message's first one if there is none.
         """
-        with suppress(OSError):  # a full disk
-            print(message, file=sys.stderr, flush=True)
+        if self.has_log:
+            with suppress(OSError):  # a full disk
+                print(message, file=sys.stderr, flush=True)
         if cause:
             own = Cause(message, reason or message.splitlines()[0], users_mistake)
             first = self._first_cause(own)

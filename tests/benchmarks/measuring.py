@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 MIB = 2**20
+PROFILED_STEPS = 4, 7
+"""The profiler runs from the end of one of these steps to that of the other."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import Job, Measured, memory_mib, peak_memory_mib
+from measuring import PROFILED_STEPS, Job, Measured, memory_mib, peak_memory_mib
 from torch.profiler import ProfilerActivity
 
 from dpo_scale import stages
@@ -29,9 +29,7 @@ from dpo_scale.watch import Watch
 
 
 class Profile:
-    """torch's profiler over three steps, once ZeRO-3 knows the order of the modules."""
-
-    FIRST, LAST = 4, 7
+    """torch's profiler over a few steps, once ZeRO-3 knows the order of the modules."""
 
     def __init__(self, results: Path) -> None:
         self.results = results
@@ -39,9 +37,10 @@ class Profile:
         self.profiler = torch.profiler.profile(activities=[ProfilerActivity.CPU, *device])
 
     def end_step(self, steps: int) -> None:
-        if steps == self.FIRST:
+        first, last = PROFILED_STEPS
+        if steps == first:
             self.profiler.start()
-        elif steps == self.LAST:
+        elif steps == last:
             self.profiler.stop()
             order = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
             table = self.profiler.key_averages().table(sort_by=order, row_limit=40, max_name_column_width=60)

@@ -37,7 +37,7 @@ from comparison import (
     work_folder,
     write_json,
 )
-from measuring import MIB
+from measuring import MIB, PROFILED_STEPS
 from transformers import AutoConfig, PreTrainedTokenizerFast
 from workload import (
     DEEPSPEED,
@@ -87,7 +87,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--trl-micro-batch", type=int, help="pairs; without it, all that a rank has of a step")
     parser.add_argument("--activation-checkpointing", action="store_true")
     parser.add_argument("--profile", type=Path, help="folder for torch's profile of our first side")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.profile is not None and options.warm_up + options.steps < PROFILED_STEPS[1]:
+        parser.error(f"--profile needs {PROFILED_STEPS[1]} steps, --warm-up and --steps together")
+    if options.profile is not None and options.sides[0] == "trl":
+        parser.error("--profile is of the first of --sides, which must be ours")
+    return options
 
 
 def main() -> None:

@@ -60,6 +60,33 @@ def test_a_failure_that_the_main_rank_noted_its_next_stage_over_is_recorded_afte
     assert (found.state, found.reason, found.users_mistake) == ("failed", "no such kernel", True)
 
 
+def test_a_mistake_that_every_rank_finds_is_said_once(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "model: {path: m}\ndata: {train: t}\nbatch: {global_pairs: 1}\nloss: {beta: -1.0}\nrun: {output_dir: r}"
+    )
+    output = tmp_path / "output"
+    ranks = []
+    for rank in range(3):
+        told = tmp_path / "attempt" / str(rank) / "error.json"
+        told.parent.mkdir(parents=True)
+        environment = os.environ | {"RANK": str(rank), "TORCHELASTIC_ERROR_FILE": str(told)}
+        command = [sys.executable, "-m", "dpo_scale.train", str(recipe)]
+        with output.open("a") as stream:
+            ranks.append(subprocess.Popen(command, env=environment, stdout=stream, stderr=stream))
+    assert [rank.wait(60) for rank in ranks] == [2, 2, 2]
+    first, second = output.read_text().splitlines()
+    assert first == f"error: {recipe}: 1 mistake"
+    assert second.startswith("  loss.beta: ")
+
+
+def test_help_is_no_mistake() -> None:
+    command = [sys.executable, "-m", "dpo_scale.train", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "dpo_scale.train RECIPE" in done.stdout
+
+
 INTERRUPTED = """
 import os, signal, sys, time
 from dpo_scale import launched
