@@ -78,13 +78,12 @@ class ChunkedLogProbs(torch.autograd.Function):
         logps_C = hidden_CH.new_empty(len(targets_C), dtype=dtype)
         lse_C = torch.empty_like(logps_C)
         head = _Head(weight_VH, bias_V, transform)
-        chunks = _chunks(len(targets_C), len(weight_VH), hidden_CH.device)
         kernels = head.kernels
-        values_cV: Tensor | None = None
+        chunks = _chunks(len(targets_C), len(weight_VH), hidden_CH.device)
+        chunk_cV = head.empty_chunk(chunks)
         highest_c: Tensor | None = None
         for rows in chunks:
-            del values_cV  # else it would lie beside the next chunk's
-            values_cV = head.logits(hidden_CH[rows])
+            values_cV = head.logits(hidden_CH[rows], chunk_cV)
             if kernels is not None:
                 logps_C[rows], lse_C[rows] = kernels.log_softmax_at(values_cV, targets_C[rows])
                 continue
@@ -100,7 +99,7 @@ class ChunkedLogProbs(torch.autograd.Function):
         # The backward pass begins with the last chunk: kept, it costs no more memory than its like there, and saves a
         # product. Autograd would hold a saved tensor beside the chunks that follow, so it is the context's own.
         keeps = any(ctx.needs_input_grad) and not transform.softcap
-        ctx.last_chunk = (values_cV, highest_c) if keeps else (None, None)
+        ctx.last_chunk = (chunk_cV, highest_c) if keeps else (None, None)
         ctx.transform = transform
         return logps_C
 
@@ -114,56 +113,51 @@ class ChunkedLogProbs(torch.autograd.Function):
         # fp32 over all chunks: sums of bf16 chunks would lose what small gradients add
         grad_weight_VH = torch.zeros_like(weight_VH, dtype=grad_C.dtype) if wants_weight else None
         grad_bias_V = None if bias_V is None else torch.zeros_like(bias_V, dtype=grad_C.dtype)
-        kept_cV, highest_c = ctx.last_chunk
+        chunks = _chunks(len(targets_C), len(weight_VH), hidden_CH.device)
+        chunk_cV, highest_c = ctx.last_chunk
         ctx.last_chunk = None, None  # its gradient takes its place: another backward pass computes it anew
-        for rows in reversed(_chunks(len(targets_C), len(weight_VH), hidden_CH.device)):
+        is_kept = chunk_cV is not None
+        if chunk_cV is None:
+            chunk_cV = head.empty_chunk(chunks)
+        for rows in reversed(chunks):
+            hidden_cH = hidden_CH[rows]
+            values_cV = chunk_cV[: len(hidden_cH)] if is_kept else head.logits(hidden_cH, chunk_cV)
             # d logp / d logits = one_hot(target) - softmax(logits) = -scale_c * residual_cV. Factors of whole rows are
             # applied to hidden states, of which there are fewer than logits.
             if head.kernels is not None:
-                logits_cV = head.logits(hidden_CH[rows]) if kept_cV is None else kept_cV
-                residual_cV = head.kernels.softmax_less_target(logits_cV, targets_C[rows], lse_C[rows], weight_VH.dtype)
+                residual_cV = head.kernels.softmax_less_target(values_cV, targets_C[rows], lse_C[rows], weight_VH.dtype)
                 factor_c = -grad_C[rows] * ctx.transform.scale
-                del logits_cV
             else:
-                residual_cV, scale_c = _residual(
-                    head, hidden_CH[rows], targets_C[rows], lse_C[rows], kept_cV, highest_c
-                )
+                residual_cV, scale_c = _residual(values_cV, targets_C[rows], lse_C[rows], highest_c, ctx.transform)
                 factor_c = -grad_C[rows] * scale_c
             if grad_bias_V is not None:
                 grad_bias_V += factor_c @ residual_cV
             residual_cV = head.operand(residual_cV)
             grad_hidden_CH[rows] = head.back_to_hidden(residual_cV).mul_(factor_c[:, None])
             if grad_weight_VH is not None:
-                head.add_weight_grad(grad_weight_VH, residual_cV, factor_c[:, None] * hidden_CH[rows])
-            del residual_cV  # as above
-            kept_cV = highest_c = None
+                head.add_weight_grad(grad_weight_VH, residual_cV, factor_c[:, None] * hidden_cH)
+            del residual_cV  # else a GPU's, in the model's dtype, would lie beside the next chunk's
+            is_kept, highest_c = False, None
         return grad_hidden_CH, grad_weight_VH, grad_bias_V, None, None
 
 
 def _residual(
-    head: _Head,
-    hidden_cH: Tensor,
-    targets_c: Tensor,
-    lse_c: Tensor,
-    kept_cV: Tensor | None,
-    highest_c: Tensor | None,
+    values_cV: Tensor, targets_c: Tensor, lse_c: Tensor, highest_c: Tensor | None, transform: LogitTransform
 ) -> tuple[Tensor, Tensor]:
-    """`(softmax(logits) - one_hot(target)) / scale_c` in fp32 with the slope of the transform, and scale_c.
+    """`(softmax(logits) - one_hot(target)) / scale_c` with the slope of the transform, and scale_c; fp32, in place.
 
     Args:
-        kept_cV: `exp(logits - highest_c)` of the forward pass, which is overwritten; without it both are made anew.
+        values_cV: `exp(logits - highest_c)` of the forward pass; without `highest_c`, logits.
     """
     logits_cV = None
-    if kept_cV is None or highest_c is None:
-        residual_cV = head.logits(hidden_cH)
-        logits_cV = residual_cV.clone() if head.transform.softcap else None
-        residual_cV.sub_(lse_c[:, None]).exp_()
+    if highest_c is None:
+        logits_cV = values_cV.clone() if transform.softcap else None
+        values_cV.sub_(lse_c[:, None]).exp_()
         scale_c = torch.ones_like(lse_c)
     else:
-        residual_cV = kept_cV
         scale_c = torch.exp(highest_c - lse_c)
-    residual_cV.scatter_add_(1, targets_c[:, None], -scale_c.reciprocal()[:, None])
-    return head.transform.backward(residual_cV, logits_cV), scale_c
+    values_cV.scatter_add_(1, targets_c[:, None], -scale_c.reciprocal()[:, None])
+    return transform.backward(values_cV, logits_cV), scale_c
 
 
 class _Head:
@@ -181,8 +175,16 @@ class _Head:
         self.kernels: ModuleType | None = kernels_for(weight_VH) if one_pass else None
         """What goes over the logits in one pass, where it can."""
 
-    def logits(self, hidden_cH: Tensor) -> Tensor:
-        logits_cV = self._product(hidden_cH, self._weight_VH.t())
+    def empty_chunk(self, chunks: list[slice]) -> Tensor:
+        """Room for one chunk's logits. All chunks share it: fresh memory for each costs a CPU a tenth of the time."""
+        most_tokens = chunks[0].stop if chunks else 0
+        dtype = torch.promote_types(self._weight_VH.dtype, torch.float32)
+        return self._weight_VH.new_empty(most_tokens, len(self._weight_VH), dtype=dtype)
+
+    def logits(self, hidden_cH: Tensor, chunk_cV: Tensor) -> Tensor:
+        """Logits, in the first rows of the chunk."""
+        logits_cV = chunk_cV[: len(hidden_cH)]
+        self._product(hidden_cH, self._weight_VH.t(), logits_cV)
         if self._bias_V is not None:
             logits_cV += self._bias_V
         return self.transform.forward(logits_cV)
@@ -201,10 +203,10 @@ class _Head:
         else:
             total_VH.addmm_(residual_cV.t(), hidden_cH)
 
-    def _product(self, left: Tensor, right: Tensor) -> Tensor:
+    def _product(self, left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
         if self._native:
-            return torch.mm(left, right, out_dtype=torch.float32)
-        return torch.mm(_at_least_fp32(left), right)
+            return torch.mm(left, right, out_dtype=torch.float32, out=out)
+        return torch.mm(_at_least_fp32(left), right, out=out)
 
 
 def _at_least_fp32(values: Tensor) -> Tensor:

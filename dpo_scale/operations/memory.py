@@ -118,8 +118,7 @@ def head_memory(head: Head, dtype_bytes: int, device: Device) -> HeadMemory:
     rows, weight = head.completion_tokens, head.vocabulary * head.hidden
     in_a_chunk = chunk_tokens(rows, head.vocabulary, device.chunk_elements)
     chunk = in_a_chunk * head.vocabulary
-    in_the_last = 0 if head.soft_capped or not rows else rows - (rows - 1) // in_a_chunk * in_a_chunk
-    kept = 4 * in_the_last * (head.vocabulary + 1)  # with its highest logits
+    kept = 0 if head.soft_capped or not rows else 4 * (chunk + in_a_chunk)  # with its highest logits
     native = not device.is_cpu and dtype_bytes < 4
     converted = 4 * weight if dtype_bytes < 4 and not native else 0
     saved = rows * (head.hidden * dtype_bytes + 4 + 4 + 8 + 8)  # log-prob, log-sum-exp, target, predictor

@@ -202,7 +202,7 @@ class Products(TorchDispatchMode):
         self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func in (torch.ops.aten.mm.default, torch.ops.aten.addmm_.default)
+        self.count += func in (torch.ops.aten.mm.default, torch.ops.aten.mm.out, torch.ops.aten.addmm_.default)
         return func(*args, **(kwargs or {}))
 
 
@@ -216,6 +216,30 @@ def test_the_logits_of_the_last_chunk_are_computed_once(
     with Products() as actual:
         ChunkedLogProbs.apply(hidden, weight, None, targets, LogitTransform()).backward(grad)
     assert actual.count == expected_products
+
+
+class Chunks(TorchDispatchMode):
+    """Keeps whatever has a column for each word of the vocabulary and one of these numbers of rows."""
+
+    def __init__(self, *tokens: int) -> None:
+        super().__init__()
+        self.tokens = tokens
+        self.values: list[Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.shape in [(tokens, VOCABULARY) for tokens in self.tokens]:
+            self.values.append(result)
+        return result
+
+
+def test_all_chunks_of_both_passes_share_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(log_probs.CHUNK_ELEMENTS, "cpu", 16 * VOCABULARY)
+    hidden, weight, _, targets, grad = _operands(torch.float32, bias=False)
+    with Chunks(13, 11) as made:
+        ChunkedLogProbs.apply(hidden, weight, None, targets, LogitTransform()).backward(grad)
+    assert {len(chunk) for chunk in made.values} == {13, 11}
+    assert len({chunk.untyped_storage().data_ptr() for chunk in made.values}) == 1
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
