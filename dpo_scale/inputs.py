@@ -9,7 +9,7 @@ from typing import Any
 
 from dpo_scale.console import Console
 from dpo_scale.data.layouts import Layout
-from dpo_scale.data.planning import CostModel, Indices, layout_costs
+from dpo_scale.data.planning import CostModel, Indices, Schedule, layout_costs
 from dpo_scale.data.preparation import prepare_pairs
 from dpo_scale.data.report import DataReport, overlap
 from dpo_scale.data.samples import sample_pairs
@@ -39,6 +39,12 @@ class Data:
     def forward_macs(self, pairs: Indices, layout: Layout) -> float:
         """Multiply-accumulates of the forward pass over these training pairs."""
         return float(layout_costs(self.train.lengths[pairs], layout, self.cost).work.sum())
+
+
+def schedule_of(recipe: Recipe, num_pairs: int) -> Schedule:
+    """The steps of a run on that many training pairs."""
+    run = recipe.run
+    return Schedule(num_pairs, recipe.batch.global_pairs, run.seed, run.epochs, run.max_steps)
 
 
 def prepare_data(

@@ -210,7 +210,7 @@ class RunSection(Section):
     epochs: PositiveInt = 1
     """Passes over the training pairs."""
     max_steps: PositiveInt | None = None
-    """Stop after this many optimizer steps even if epochs remain."""
+    """Stop after this many optimizer steps even if epochs remain; pairs that no step reaches are not scored."""
     resume: Location = "auto"
     """auto: go on from the newest valid checkpoint; never: start anew at every start, which is not for jobs that
     queue themselves again; or the path of a checkpoint."""

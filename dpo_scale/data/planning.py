@@ -113,6 +113,12 @@ class Schedule:
         order = epoch_order(self.num_pairs, self.seed, self.epoch_of(step))
         return order[position * self.global_pairs : (position + 1) * self.global_pairs]
 
+    def pairs_reached(self) -> Indices:
+        """Indices of the pairs that any step takes, int64, ascending: all, unless the run ends in its first epoch."""
+        if self.num_steps >= self.steps_per_epoch:
+            return np.arange(self.num_pairs)
+        return np.sort(epoch_order(self.num_pairs, self.seed, 0)[: self.num_steps * self.global_pairs])
+
 
 _last_order: tuple[tuple[int, int, int], Indices] | None = None
 

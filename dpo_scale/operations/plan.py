@@ -200,9 +200,9 @@ def _scale(memory: MemoryPlan, setting: Setting, cluster: Cluster, given: Assump
 
 
 def _reference_pass(memory: MemoryPlan, cluster: Cluster, given: Assumptions) -> ReferencePass:
-    """All pairs once, forward only; weights that rest on the host travel for every micro-batch."""
+    """All pairs that the run reads, once, forward only; weights on the host travel for every micro-batch."""
     workload, zero = memory.workload, memory.reference_zero
-    pairs = np.concatenate([workload.train, workload.evaluate])
+    pairs = np.concatenate([workload.train[workload.schedule.pairs_reached()], workload.evaluate])
     costs = layout_costs(pairs, workload.layout, workload.cost)
     tokens = workload.recipe.scoring_rank_tokens
     rounds = plan_pass(costs, world_size=cluster.ranks, rank_tokens=max(tokens, workload.longest_pair)).micro_batches

@@ -15,7 +15,7 @@ from dpo_scale.data.planning import CostModel, Costs, Schedule, layout_costs
 from dpo_scale.data.token_pairs import Lengths
 from dpo_scale.distributed.lockstep import OneProcess
 from dpo_scale.errors import UserError
-from dpo_scale.inputs import prepare_data
+from dpo_scale.inputs import prepare_data, schedule_of
 from dpo_scale.model.attention import Kernel
 from dpo_scale.model.loading import DTYPES, cost_model, load_config, resolve_folder
 from dpo_scale.operations.memory import MicroBatchShape
@@ -97,8 +97,7 @@ class Workload:
 
     @property
     def schedule(self) -> Schedule:
-        run = self.recipe.run
-        return Schedule(len(self.train), self.recipe.batch.global_pairs, run.seed, run.epochs, run.max_steps)
+        return schedule_of(self.recipe, len(self.train))
 
     @property
     def longest_pair(self) -> int:

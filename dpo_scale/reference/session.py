@@ -14,7 +14,7 @@ from dpo_scale.distributed.engines import ReferenceEngine, loading_for, pin_wher
 from dpo_scale.distributed.lockstep import together
 from dpo_scale.distributed.runtime import Runtime
 from dpo_scale.errors import RecipeError
-from dpo_scale.inputs import Data
+from dpo_scale.inputs import Data, schedule_of
 from dpo_scale.model.layout_check import check_layout
 from dpo_scale.model.loading import DTYPES, cost_model, load_model, register_attention, stored_elements
 from dpo_scale.recipe import Recipe
@@ -60,6 +60,7 @@ class Reference:
         self.store = ReferenceStore.open(reference_cache_dir(recipe), self._source.fingerprint)
         self.train_rows = ReferenceRows.of_pairs(data.train)
         self.evaluate_rows = ReferenceRows.of_pairs(data.evaluate)
+        self._trained_on = schedule_of(recipe, len(data.train)).pairs_reached()
         self.rows_cached = 0
         self.rows_computed = 0
         self._fresh = FreshRows(self.store, self._ranks)
@@ -79,10 +80,14 @@ class Reference:
         return self._source.folder == self._data.model_folder
 
     def score_all(self, *needed: ReferenceRows) -> None:
-        """Score everything that is missing, commit it, and release the engine. Collective."""
+        """Score all that the run reads and that is missing, commit it, and release the engine. Collective."""
         for rows in needed:
-            self.ensure(rows, np.arange(len(rows.pairs)))
+            self.ensure(rows, self._read(rows))
         self.release()
+
+    def _read(self, rows: ReferenceRows) -> Indices:
+        """The pairs whose rows the run reads: where it ends before its first epoch does, not all of them."""
+        return self._trained_on if rows.pairs is self._data.train else np.arange(len(rows.pairs))
 
     def ensure(self, rows: ReferenceRows, indices: Indices) -> None:
         """Make the rows of some pairs readable on every rank; all ranks pass the same pairs. Collective."""
@@ -108,14 +113,15 @@ class Reference:
         self._announced.append(rows.pairs)
         keys = rows.of(np.arange(len(rows.pairs)))
         presence = self._presence(keys)
-        is_first = first_positions(keys) == np.arange(len(keys))
-        needed, to_score = int(is_first.sum()), int((is_first & presence.missing).sum())
+        read = _row_numbers(self._read(rows))
+        is_first = first_positions(keys[read]) == np.arange(len(read))
+        needed, to_score = int(is_first.sum()), int((is_first & presence.missing[read]).sum())
         name = "training" if rows.pairs is self._data.train else "held-out"
         self._console.say(f"Reference, {name}: {needed:,} rows, {needed - to_score:,} cached, {to_score:,} to score")
         if to_score == needed and self._ranks.is_main:
             for reason in near_misses(self.store.folder.parent, self._source.fingerprint)[:NEAR_MISSES_SHOWN]:
                 self._console.say(f"  a similar store does not serve: {reason}")
-        mine = (2 * indices[:, None] + [0, 1]).ravel()
+        mine = _row_numbers(indices)
         return Presence(presence.missing[mine], presence.lacking[mine])
 
     def _score(self, rows: ReferenceRows, indices: Indices, missing: npt.NDArray[np.bool_]) -> None:
@@ -194,3 +200,8 @@ class Reference:
     def token_logps(self, rows: ReferenceRows, indices: Indices) -> npt.NDArray[np.float32]:
         """Log-probs of every completion token of pairs, float32 [tokens], in the order of a micro-batch."""
         return np.concatenate(self.store.lookup(rows.of(indices)))
+
+
+def _row_numbers(pairs: Indices) -> Indices:
+    """Numbers of the rows of pairs, int64 [2 * pairs], chosen and rejected in turn."""
+    return np.stack([2 * pairs, 2 * pairs + 1], axis=1).ravel()

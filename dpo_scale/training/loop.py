@@ -22,7 +22,7 @@ from dpo_scale.distributed.engines import PolicyEngine
 from dpo_scale.distributed.lockstep import by_main
 from dpo_scale.distributed.runtime import Runtime
 from dpo_scale.files import write_json
-from dpo_scale.inputs import Data, prepare_data
+from dpo_scale.inputs import Data, prepare_data, schedule_of
 from dpo_scale.model.loading import DTYPES
 from dpo_scale.recipe import Recipe
 from dpo_scale.reference.fingerprint import settings_digest
@@ -141,13 +141,6 @@ def _start(
     """The run with its policy loaded, resumed and checked, and its plan."""
     watch.rest()
     policy, layout, state = load_policy(recipe, runtime, console, data, trajectory)
-    schedule = Schedule(
-        num_pairs=len(data.train),
-        global_pairs=recipe.batch.global_pairs,
-        seed=recipe.run.seed,
-        epochs=recipe.run.epochs,
-        max_steps=recipe.run.max_steps,
-    )
     costs = layout_costs(data.train.lengths, layout, data.cost.in_time())
     check_budget(costs, recipe.batch.rank_tokens, data.train.rows, "batch.rank_tokens")
     return Run(
@@ -158,7 +151,7 @@ def _start(
         reference=reference,
         policy=policy,
         layout=layout,
-        schedule=schedule,
+        schedule=schedule_of(recipe, len(data.train)),
         costs=costs,
         trajectory=trajectory,
         state=state,

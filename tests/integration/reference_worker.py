@@ -22,6 +22,7 @@ import torch
 
 from dpo_scale.console import Console
 from dpo_scale.data.layouts import PromptCompletions, collate
+from dpo_scale.data.planning import Schedule
 from dpo_scale.data.token_pairs import TokenPairs
 from dpo_scale.distributed.engines import PolicyEngine, ReferenceEngine, loading_for, pin_where_it_fits
 from dpo_scale.distributed.runtime import Runtime, start, stop
@@ -81,6 +82,18 @@ def settings_and_data(recipe: Recipe, runtime: Runtime, data: Data, folder: Path
     found["other_settings"] = Session(other, runtime, replace(data, train=reversed_pairs)).score_all()
     more = TokenPairs.from_pairs(reversed(list(data.train)))
     found["rows_added"] = Session(other, runtime, replace(data, train=more)).score_all()
+    return found
+
+
+def ends_early(recipe: Recipe, runtime: Runtime, data: Data, folder: Path) -> dict[str, Any]:
+    """What a run that ends in its first epoch scores, and one without that end after it."""
+    short = changed(with_cache(recipe, folder / "short"), run={"max_steps": 2}, batch={"global_pairs": 4})
+    session = Session(short, runtime, data)
+    found: dict[str, Any] = {"short": session.score_all()}
+    schedule = Schedule(len(data.train), 4, short.run.seed, epochs=1)
+    taken = session.rows.of(np.concatenate([schedule.pairs_of(0), schedule.pairs_of(1)]))
+    found["all_of_its_steps"] = bool(session.reference.store.contains(taken).all())
+    found["whole"] = Session(changed(short, run={"max_steps": None}), runtime, data).score_all()
     return found
 
 
@@ -278,6 +291,7 @@ def heaps(recipe: Recipe, runtime: Runtime, data: Data, folder: Path) -> int:
 SCENARIOS: dict[str, Sequence[Any]] = {
     "two_ranks": (
         settings_and_data,
+        ends_early,
         overwritten,
         engine,
         architectures,

@@ -142,6 +142,16 @@ def test_only_rows_that_were_never_scored_are_scored(two_ranks: list[dict[str, A
         assert "Reference, training: 90 rows, 76 cached, 14 to score" in found["rows_added"]["said"]
 
 
+def test_a_run_that_ends_early_scores_what_its_steps_take(two_ranks: list[dict[str, Any]]) -> None:
+    for rank in two_ranks:
+        found = rank["ends_early"]
+        assert found["short"]["computed"] == 2 * 8
+        assert found["all_of_its_steps"]
+        assert found["whole"]["computed"] == 2 * (NUM_PAIRS - 8)
+    assert "Reference, training: 16 rows, 0 cached, 16 to score" in two_ranks[0]["ends_early"]["short"]["said"]
+    assert "Reference, training: 90 rows, 16 cached, 74 to score" in two_ranks[0]["ends_early"]["whole"]["said"]
+
+
 def test_another_number_of_ranks_finds_all_rows(one_rank: dict[str, Any]) -> None:
     assert "Reference, training: 92 rows, 90 cached, 2 to score" in one_rank["other_world"]["said"]
     assert one_rank["other_world"]["computed"] == 2
@@ -312,7 +322,7 @@ def test_a_full_store_needs_no_weight_of_the_reference(launcher: Launcher, stand
         run = launcher("second", overrides)
         assert run.returncode == 0, run.output
         assert count() == 0
-    assert "Reference, training: 90 rows, 90 cached, 0 to score" in run.output
+    assert "Reference, training: 20 rows, 20 cached, 0 to score" in run.output
 
 
 def poison(cache_dir: Path, poisoned: Path) -> None:

@@ -156,6 +156,13 @@ def test_a_recipe_that_fits_after_a_change_only_does_not_fit(llama_8b: Path, gpu
     assert main(["plan", *recipe, *means, "--gpu-memory", gpu_gib]) == code
 
 
+def test_a_run_that_ends_in_its_first_epoch_scores_less(one_node: Plan, llama_8b: Path) -> None:
+    short = plan_of(llama_8b, NODE, *LOAD, "run.max_steps=3")
+    taken = np.concatenate([short.workload.schedule.pairs_of(step) for step in range(3)])
+    assert len(taken) < len(short.workload.train)
+    assert short.reference.tokens == short.workload.costs.tokens[taken].sum() < one_node.reference.tokens
+
+
 def test_a_smaller_last_step_makes_no_more_epochs(one_node: Plan) -> None:
     train = one_node.workload.train[: 2 * one_node.workload.schedule.global_pairs + 1]
     plan = replace(one_node, workload=replace(one_node.workload, train=train))

@@ -139,6 +139,16 @@ def test_max_steps_ends_a_schedule_early_and_never_prolongs_it() -> None:
     assert Schedule(10, 4, seed=0, epochs=2, max_steps=7).num_steps == 6
 
 
+@quick
+@given(st.integers(1, 60), st.integers(1, 20), st.integers(1, 3), st.integers(1, 12))
+def test_the_pairs_that_a_schedule_reaches_are_those_of_its_steps(
+    num_pairs: int, global_pairs: int, epochs: int, max_steps: int
+) -> None:
+    schedule = Schedule(num_pairs, global_pairs, seed=4, epochs=epochs, max_steps=max_steps)
+    taken = {int(index) for step in range(schedule.num_steps) for index in schedule.pairs_of(step)}
+    assert schedule.pairs_reached().tolist() == sorted(taken)
+
+
 def _splitmix64_of_one(state: int) -> int:
     """Java's SplittableRandom.mix64 of the state after one increment, in Python's integers."""
     mask = 2**64 - 1
