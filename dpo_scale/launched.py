@@ -48,7 +48,8 @@ def run_stage(name: str) -> NoReturn:
         if code:
             words.tell_launcher("stopped as it was asked to, which is no fault; the same command goes on")
     except UserError as error:
-        words(f"error: {error}", cause=True, reason=_first_line(error), users_mistake=not error.may_pass)
+        text = str(error).strip()
+        words(f"error: {text}", cause=True, reason=_first_line(error), users_mistake=not error.may_pass)
         code = USER_ERROR
     except KeyboardInterrupt:  # before training or scoring listens for signals, or in an evaluation
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher passes its own copy on

@@ -12,7 +12,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -202,7 +202,8 @@ class PairWriter:
     def close(self) -> None:
         """Close the files."""
         for stream in self._streams.values():
-            stream.close()
+            with suppress(OSError):  # of a full disk, which the write that failed has told; the file is closed even so
+                stream.close()
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

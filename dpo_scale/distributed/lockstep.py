@@ -54,10 +54,19 @@ def together(ranks: Ranks, action: Callable[[], T], error: type[UserError]) -> l
     except (OSError, RuntimeError, ValueError) as caught:
         failure = str(caught) or type(caught).__name__
     outcomes = ranks.gather_objects((result, failure))
-    failures = [f"  rank {rank}: {why}" for rank, (_, why) in enumerate(outcomes) if why is not None]
-    if failures:
-        raise error("\n".join(failures))
+    ranks_by_failure: dict[str, list[int]] = {}
+    for rank, (_, why) in enumerate(outcomes):
+        if why is not None:
+            ranks_by_failure.setdefault(why, []).append(rank)
+    if ranks_by_failure:
+        raise error("\n".join(f"  {_named(failed, len(outcomes))}: {why}" for why, failed in ranks_by_failure.items()))
     return [result for result, _ in outcomes]  # type: ignore[misc]
+
+
+def _named(failed: list[int], world_size: int) -> str:
+    if len(failed) == 1:
+        return f"rank {failed[0]}"
+    return "all ranks" if len(failed) == world_size else f"ranks {', '.join(map(str, failed))}"
 
 
 def on_main(ranks: Ranks, action: Callable[[], T], error: type[UserError]) -> T:

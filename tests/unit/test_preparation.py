@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import gzip
 import json
 import os
@@ -500,10 +499,12 @@ def test_what_a_killed_writer_left_is_removed_after_a_day_and_nothing_else(tmp_p
 
 
 def test_a_full_disk_is_named(tmp_path, prepare, monkeypatch):
-    def fail(*args):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    class OnAFullDisk(token_store.PairWriter):
+        def __init__(self, folder):
+            super().__init__(folder)
+            self._streams = {column: open("/dev/full", "wb") for column in self._streams}  # noqa: SIM115
 
-    monkeypatch.setattr(token_store.PairWriter, "add", fail)
+    monkeypatch.setattr(token_store, "PairWriter", OnAFullDisk)
     with pytest.raises(UserError, match=r"data\.cache_dir: .*store: No space left on device; make room"):
         prepare(write(tmp_path / "rows.jsonl", row()))
     assert not list((tmp_path / "store").glob(".*"))
