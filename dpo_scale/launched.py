@@ -75,7 +75,8 @@ def _end_of_rank(error: BaseException, rank: str, watch: Watch, words: LastWords
         words(died(gone), cause=True)
         return CRASH
     if isinstance(error, OSError) and error.filename is not None:
-        words(f"error: rank {rank}: {error.filename}: {error.strerror}", cause=True)
+        reason = f"rank {rank}: {error.filename}: {error.strerror}"
+        words(f"error: {reason}", cause=True, reason=reason)
         return USER_ERROR
     words(f"rank {rank} failed:\n{report}", cause=True, reason=f"{type(error).__name__}: {_first_line(error)}")
     return CRASH

@@ -21,6 +21,7 @@ from dpo_scale.reference.fingerprint import ReferenceFingerprint
 from dpo_scale.training.checkpoints import CheckpointError, find_checkpoint, open_checkpoint
 from dpo_scale.training.export import ExportError, export_checkpoint
 from dpo_scale.training.metrics import MetricsFile
+from dpo_scale.training.status import read_status
 
 MATRIX = {"matrix": (256, 256)}  # 786 kB a checkpoint, in two halves
 
@@ -166,10 +167,15 @@ def test_the_last_words_are_heard_though_the_log_is_full(run_rank: Callable[[str
     assert said.endswith("RuntimeError: this forward fails\n\n")
 
 
-def test_a_full_disk_is_told_without_a_traceback(run_rank: Callable[[str], tuple[int, str, str]]) -> None:
+def test_a_full_disk_is_told_without_a_traceback(
+    run_rank: Callable[[str], tuple[int, str, str]], tmp_path: Path
+) -> None:
     code, said, repeated = run_rank("raise OSError(28, 'No space left on device', 'run/metrics.jsonl')")
     assert code == 2
     assert said == repeated + "\n" == "error: rank 0: run/metrics.jsonl: No space left on device\n"
+    found = read_status(tmp_path / "run", "train")
+    assert found is not None
+    assert found.reason == "rank 0: run/metrics.jsonl: No space left on device"
 
 
 def test_a_stop_is_told_to_the_launcher_as_what_it_is(run_rank: Callable[[str], tuple[int, str, str]]) -> None:
