@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from dpo_scale.data.planning import CostModel
 from dpo_scale.errors import UserError
@@ -63,8 +63,10 @@ def resolve_folder(path: str, revision: str | None, setting: str = "model.path",
 
 
 def load_config(folder: Path, *, trust_remote_code: bool, setting: str = "model.path") -> Any:
-    """The model's configuration. Raises UserError if the folder holds none that can be read."""
+    """The configuration of a causal language model. Raises UserError if the folder holds none that can be trained."""
     file = folder / "config.json"
+    if not file.exists() and (folder / "adapter_config.json").exists():
+        raise UserError(f"{setting}: {folder} holds an adapter alone; merge it into its model and save that")
     if not file.exists():
         raise UserError(f"{setting}: {folder} holds no config.json; it is no Hugging Face model folder")
     try:
@@ -74,10 +76,21 @@ def load_config(folder: Path, *, trust_remote_code: bool, setting: str = "model.
     if not isinstance(content, dict):
         raise UserError(f"{setting}: {file} holds no JSON object; copy the file again")
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # an unknown kind of model, one with code of its own, or what checks of its values raise
         kind = "" if isinstance(error, ValueError | StrictDataclassError) else f"{type(error).__name__}: "
         raise UserError(f"{setting}: {file}: {kind}{' '.join(str(error).split())}") from error
+    if not _has_causal_model(config):
+        raise UserError(f"{setting}: {folder} is a {config.model_type} model, which is no causal language model")
+    if quantization := getattr(config, "quantization_config", None):
+        method = quantization.get("quant_method", "") if isinstance(quantization, dict) else quantization.quant_method
+        raise UserError(f"{setting}: the weights of {folder} are quantized ({method}); training needs unquantized ones")
+    return config
+
+
+def _has_causal_model(config: Any) -> bool:
+    own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    return own_code or any(type(one) in MODEL_FOR_CAUSAL_LM_MAPPING for one in (config, config.get_text_config()))
 
 
 def check_vocabulary(largest_token_id: int, config: Any, setting: str) -> None:
@@ -91,12 +104,18 @@ def check_vocabulary(largest_token_id: int, config: Any, setting: str) -> None:
 
 
 def stored_elements(folder: Path) -> int | None:
-    """Elements of all tensors in a folder's safetensors files, from their headers; None where there are none."""
+    """Elements of all tensors in a folder's safetensors files, from their headers; None where there are none.
+
+    Raises UserError for a file that is not whole.
+    """
     elements = 0
     for path in folder.glob("model*.safetensors"):
-        with safe_open(path, framework="numpy") as file:
-            names = list(file.keys())
-            elements += sum(math.prod(file.get_slice(name).get_shape()) for name in names)
+        try:
+            with safe_open(path, framework="numpy") as file:
+                names = list(file.keys())
+                elements += sum(math.prod(file.get_slice(name).get_shape()) for name in names)
+        except SafetensorError as error:
+            raise UserError(f"{path}: cut short, or no safetensors file ({error}); copy the file again") from error
     return elements or None
 
 

@@ -17,7 +17,7 @@ from dpo_scale.distributed.runtime import missing_trackers
 from dpo_scale.distributed.zero_config import read_policy_config
 from dpo_scale.errors import UserError
 from dpo_scale.inputs import Data, prepare_data
-from dpo_scale.model.loading import load_config, resolve_folder
+from dpo_scale.model.loading import load_config, resolve_folder, stored_elements
 from dpo_scale.operations.findings import LaunchFile
 from dpo_scale.operations.fit import GIB
 from dpo_scale.operations.machine import launch_file, why_not_writable
@@ -115,6 +115,7 @@ def _check_weights(path: str, revision: str | None, setting: str, recipe: Recipe
     load_config(folder, trust_remote_code=recipe.model.trust_remote_code, setting=setting)
     if Path(path).is_dir():  # those of a hub model are fetched when the run starts
         weight_files(folder)
+        stored_elements(folder)
 
 
 def _check_writable(setting: str, folder: Path) -> None:

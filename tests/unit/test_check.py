@@ -138,6 +138,13 @@ def test_check_refuses_what_train_would_refuse_at_its_start(own: Path, capsys: p
     assert "run.resume: nowhere: no commit record: no such checkpoint" in error
 
 
+def test_weights_that_were_cut_short_are_named(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = own / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert main(["check", "own.yaml"]) == 2
+    assert "model/model.safetensors: cut short, or no safetensors file" in capsys.readouterr().err
+
+
 def test_a_store_that_may_only_be_read_is_no_mistake(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (own / "store").mkdir()
     monkeypatch.setattr(machine.os, "access", lambda path, _: Path(path) != own / "store")

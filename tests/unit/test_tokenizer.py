@@ -257,3 +257,37 @@ def test_a_configuration_with_impossible_values_is_named(values: dict[str, Any],
         load_config(tmp_path, trust_remote_code=False)
     assert str(raised.value).startswith(f"model.path: {tmp_path / 'config.json'}: ")
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("config.json", {"model_type": "t5"}, "is a t5 model, which is no causal language model"),
+        (
+            "config.json",
+            {"model_type": "llama", "quantization_config": {"quant_method": "gptq", "bits": 4}},
+            r"are quantized \(gptq\)",
+        ),
+        ("adapter_config.json", {"peft_type": "LORA"}, "holds an adapter alone; merge it"),
+    ],
+    ids=["encoder and decoder", "quantized", "adapter"],
+)
+def test_a_model_that_cannot_be_trained_is_refused(
+    file: str, content: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    (tmp_path / file).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=said):
+        load_config(tmp_path, trust_remote_code=False)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"model_type": "llava", "text_config": {"model_type": "llama"}},
+        {"model_type": "t5", "auto_map": {"AutoModelForCausalLM": "modeling.Own"}},
+    ],
+    ids=["text part", "code of its own"],
+)
+def test_a_model_with_a_causal_part_is_taken(content: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    load_config(tmp_path, trust_remote_code=False)
