@@ -135,16 +135,21 @@ def by_vocabulary(bench: Bench) -> list[dict[str, Any]]:
 
 
 def balance(bench: Bench) -> list[dict[str, Any]]:
-    """Two ranks, steps of 32 pairs: all near the median length, and with one pair of ten times that in every step.
+    """Two ranks, steps of 32 pairs near the median length; one pair of ten times that in a single step, and in each.
 
     What is lost by CPU time is work, the long pair's attention; what more is lost by the clock is imbalance.
     """
     random = np.random.default_rng(0)
     steps = WARM_UP + bench.options.steps
     even = np.array(MEDIAN_LENGTHS) * random.uniform(0.7, 1.3, (steps * BALANCE_PAIRS, 1))
-    uneven = even.copy()
-    uneven[::BALANCE_PAIRS] = 10 * np.array(MEDIAN_LENGTHS)
-    cases = {"even lengths": even.astype(int), "one pair of ten times the median": uneven.astype(int)}
+    once, often = even.copy(), even.copy()
+    once[(WARM_UP + bench.options.steps // 2) * BALANCE_PAIRS] = 10 * np.array(MEDIAN_LENGTHS)
+    often[::BALANCE_PAIRS] = 10 * np.array(MEDIAN_LENGTHS)
+    cases = {
+        "even lengths": even.astype(int),
+        "one pair of ten times the median": once.astype(int),
+        "one such pair in each step": often.astype(int),
+    }
     machine = Machine(2, bench.options.device, bench.options.threads)
     entries = bench.measure(cases, step_pairs=BALANCE_PAIRS, machine=machine)
     for entry in entries:
@@ -168,7 +173,7 @@ CASES: dict[str, tuple[str, Callable[[Bench], list[dict[str, Any]]]]] = {
     "length": ("cost against sequence length, half of it prompt", by_length),
     "share": (f"cost against the prompt's share of {SHARE_LENGTH} tokens", by_prompt_share),
     "vocabulary": ("cost against vocabulary, 256 tokens a sequence", by_vocabulary),
-    "balance": (f"two ranks, {BALANCE_PAIRS} pairs a step: what one long pair in each step costs", balance),
+    "balance": (f"two ranks, {BALANCE_PAIRS} pairs a step: what long pairs cost", balance),
     "pairs": ("cost of the number of pairs, seconds and MiB", by_number_of_pairs),
 }
 
