@@ -80,17 +80,13 @@ def load_config(folder: Path, *, trust_remote_code: bool, setting: str = "model.
     except Exception as error:  # an unknown kind of model, one with code of its own, or what checks of its values raise
         kind = "" if isinstance(error, ValueError | StrictDataclassError) else f"{type(error).__name__}: "
         raise UserError(f"{setting}: {file}: {kind}{' '.join(str(error).split())}") from error
-    if not _has_causal_model(config):
-        raise UserError(f"{setting}: {folder} is a {config.model_type} model, which is no causal language model")
+    own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if not own_code and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(f"{setting}: {folder} is a {config.model_type} model; no causal language model is of that kind")
     if quantization := getattr(config, "quantization_config", None):
         method = quantization.get("quant_method", "") if isinstance(quantization, dict) else quantization.quant_method
         raise UserError(f"{setting}: the weights of {folder} are quantized ({method}); training needs unquantized ones")
     return config
-
-
-def _has_causal_model(config: Any) -> bool:
-    own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    return own_code or any(type(one) in MODEL_FOR_CAUSAL_LM_MAPPING for one in (config, config.get_text_config()))
 
 
 def check_vocabulary(largest_token_id: int, config: Any, setting: str) -> None:

@@ -262,7 +262,8 @@ def test_a_configuration_with_impossible_values_is_named(values: dict[str, Any],
 @pytest.mark.parametrize(
     ("file", "content", "said"),
     [
-        ("config.json", {"model_type": "t5"}, "is a t5 model, which is no causal language model"),
+        ("config.json", {"model_type": "t5"}, "is a t5 model; no causal language model is of that kind"),
+        ("config.json", {"model_type": "llava"}, "is a llava model; no causal language model is of that kind"),
         (
             "config.json",
             {"model_type": "llama", "quantization_config": {"quant_method": "gptq", "bits": 4}},
@@ -270,7 +271,7 @@ def test_a_configuration_with_impossible_values_is_named(values: dict[str, Any],
         ),
         ("adapter_config.json", {"peft_type": "LORA"}, "holds an adapter alone; merge it"),
     ],
-    ids=["encoder and decoder", "quantized", "adapter"],
+    ids=["encoder and decoder", "images", "quantized", "adapter"],
 )
 def test_a_model_that_cannot_be_trained_is_refused(
     file: str, content: dict[str, Any], said: str, tmp_path: Path
@@ -283,7 +284,7 @@ def test_a_model_that_cannot_be_trained_is_refused(
 @pytest.mark.parametrize(
     "content",
     [
-        {"model_type": "llava", "text_config": {"model_type": "llama"}},
+        {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}},
         {"model_type": "t5", "auto_map": {"AutoModelForCausalLM": "modeling.Own"}},
     ],
     ids=["text part", "code of its own"],
