@@ -99,7 +99,8 @@ def _json(text: bytes) -> Any:
     except UnicodeDecodeError as error:
         return Unreadable(f"not UTF-8 (byte {error.start + 1} of the line)")
     except json.JSONDecodeError as error:
-        return Unreadable(f"not valid JSON ({error.msg}, column {error.colno})")
+        column = 1 + min(error.pos, len(error.doc.rstrip()))  # what ends too early ends here, not after its newline
+        return Unreadable(f"not valid JSON ({error.msg}, column {column})")
     except RecursionError:
         return Unreadable("JSON nested too deeply")
     except ValueError as error:  # an integer of thousands of digits

@@ -308,7 +308,7 @@ def test_a_fault_of_many_rows_is_said_once_with_its_first_place(tmp_path, prepar
         prepare(path)
     assert str(caught.value).splitlines()[:-1] == [
         "6 rows cannot be used",
-        f"  {path}:1 and 2 more rows: not valid JSON (Expecting property name enclosed in double quotes, column 1)",
+        f"  {path}:1 and 2 more rows: not valid JSON (Expecting property name enclosed in double quotes, column 2)",
         f"  {path}:5: a row is an object with named fields, this is a list",
         f"  {path}:6 and 1 more row: a row is an object with named fields, this is a number",
     ]
