@@ -162,20 +162,21 @@ def _add_cache_commands(cache: argparse.ArgumentParser) -> None:
     every = actions.add_parser("list", parents=[folder], help="every store: rows, size, precision")
     every.set_defaults(run=_cache_list)
 
+    named = "its path, the start of its name, or the reference's name"
     inspect = actions.add_parser("inspect", parents=[folder], help="one store in full")
-    inspect.add_argument("store")
+    inspect.add_argument("store", help=named)
     inspect.set_defaults(run=_cache_inspect)
 
     note = "check every part's checksum, and with --recipe some rows' values"
     verify = actions.add_parser("verify", parents=[folder], help=note)
-    verify.add_argument("store")
+    verify.add_argument("store", help=named)
     verify.add_argument("--recipe", type=Path, help="score rows of its data anew, on one process, and compare")
     _add_overrides(verify, "as given with the recipe")
     verify.add_argument("--rows", type=_count, default=100, help="rows to score anew (default: 100)")
     verify.set_defaults(run=_cache_verify)
 
     prune = actions.add_parser("prune", parents=[folder], help="delete stores, or what is useless in them")
-    prune.add_argument("stores", nargs="*", default=[], metavar="STORE")
+    prune.add_argument("stores", nargs="*", default=[], metavar="STORE", help=named)
     prune.add_argument("--older-than", type=_days, metavar="DAYS")
     prune.add_argument("--waste", metavar="STORE", help="only repeated, damaged and unfinished parts of a store")
     prune.set_defaults(run=_cache_prune)

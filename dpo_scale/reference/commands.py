@@ -79,7 +79,9 @@ def list_stores(cache_dir: Path) -> list[StoreSummary]:
 
 
 def find_store(cache_dir: Path, name: str) -> Path:
-    """The folder of the store that a prefix of its folder name, or its reference's name, means."""
+    """The folder of the store that its path, a prefix of its folder's name, or its reference's name means."""
+    if Path(name) in store_folders(Path(name).parent):
+        return Path(name)
     stores = list_stores(cache_dir)
     named = [
         store.folder
@@ -194,8 +196,8 @@ def prune_stores(cache_dir: Path, names: Sequence[str] = (), older_than_days: fl
         hidden = folder.with_name(f".pruned-{uuid.uuid4().hex[:12]}")
         folder.rename(hidden)
         shutil.rmtree(hidden)
-    if doomed:
-        fsync_folder(cache_dir)
+    for parent in {folder.parent for folder in doomed}:
+        fsync_folder(parent)
     return Pruned(tuple(sorted(doomed)), freed)
 
 

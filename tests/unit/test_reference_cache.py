@@ -595,6 +595,10 @@ def test_a_store_is_named_by_the_start_of_its_folder_or_by_its_reference(tmp_pat
     _append(store, [1])
     for name in (store.folder.name, store.folder.name[:6], "org/model"):
         assert commands.find_store(tmp_path, name) == store.folder
+    elsewhere = tmp_path / "elsewhere"
+    assert commands.find_store(elsewhere, str(store.folder)) == store.folder
+    with pytest.raises(UserError, match="is no store"):
+        commands.find_store(elsewhere, str(tmp_path))
     with pytest.raises(UserError, match=f"is no store .* one of: {store.folder.name[:12]}"):
         commands.find_store(tmp_path, "zzz")
     _append(ReferenceStore.open(tmp_path, replace(FINGERPRINT, dtype="float32")), [1])
@@ -647,20 +651,23 @@ def test_rows_scored_anew_are_compared_with_the_stored_ones(tmp_path: Path) -> N
 
 
 def test_prune_deletes_only_what_it_was_asked_to(tmp_path: Path) -> None:
-    old, named, kept = (ReferenceStore.open(tmp_path, replace(FINGERPRINT, dtype=dtype)) for dtype in "abc")
-    for store in (old, named, kept):
+    stores = [ReferenceStore.open(tmp_path, replace(FINGERPRINT, dtype=dtype)) for dtype in "abcd"]
+    for store in stores:
         _append(store, range(4))
+    old, named, known_by_path, kept = stores
     for path in part_paths(old.folder):
         os.utime(path, (time.time() - 10 * 86400,) * 2)
     with pytest.raises(UserError, match="nothing to prune"):
         commands.prune_stores(tmp_path)
     with pytest.raises(UserError, match="is no store"):
         commands.prune_stores(tmp_path, [named.folder.name, "zzz"])
-    assert len(commands.list_stores(tmp_path)) == 3
+    assert len(commands.list_stores(tmp_path)) == 4
     expected_bytes = sum(p.stat().st_size for p in named.folder.rglob("*") if p.is_file())
     pruned = commands.prune_stores(tmp_path, [named.folder.name])
     assert (pruned.paths, pruned.bytes) == ((named.folder,), expected_bytes)
     assert commands.prune_stores(tmp_path, older_than_days=9).paths == (old.folder,)
+    path = known_by_path.folder
+    assert commands.prune_stores(tmp_path / "elsewhere", [str(path)]).paths == (path,)
     assert [p.name for p in tmp_path.iterdir()] == [kept.folder.name]
     _assert_holds(ReferenceStore.open(tmp_path, kept.fingerprint), range(4))
 
