@@ -69,8 +69,9 @@ def run_stage(name: str) -> NoReturn:
 def _end_of_rank(error: BaseException, rank: str, watch: Watch, words: LastWords) -> int:
     """Say why a rank fails, unless another died first: then this failure only follows from that one."""
     report = traceback.format_exc()
-    with suppress(OSError):  # a full disk
-        print(report, file=sys.stderr)
+    if words.has_log:  # at once: while this looks for another's end, the launcher may end this rank
+        with suppress(OSError):  # a full disk
+            print(report, file=sys.stderr)
     if gone := watch.gone(within=SECONDS_TO_SEE_ANOTHER_DIE):
         words(died(gone), cause=True)
         return CRASH

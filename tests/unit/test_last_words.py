@@ -119,3 +119,22 @@ def test_an_interrupt_before_a_stage_listens_for_signals_is_told_in_one_line(tmp
     found = read_status(tmp_path / "run", "train")
     assert found is not None
     assert not found.users_mistake
+
+
+CRASHED_EARLY = """
+from dpo_scale import launched
+
+def read(name):
+    raise RuntimeError("a fault of ours")
+
+launched._recipe_of_arguments = read
+launched.run_stage("train")
+"""
+
+
+def test_a_crash_before_there_is_a_log_prints_its_traceback_once() -> None:
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "TORCHELASTIC_ERROR_FILE")}
+    command = [sys.executable, "-c", CRASHED_EARLY]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert done.stderr.count("RuntimeError: a fault of ours") == 1
