@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -187,8 +187,7 @@ class RMSNorm(torch.autograd.Function):
 
 
 def _project(module: Any, hidden: Tensor) -> Tensor:
-    output: Tensor = Projection.apply(hidden, module.weight, module.bias)  # type: ignore[no-untyped-call]
-    return output
+    return cast("Tensor", Projection.apply(hidden, module.weight, module.bias))  # type: ignore[no-untyped-call]
 
 
 class Projection(torch.autograd.Function):
@@ -212,8 +211,11 @@ class Projection(torch.autograd.Function):
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    output: Tensor = x.matmul(weight.t()) if bias is None else torch.addmm(bias, _rows(x), weight.t())
-    return output.view(*x.shape[:-1], -1)
+    if bias is None:
+        return x.matmul(weight.t())
+    output = x.new_empty(*x.shape[:-1], len(weight))  # no view: a model may change it in place
+    torch.addmm(bias, _rows(x), weight.t(), out=output.view(-1, len(weight)))
+    return output
 
 
 def _weight_and_bias_grads(grad: Tensor, x: Tensor, has_bias: bool) -> tuple[Tensor, Tensor | None]:
@@ -240,9 +242,8 @@ def takes_weights_of_children(module: nn.Module) -> bool:
 def _feed_forward_like(module: nn.Module) -> Forward | None:
     """The gated feed-forward that the module computes, or None if it is not ours."""
     children = dict(module.named_children())
-    if set(children) - {"act_fn"} != set(PROJECTIONS) or not takes_hidden_states_alone(module):
-        return None
-    if any(type(children[name]) is not nn.Linear for name in PROJECTIONS):
+    is_gated = set(children) - {"act_fn"} == set(PROJECTIONS) and takes_hidden_states_alone(module)
+    if not is_gated or any(type(children[name]) is not nn.Linear for name in PROJECTIONS):
         return None
     random = torch.Generator().manual_seed(0)
     twin = _twin(module)
@@ -260,8 +261,7 @@ def _feed_forward_like(module: nn.Module) -> Forward | None:
 def _feed_forward(module: Any, hidden: Tensor) -> Tensor:
     projections = [getattr(module, name) for name in PROJECTIONS]
     operands = [operand for each in projections for operand in (each.weight, each.bias)]
-    output: Tensor = FeedForward.apply(hidden, *operands)  # type: ignore[no-untyped-call]
-    return output
+    return cast("Tensor", FeedForward.apply(hidden, *operands))  # type: ignore[no-untyped-call]
 
 
 class FeedForward(torch.autograd.Function):

@@ -241,6 +241,29 @@ def test_gradients_of_projections_and_feed_forwards_are_exact(biased: str) -> No
     assert torch.autograd.gradcheck(FeedForward.apply, (randn(2, 3, 4), *gate, *up, *down))
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("lead", [(), (3,), (2, 3)])
+def test_what_a_projection_gives_may_be_changed_in_place(lead: tuple[int, ...], bias: bool) -> None:
+    """As Llama 4 does with the output of its shared expert."""
+    projection = nn.Linear(4, 5, bias=bias)
+    hidden = torch.randn(*lead, 4)
+    expected = torch.autograd.grad(projection(hidden).mul_(2).sum(), projection.weight)
+    fuse(projection)
+    actual = torch.autograd.grad(projection(hidden).mul_(2).sum(), projection.weight)
+    assert torch.allclose(actual[0], expected[0])
+
+
+@pytest.mark.parametrize("module", [nn.Linear(16, 16), nn.Linear(16, 16, bias=False), _feed_forward()])
+def test_an_expert_without_tokens_computes_nothing(module: nn.Module) -> None:
+    assert "" in fuse(module)
+    output = module(torch.zeros(0, 16))
+    assert output.shape == (0, 16)
+    output.sum().backward()
+    for parameter in module.parameters():
+        assert parameter.grad is not None
+        assert not parameter.grad.any()
+
+
 class Shifted(LlamaRMSNorm):  # type: ignore[misc]
     def forward(self, hidden_states: Tensor) -> Tensor:
         output: Tensor = super().forward(hidden_states) + 1e-4
