@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
@@ -152,13 +153,16 @@ def register_attention(settings: ModelSection, device: torch.device) -> None:
 
 
 def switch_dropout_off(model: nn.Module) -> None:
-    """Set every dropout probability to zero, those kept as numbers by attention modules included."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name in ("attention_dropout", "dropout", "dropout_p", "hidden_dropout"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
+    """Set every probability of dropout, and the jitter of routers, to zero.
+
+    Models keep them in modules made for it, as numbers in others under many names, and in their configuration.
+    """
+    for holder in (model.config, *model.modules()):
+        if isinstance(holder, nn.Dropout):
+            holder.p = 0.0
+        for name, value in list(vars(holder).items()):
+            if isinstance(value, float) and ("drop" in name or "jitter" in name):
+                setattr(holder, name, 0.0)
 
 
 def checkpoint_activations(model: CompletionLogProbs, *, dropout: bool) -> None:
@@ -169,27 +173,33 @@ def checkpoint_activations(model: CompletionLogProbs, *, dropout: bool) -> None:
 
 
 def cost_model(config: Any) -> CostModel:
-    """Multiply-accumulates of a decoder's forward, from its configuration."""
+    """Multiply-accumulates of a decoder's forward, from its configuration; of a recurrent one, roughly."""
     text = config.get_text_config()
-    hidden, layers = text.hidden_size, text.num_hidden_layers
-    heads = text.num_attention_heads
-    head_size = getattr(text, "head_dim", None) or hidden // heads
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    attention = 2 * hidden * head_size * (heads + kv_heads)
+    setting = partial(_setting, text)
+    hidden, layers, heads = setting("hidden_size"), setting("num_hidden_layers"), setting("num_attention_heads")
+    head_size = setting("head_dim") or hidden // max(heads, 1)
+    kv_heads = setting("num_key_value_heads") or heads
+    attention = 2 * hidden * head_size * (heads + kv_heads) if heads else 0
     return CostModel(
-        per_token=layers * attention + 3 * hidden * _feed_forward_width(text),
+        per_token=max(1, layers * attention + 3 * hidden * _feed_forward_width(text)),
         per_scored_token=hidden * text.vocab_size,
         per_attended_position=2 * layers * heads * head_size,
     )
 
 
+def _setting(config: Any, name: str) -> int:
+    """A number of the configuration, of a list with one a layer their mean; 0 where there is none."""
+    try:
+        value = getattr(config, name, None)
+    except RuntimeError:  # some layers have another (Gemma 4)
+        value = vars(config)[name]
+    return int(np.mean(value)) if isinstance(value, list | tuple) else int(value or 0)
+
+
 def _feed_forward_width(text: Any) -> int:
     """Inner width of the feed-forward parts that a token passes, over all layers; of experts, those it is sent to."""
-
-    def setting(name: str) -> int:
-        return int(getattr(text, name, None) or 0)
-
-    layers, dense = setting("num_hidden_layers"), setting("intermediate_size") or 4 * text.hidden_size
+    setting = partial(_setting, text)
+    layers, dense = setting("num_hidden_layers"), setting("intermediate_size") or 4 * setting("hidden_size")
     if not setting("num_experts_per_tok"):
         return layers * dense
     expert = setting("moe_intermediate_size") or dense

@@ -155,8 +155,19 @@ def test_the_tiny_models_show_a_window_and_a_cap_that_are_ignored(model_folder: 
         assert gap > 1e-2, (model_type, settings)
 
 
-def test_dropout_is_off_in_training_unless_asked_for(tmp_path: Path) -> None:
-    folder = save_tiny_model(tmp_path, "gpt_neox", attention_dropout=0.5, hidden_dropout=0.5)
+@pytest.mark.parametrize(
+    ("model_type", "settings"),
+    [
+        ("gpt_neox", {"attention_dropout": 0.5, "hidden_dropout": 0.5}),
+        ("gpt_bigcode", {"n_layer": 2, "n_head": 4, "n_embd": 32}),
+        ("seed_oss", {"residual_dropout": 0.5}),
+        ("phimoe", {"num_local_experts": 4, "router_jitter_noise": 0.4, "input_jitter_noise": 0.4}),
+    ],
+)
+def test_dropout_is_off_in_training_unless_asked_for(
+    model_type: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = save_tiny_model(tmp_path, model_type, **settings)
     groups = _pairs()
     off, on = _load(folder).train(), _load(folder, dropout=True).train()
     torch.manual_seed(0)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import COMMON, SERVED
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from dpo_scale.data.token_pairs import TokenPair, TokenPairs
 from dpo_scale.inputs import Data
@@ -43,6 +43,15 @@ def test_work_a_token_is_that_of_the_weights_it_passes(model_type: str) -> None:
             share = config.num_experts_per_tok / getattr(config, "num_experts", 4) if in_experts else 1
             passed += share * math.prod(parameter.shape)
     assert cost_model(config).per_token == pytest.approx(passed)
+
+
+@pytest.mark.parametrize("model_type", ["mamba", "mamba2", "falcon_mamba", "gemma3n_text", "gemma4_text", "jamba"])
+def test_models_of_other_forms_have_a_cost_too(model_type: str) -> None:
+    """It only balances ranks: recurrent layers, layers that differ and lists of widths must not end a run."""
+    cost = cost_model(CONFIG_MAPPING[model_type]())
+    assert cost.per_token > 1e6
+    assert cost.per_scored_token > 1e6
+    assert (cost.per_attended_position > 0) == ("mamba" not in model_type)
 
 
 def test_a_steps_work_is_that_of_its_pairs_and_not_of_the_time_their_attention_takes() -> None:
