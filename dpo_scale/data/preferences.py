@@ -121,7 +121,12 @@ def to_preferences(
 
 
 def _rename(fields: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    """The fields that are present and not null, under the names of this module."""
+    """The fields that are present and not null, under the names of this module.
+
+    Without a system message, a row that has a field for it is a chat like its neighbours.
+    """
+    if (system := columns.get("system") or "system") in fields and fields[system] is None:
+        fields = {**fields, system: ""}
     named = {name: value for name, value in fields.items() if value is not None}
     for name, column in columns.items():
         if name in _KEYS_INSIDE:

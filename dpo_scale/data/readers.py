@@ -86,10 +86,10 @@ def _too_long() -> str:
 @contextmanager
 def _open_bytes(file: Path) -> Iterator[IO[bytes]]:
     """The bytes of a file, decompressed as its name says."""
-    if file.suffix == ".gz":
+    if file.suffix.lower() == ".gz":
         with gzip.GzipFile(file, "rb") as unzipped:
             yield io.BufferedReader(unzipped)  # a small buffer: what it holds is lost at a damage
-    elif file.suffix == ".zst":
+    elif file.suffix.lower() == ".zst":
         import pyarrow  # as below
 
         with pyarrow.input_stream(str(file), compression="zstd") as compressed:
@@ -249,7 +249,7 @@ class _Lines:
 def _csv_rows(file: Path, stream: IO[bytes]) -> Iterator[Numbered]:
     lines = _Lines(stream)
     # The name says it all: "rows.tsv", "rows.tsv.gz".
-    delimiter = "\t" if ".tsv" in file.suffixes else ","
+    delimiter = "\t" if ".tsv" in file.name.lower() else ","
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     header: list[str] | None = None
     while True:
@@ -268,8 +268,7 @@ def _csv_rows(file: Path, stream: IO[bytes]) -> Iterator[Numbered]:
             header = cells
             _check_header(file, header, delimiter)
         elif len(cells) == len(header):
-            fields = {name: _json_cell(cell) for name, cell in zip(header, cells, strict=True)}
-            yield reader.line_num, fields, sum(map(len, cells))
+            yield reader.line_num, _csv_fields(header, cells), sum(map(len, cells))
         elif cells:
             reason = f"the header names {len(header)} columns, the row has {len(cells)}"
             yield reader.line_num, Unreadable(reason), 0
@@ -287,9 +286,20 @@ def _check_header(file: Path, header: Sequence[str], delimiter: str) -> None:
         )
 
 
+def _csv_fields(header: Sequence[str], cells: Sequence[str]) -> dict[str, Any] | Unreadable:
+    for name, cell in zip(header, cells, strict=True):
+        if _PYTHON_CHAT.match(cell):
+            return Unreadable(f"{name!r} holds a list as Python prints it; write it as JSON (json.dumps)")
+    return {name: _json_cell(cell) for name, cell in zip(header, cells, strict=True)}
+
+
+_JSON_CHAT = re.compile(r'\s*\[\s*\{\s*"')
+_PYTHON_CHAT = re.compile(r"\s*\[\s*\{\s*'(role|content|from|value)'\s*:")
+
+
 def _json_cell(cell: str) -> Any:
     """Chats travel through CSV as JSON lists of messages; every other cell is text."""
-    if not cell.startswith('[{"'):
+    if not _JSON_CHAT.match(cell):
         return cell
     try:
         return json.loads(cell)

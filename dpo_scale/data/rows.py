@@ -115,10 +115,20 @@ def _kind(value: Any) -> str:
 def _table_rows(table: pyarrow.RecordBatch) -> list[Any]:
     """The rows as dictionaries; those that Python has no values for (text that is no UTF-8) as `Unreadable`."""
     try:
-        rows: list[Any] = table.to_pylist()
+        rows: list[dict[str, Any]] = table.to_pylist()
     except (ValueError, OverflowError):
         if len(table) == 1:
             return [Unreadable("a value that Python cannot hold, or text that is not UTF-8")]
         half = len(table) // 2
         return [*_table_rows(table.slice(0, half)), *_table_rows(table.slice(half))]
-    return rows
+    return [{name: _without_nulls(value) for name, value in row.items()} for row in rows]
+
+
+def _without_nulls(value: Any) -> Any:
+    """A value without the nulls inside its objects: a table fills with them what other rows have and this one has not.
+
+    Told of, a tool would be called with arguments that nobody gave it.
+    """
+    if isinstance(value, dict):
+        return {name: _without_nulls(part) for name, part in value.items() if part is not None}
+    return [_without_nulls(part) for part in value] if isinstance(value, list) else value

@@ -154,8 +154,9 @@ def _count_rows(path: str) -> int:
 
 def _dataset_folder(path: str) -> Path | None:
     """The folder that save_to_disk wrote, named as `folder` or `folder:split`."""
-    for folder in (Path(path), Path(path.rpartition(":")[0])):
-        if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+    for name in (path, path.rpartition(":")[0]):
+        folder = Path(name)
+        if name and ((folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()):
             return folder
     return None
 

@@ -213,7 +213,11 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
         tokenizer.backend_tokenizer.no_padding()
         rules: Any = tokenizer.backend_tokenizer.to_str()
     else:
-        rules = json.dumps([sorted(tokenizer.get_vocab().items()), repr(sorted(tokenizer.init_kwargs))])
+        settings = tokenizer.init_kwargs
+        files = [settings[name] for name in sorted(tokenizer.vocab_files_names) if settings.get(name)]
+        hashes = [sha256_of_file(Path(file)) for file in files if Path(file).is_file()]
+        others = {name: repr(value) for name, value in settings.items() if value not in files}
+        rules = json.dumps([sorted(tokenizer.get_vocab().items()), sorted(others.items()), hashes])
     parts = [type(tokenizer).__name__, rules, tokenizer.bos_token_id, tokenizer.eos_token_id]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 import inspect
 import itertools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,11 @@ _OWN_ARGUMENTS = {"messages", *inspect.signature(PreTrainedTokenizerBase.apply_c
     "kwargs",
 }
 """What a row cannot set as a variable of the template."""
+TEMPLATE_DATE = datetime(2024, 7, 26)
+"""Today, for templates that write the date (Llama 3.2): with that of the clock, the prompts of a run that goes on the
+next day would be others. It is the day that Llama's templates name where they cannot know.
+"""
+_ASKS_FOR_DATE = re.compile(r"""strftime_now\(\s*(['"])(?P<form>[^'"]*)\1\s*\)""")
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +114,8 @@ class PairTokenizer:
             )
         self.tokenizer = tokenizer
         self.data = data
-        self._templates = chat_templates(tokenizer, data.chat_template)
+        templates = chat_templates(tokenizer, data.chat_template)
+        self._templates = {name: _dated(template) for name, template in templates.items()}
         self._adds_bos = _adds_bos(tokenizer)
         self._special = tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
 
@@ -187,6 +195,9 @@ class PairTokenizer:
             prompt = self._apply(pair, pair.prompt, generation_prompt=True)
             chosen = self._apply(pair, pair.prompt + pair.chosen)
             rejected = self._apply(pair, pair.prompt + pair.rejected)
+            for rendered, completion in ((chosen, pair.chosen), (rejected, pair.rejected)):
+                if self._shows_nothing(pair, rendered, completion):
+                    return Dropped(pair.row, TEMPLATE_FAILED, "it writes nothing of a completion without text")
         except _TEMPLATE_ERRORS as error:
             return Dropped(pair.row, TEMPLATE_FAILED, str(error).splitlines()[0] if str(error) else "")
         return _Texts(
@@ -207,6 +218,14 @@ class PairTokenizer:
             **(pair.chat_template_kwargs or {}),
         )
         return text
+
+    def _shows_nothing(self, pair: PreferencePair, rendered: str, completion: tuple[Message, ...]) -> bool:
+        """Whether a completion without text, such as the call of a tool, is rendered as one without anything."""
+        if any(message.get("content", "").strip() for message in completion):
+            return False
+        blank = tuple({"role": message["role"], "content": ""} for message in completion)
+        assert not isinstance(pair.prompt, str)
+        return self._apply(pair, pair.prompt + blank) == rendered
 
     def _ends_open(self, rendered: str, completion: tuple[Message, ...]) -> bool:
         """Whether the template wrote no turn end behind the last message: no end would be learned."""
@@ -233,6 +252,8 @@ class PairTokenizer:
             rejected = _with(rejected, end)
         if np.array_equal(chosen, rejected):
             return Dropped(row, EQUAL)
+        if not len(chosen) or not len(rejected):
+            return Dropped(row, EMPTY_REJECTED if len(chosen) else EMPTY_CHOSEN)
         return _truncate(TokenPair(head, chosen, rejected, row), self.data, moved, self._keeps_bos(head))
 
     def _keeps_bos(self, prompt: TokenIds) -> bool:
@@ -260,6 +281,11 @@ def chat_templates(tokenizer: PreTrainedTokenizerBase, wanted: str | None) -> Ma
             f"data.chat_template: {wanted} cannot be read ({error}); give a file with a Jinja template, "
             f"or one that the tokenizer has: {', '.join(named) or 'it has none'}"
         ) from error
+
+
+def _dated(template: str) -> str:
+    """The template with `TEMPLATE_DATE` where it asks for the date of the clock."""
+    return _ASKS_FOR_DATE.sub(lambda asks: repr(TEMPLATE_DATE.strftime(asks["form"])), template)
 
 
 def no_preference(pair: PreferencePair) -> str | None:

@@ -27,17 +27,17 @@ SENTENCEPIECE_FILE = "tokenizer.model"
 SPACE = "▁"
 """SentencePiece's visible space (U+2581)."""
 _TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
+    "tokenizer*",
+    "tokenization*.py",
     "special_tokens_map.json",
     "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "vocab.json",
+    "chat_template*.*",
+    "additional_chat_templates/*.jinja",
+    "vocab*",
     "merges.txt",
-    "vocab.txt",
+    "*.model",
+    "*.tiktoken",
     "tekken.json",
-    SENTENCEPIECE_FILE,
 )
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _PROBES = (
@@ -82,9 +82,8 @@ def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bo
 
 def tokenizer_files(path: str | Path) -> list[Path]:
     """The files of a folder that make its tokenizer, in a fixed order."""
-    folder = Path(path)
-    templates = sorted(folder.glob("additional_chat_templates/*.jinja"))
-    return [file for name in _TOKENIZER_FILES if (file := folder / name).is_file()] + templates
+    files = {file for pattern in _TOKENIZER_FILES for file in Path(path).glob(pattern) if file.is_file()}
+    return sorted(files)
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, path: str, target: Path) -> None:

@@ -22,6 +22,7 @@ from dpo_scale.distributed import engine_state
 from dpo_scale.distributed.lockstep import OneProcess, Ranks, on_main, together
 from dpo_scale.errors import UserError
 from dpo_scale.files import fsync_folder, write_atomically, write_json
+from dpo_scale.model.tokenizer import tokenizer_files
 from dpo_scale.training.checkpoints import CheckpointError, open_checkpoint, verify
 from dpo_scale.training.hub_names import HubNames, hub_names
 from dpo_scale.training.stored_state import StoredState
@@ -29,17 +30,6 @@ from dpo_scale.training.tensor_files import FileRecord, TensorEntry, aligned, wr
 
 MAX_SHARD_BYTES = 5_000_000_000
 
-TOKENIZER_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "tekken.json",
-    "chat_template*",
-)
 MODEL_FILES = ("generation_config.json", "*.py", "LICENSE*", "NOTICE*")
 
 
@@ -313,13 +303,10 @@ def _copy_files(hidden: Path, folder: ModelFolder) -> None:
     """The tokenizer, the generation config and the model's own code, unchanged."""
     tokenizer = folder.tokenizer or folder.source_model
     wanted = {path.name: path for name in MODEL_FILES for path in folder.source_model.glob(name)}
-    wanted |= {path.name: path for name in TOKENIZER_FILES for path in tokenizer.glob(name)}
+    wanted |= {str(path.relative_to(tokenizer)): path for path in tokenizer_files(tokenizer)}
     for name, path in wanted.items():
         if path.is_file():
             _copy(path, hidden / name)
-    templates = tokenizer / "additional_chat_templates"
-    for path in templates.glob("*.jinja"):
-        _copy(path, hidden / templates.name / path.name)
     if folder.chat_template is not None:
         _write(hidden / "chat_template.jinja", folder.chat_template.encode())
 

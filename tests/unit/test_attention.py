@@ -164,9 +164,7 @@ def test_the_tiny_models_show_a_window_and_a_cap_that_are_ignored(model_folder: 
         ("phimoe", {"num_local_experts": 4, "router_jitter_noise": 0.4, "input_jitter_noise": 0.4}),
     ],
 )
-def test_dropout_is_off_in_training_unless_asked_for(
-    model_type: str, settings: dict[str, Any], tmp_path: Path
-) -> None:
+def test_dropout_is_off_in_training_unless_asked_for(model_type: str, settings: dict[str, Any], tmp_path: Path) -> None:
     folder = save_tiny_model(tmp_path, model_type, **settings)
     groups = _pairs()
     off, on = _load(folder).train(), _load(folder, dropout=True).train()

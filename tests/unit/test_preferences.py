@@ -419,3 +419,13 @@ def test_any_row_gives_pairs_or_a_reason(fields):
         assert str(error)  # noqa: PT017
     else:
         assert all(isinstance(pair, PreferencePair) for pair in pairs)
+
+
+@pytest.mark.parametrize("columns", [{}, {"system": "context"}])
+def test_a_row_without_a_system_message_is_a_chat_like_its_neighbours(columns):
+    """One of two rows of a source would else be text without a template."""
+    name = columns.get("system", "system")
+    strings = {"prompt": "Q", "chosen": "yes", "rejected": "no"}
+    assert parts(read({name: None, **strings}, columns)) == (QUESTION, YES, NO)
+    assert parts(read({name: "S", **strings}, columns)) == ((system("S"), *QUESTION), YES, NO)
+    assert parts(read(strings)) == tuple(strings.values())

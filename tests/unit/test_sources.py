@@ -561,3 +561,49 @@ def test_any_bytes_give_rows_or_reasons_with_rising_line_numbers(tmp_path_factor
     assert numbers == sorted(set(numbers))
     # A byte order mark alone is an empty first line.
     assert len(numbers) in (expected_rows, expected_rows - content.startswith(b"\xef\xbb\xbf"))
+
+
+def test_a_dataset_in_the_working_folder_is_read_where_it_is_named(tmp_path, monkeypatch):
+    """Every path without a colon has nothing in front of it: that is no folder, and not this one."""
+    datasets.Dataset.from_list([ROWS[0]]).save_to_disk(tmp_path / "saved")
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(json_lines(ROWS[1:3]))
+    monkeypatch.chdir(tmp_path / "saved")
+    assert [row.fields for row in read(path)] == ROWS[1:3]
+    assert [row.fields for row in read(".")] == ROWS[:1]
+
+
+@pytest.mark.parametrize("name", ["rows.JSONL", "ROWS.JSONL.GZ", "rows.Csv", "ROWS.TSV", "rows.TSV.gz"])
+def test_upper_case_is_no_other_kind_of_file(name, tmp_path):
+    mark = "\t" if "TSV" in name else ","
+    lines = [mark.join(ROWS[0]), mark.join(value.strip() for value in ROWS[0].values())]
+    content = json_lines(ROWS[:1]) if "JSON" in name else "\n".join(lines).encode()
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(content) if name.lower().endswith("gz") else content)
+    assert [row.fields["chosen"] for row in read(path)] == ["yés"]
+
+
+def test_what_a_table_fills_up_is_no_argument_of_a_tool(tmp_path):
+    """A struct has every field that any row has."""
+    calls = [{"tool_calls": [{"name": "weather", "arguments": {name: "x"}}], "list": [1, None]} for name in "ab"]
+    path = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(calls), path)
+    assert [row.fields for row in read(path)] == calls
+
+
+def test_a_chat_in_csv_is_read_however_its_json_is_spaced(tmp_path):
+    path = tmp_path / "rows.csv"
+    cells = [
+        json.dumps(CHAT),
+        json.dumps(CHAT, indent=1),
+        "[ " + json.dumps(CHAT)[1:],
+        str(CHAT),
+        "[{'a': 1}]",
+        '[{"a"',
+    ]
+    with path.open("w", newline="") as stream:
+        csv.writer(stream).writerows([["chosen"], *([cell] for cell in cells)])
+    *chats, printed, text, cut = read(path)
+    assert [row.fields["chosen"] for row in chats] == [CHAT] * 3
+    assert printed.reason == "'chosen' holds a list as Python prints it; write it as JSON (json.dumps)"
+    assert [text.fields["chosen"], cut.fields["chosen"]] == cells[-2:]

@@ -564,3 +564,33 @@ def test_scored_tokens_say_the_completion_and_nothing_of_the_prompt(trained, nam
 
     both()
     assert min(counts.values()) > 20, counts
+
+
+CALL = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "say", "arguments": {}}}]}
+
+
+@pytest.mark.parametrize("field", ["chosen", "rejected"])
+def test_a_call_that_the_template_does_not_write_is_no_completion(field):
+    """ChatML would have it as the end of a turn and nothing else."""
+    pair = replace(chat(), **{field: (CALL,)})
+    assert dropped(byte_level(), pair) == "chat template failed"
+    assert kept(byte_level(THINKING), pair)
+
+
+@pytest.mark.parametrize("field", ["chosen", "rejected"])
+def test_a_completion_without_a_token_is_set_aside(field):
+    """It would be no sequence: nothing predicts it, and no hash has it."""
+    tokenizer = byte_level(
+        "{% for m in messages %}<|im_start|>{{ '' if m.content == 'hush' else m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>{% endif %}"
+    )
+    pair = replace(chat(), **{field: answer("hush")})
+    assert dropped(tokenizer, pair) == f"{field} is empty"
+
+
+def test_the_day_is_the_same_on_every_day():
+    """A run that goes on tomorrow, or on a machine of its own cache, must have the prompts of today."""
+    ask = "{% if strftime_now is defined %}{% set day = strftime_now( '%d %b %Y' ) %}{% endif %}"
+    tokenizer = byte_level(ask + '{{ day }} {{ strftime_now("%Y-%m-%d") }}' + CHATML)
+    prompt = kept(tokenizer, chat()).pair.prompt
+    assert tokenizer.decode(prompt).startswith("26 Jul 2024 2024-07-26<|im_start|>user")

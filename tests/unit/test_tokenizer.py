@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +180,7 @@ def test_an_exported_json_tokenizer_is_copied_byte_for_byte(tmp_path):
     target.mkdir()
     save_tokenizer(load_tokenizer(str(source)), str(source), target)
     names = [file.name for file in tokenizer_files(source)]
-    assert names == ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
+    assert names == ["chat_template.jinja", "tokenizer.json", "tokenizer_config.json"]
     for name in names:
         assert (target / name).read_bytes() == (source / name).read_bytes()
     reloaded = AutoTokenizer.from_pretrained(target)
@@ -292,3 +293,16 @@ def test_a_model_that_cannot_be_trained_is_refused(
 def test_a_model_with_a_causal_part_is_taken(content: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(content))
     load_config(tmp_path, trust_remote_code=False)
+
+
+def test_a_tokenizer_with_files_of_other_names_is_saved_whole(tmp_path):
+    """T5's and GPT-SW3's SentencePiece model is spiece.model; without it they load with a handful of tokens."""
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    target.mkdir()
+    shutil.copyfile(train_sentencepiece(tmp_path / "trained", "unigram") / "tokenizer.model", source / "spiece.model")
+    (source / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPTSw3Tokenizer"}))
+    tokenizer = load_tokenizer(str(source))
+    save_tokenizer(tokenizer, str(source), target)
+    assert load_tokenizer(str(target)).get_vocab() == tokenizer.get_vocab()
+    assert len(tokenizer) > 50
