@@ -7,14 +7,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dpo_scale.console import Console
 from dpo_scale.data.layouts import Layout
-from dpo_scale.data.planning import CostModel, Indices, Schedule, layout_costs
+from dpo_scale.data.planning import CostModel, Costs, Indices, Schedule, check_budget, layout_costs
 from dpo_scale.data.preparation import prepare_pairs
 from dpo_scale.data.report import DataReport, overlap
 from dpo_scale.data.samples import sample_pairs
 from dpo_scale.data.token_pairs import TokenPairs
 from dpo_scale.distributed.lockstep import MachineRanks, once_a_machine
+from dpo_scale.errors import DataError
 from dpo_scale.model.loading import check_vocabulary, cost_model, load_config, resolve_folder
 from dpo_scale.model.tokenizer import load_tokenizer
 from dpo_scale.recipe import DataSource, Recipe
@@ -36,9 +39,44 @@ class Data:
     def cost(self) -> CostModel:
         return cost_model(self.model_config)
 
+    def costs(self, pairs: TokenPairs, layout: Layout) -> Costs:
+        """What ranks are balanced by: the time that each of some pairs takes."""
+        return layout_costs(pairs.lengths, layout, self.cost.in_time())
+
     def forward_macs(self, pairs: Indices, layout: Layout) -> float:
         """Multiply-accumulates of the forward pass over these training pairs."""
         return float(layout_costs(self.train.lengths[pairs], layout, self.cost).work.sum())
+
+
+def hoped_layout(recipe: Recipe) -> Layout:
+    """The layout before a model has been tried: `auto` begins with shared."""
+    return "shared" if recipe.batch.layout == "auto" else recipe.batch.layout
+
+
+def check_budgets(recipe: Recipe, data: Data, layout: Layout) -> None:
+    """Raise DataError for a training or held-out pair that takes more than `batch.rank_tokens` by itself."""
+    for pairs in (data.train, data.evaluate):
+        check_budget(data.costs(pairs, layout), recipe.batch.rank_tokens, pairs.rows, "batch.rank_tokens")
+
+
+def agreed_digest(data: Data, ranks: MachineRanks) -> str:
+    """Digest of the training pairs. Collective.
+
+    Raises DataError on all ranks where a machine has other pairs than the main one: what its ranks score would be
+    stored under the keys of pairs that they never saw.
+    """
+    own: list[tuple[str, str]] = []
+    ranks.on_local_mains(lambda: own.append((data.train.digest(), data.evaluate.digest())))
+    found = ranks.gather_objects(own)
+    ((first, held_out),) = found[0]
+    differing = [rank for rank, digests in enumerate(found) for digest in digests if digest != (first, held_out)]
+    if differing:
+        setting = "data.train" if any(found[rank][0][0] != first for rank in differing) else "data.evaluate"
+        raise DataError(
+            f"{setting}: the machine{'s' * (len(differing) > 1)} of rank {', '.join(map(str, differing))} "
+            "read other pairs than that of rank 0; give all machines the same files and tokenizer"
+        )
+    return first
 
 
 def schedule_of(recipe: Recipe, num_pairs: int) -> Schedule:
@@ -99,5 +137,18 @@ def prepare_data(
             both = overlap(train, evaluate)
             report["overlap"] = asdict(both)
             console.say(both.describe(len(evaluate)))
-    pad_id = tokenizer.pad_token_id
-    return Data(train, evaluate, tokenizer, pad_id or 0, folder, config, report)
+    sequences = [pairs.lengths[:, 0] + pairs.lengths[:, 1:].max(axis=1) for pairs in (train, evaluate)]
+    longest = int(np.concatenate(sequences).max(initial=0))
+    made_for = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if made_for and longest > made_for:
+        console.say(
+            f"The longest sequence has {longest:,} tokens, the model was made for {made_for:,} "
+            f"(max_position_embeddings); data.max_length: {made_for} would drop or cut what is longer"
+        )
+    return Data(train, evaluate, tokenizer, _pad_id(tokenizer, config), folder, config, report)
+
+
+def _pad_id(tokenizer: Any, config: Any) -> int:
+    """Any id will do, no padding is looked at; but many a tokenizer's own is none that the model embeds."""
+    pad_id = tokenizer.pad_token_id or 0
+    return pad_id if pad_id < config.get_text_config().vocab_size else 0

@@ -9,7 +9,7 @@ from dpo_scale.console import Console
 from dpo_scale.distributed import runtime
 from dpo_scale.distributed.lockstep import by_main
 from dpo_scale.errors import UserError
-from dpo_scale.inputs import prepare_data
+from dpo_scale.inputs import agreed_digest, prepare_data
 from dpo_scale.operations.conclusion import conclude
 from dpo_scale.recipe import Recipe
 from dpo_scale.reference.session import Reference
@@ -58,6 +58,7 @@ def score(recipe: Recipe, console: Console, watch: Watch) -> int:
     reference = None
     try:
         data = unless_stopped(partial(prepare_data, recipe, started.ranks, console), interruption, started.ranks)
+        agreed_digest(data, started.ranks)
         status.enter("scoring")
         reference = Reference(recipe, started, data, console, between_batches)
         reference.score_all(reference.train_rows, reference.evaluate_rows)

@@ -121,6 +121,14 @@ def gathered_parameters(engine: Any, prefix: str = PREFIX) -> Iterator[tuple[str
             yield name, parameter.data
 
 
+def non_finite(engine: Any, prefix: str = PREFIX) -> str | None:
+    """A parameter of which this rank's shard, in the engine's precision, is not finite; None where all are."""
+    for name, parameter in _parameters(engine, prefix):
+        if not torch.isfinite(parameter.ds_tensor).all():
+            return name
+    return None
+
+
 def _zero3(engine: Any) -> Any:
     """The engine's ZeRO-3 optimizer, if its private names mean what this file takes them for."""
     zero = engine.optimizer

@@ -88,6 +88,11 @@ def choose_layout(
         for completion in sample.completions:
             sequence = PromptCompletions(sample.prompt, (completion,))
             expected.append(engine(collate([sequence], "padded", pad_id).to(device), plain=True))
+    if not torch.cat(expected).isfinite().all():
+        raise UserError(
+            "the model's own forward gives log-probs that are not finite: its weights are damaged, or it needs more "
+            "range than model.dtype has"
+        )
     num_layers = engine.model.config.get_text_config().num_hidden_layers  # type: ignore[union-attr, operator]
     candidates: tuple[Layout, ...] = ("shared", "packed", "padded")
     passed_over: list[str] = []

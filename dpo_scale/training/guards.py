@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -52,6 +53,29 @@ def explain_non_finite(
     )
 
 
+def check_weights(step: int, not_finite: str | None, ranks: Ranks) -> None:
+    """Raise NumericalError on every rank before weights that are not finite are committed; collective.
+
+    Args:
+        not_finite: name of a parameter of which this rank's shard is not.
+    """
+    found = [name for name in ranks.gather_objects(not_finite) if name]
+    if found:
+        raise NumericalError(
+            f"step {step}: the weights are not finite any more ({found[0]}), and nothing is committed. "
+            "The last checkpoint is untouched. Lower optim.learning_rate."
+        )
+
+
+def check_held_out(step: int, loss: float) -> None:
+    """Raise NumericalError where the held-out loss, the same on all ranks, is not finite."""
+    if not math.isfinite(loss):
+        raise NumericalError(
+            f"step {step}: the held-out loss is {loss}, and nothing is committed. "
+            "The last checkpoint is untouched. Lower optim.learning_rate."
+        )
+
+
 def first_step_gap(output: StepOutput, reference_token_logps: Tensor, ranks: Ranks) -> float:
     """Largest difference of policy and reference on one completion token, in nats, over all ranks; collective.
 
@@ -72,5 +96,5 @@ def check_first_step(gap: float, dtype: torch.dtype, model: Path, store: Path) -
         raise WrongReferenceError(
             f"step 1: policy and reference start from {model} and differ by {gap:.3g} nats on one token, more than "
             f"{TOLERANCE[dtype]} in {str(dtype).removeprefix('torch.')}; the reference log-probs in {store} are not "
-            "this model's; run `dpo-scale cache verify` or remove that folder"
+            "this model's (run `dpo-scale cache verify` or remove that folder), or it computes otherwise in training"
         )

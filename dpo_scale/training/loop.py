@@ -16,21 +16,21 @@ import torch
 
 from dpo_scale.console import BYTES, Console
 from dpo_scale.data.layouts import Layout
-from dpo_scale.data.planning import Costs, Schedule, StepPlan, check_budget, layout_costs, plan_step
+from dpo_scale.data.planning import Costs, Schedule, StepPlan, plan_step
 from dpo_scale.distributed import engine_state
 from dpo_scale.distributed.engines import PolicyEngine
 from dpo_scale.distributed.lockstep import by_main
-from dpo_scale.distributed.runtime import Runtime
+from dpo_scale.distributed.runtime import Ranks, Runtime
 from dpo_scale.files import write_json
-from dpo_scale.inputs import Data, prepare_data, schedule_of
+from dpo_scale.inputs import Data, agreed_digest, check_budgets, hoped_layout, prepare_data, schedule_of
 from dpo_scale.model.loading import DTYPES
 from dpo_scale.recipe import Recipe
 from dpo_scale.reference.fingerprint import settings_digest
 from dpo_scale.reference.session import Reference
+from dpo_scale.training import guards
 from dpo_scale.training.checkpoints import RunState, digest_of, save
 from dpo_scale.training.evaluation import best_of, describe, evaluate
 from dpo_scale.training.export import export_engine
-from dpo_scale.training.guards import NumericalError, check_first_step, explain_non_finite, first_step_gap
 from dpo_scale.training.interruption import (
     STOPPED,
     Interruption,
@@ -79,7 +79,8 @@ def train(
             write_json(folder.path / "data_report.json", data.report)
             folder.write_environment(ranks.world_size, str(ranks.device))
         reference = Reference(recipe, runtime, data, console, between_batches)
-        trajectory = _trajectory(recipe, data, reference)
+        trajectory = _trajectory(recipe, data, reference, ranks)
+        check_budgets(recipe, data, hoped_layout(recipe))
         by_main(ranks, lambda: folder.claim(reference.fingerprint, trajectory) if folder else None)
         if recipe.reference.schedule == "upfront":
             status.enter("scoring")
@@ -108,10 +109,10 @@ def train(
     return STOPPED
 
 
-def _trajectory(recipe: Recipe, data: Data, reference: Reference) -> dict[str, Any]:
-    """All that determines what is trained."""
+def _trajectory(recipe: Recipe, data: Data, reference: Reference, ranks: Ranks) -> dict[str, Any]:
+    """All that determines what is trained. Collective."""
     own = None if reference.is_the_policys_start else settings_digest(data.model_folder)
-    return trajectory_of(recipe, data.train.digest(), reference.fingerprint.key, own)
+    return trajectory_of(recipe, agreed_digest(data, ranks), reference.fingerprint.key, own)
 
 
 def evaluate_only(recipe: Recipe, runtime: Runtime, console: Console, folder: RunFolder | None, watch: Watch) -> None:
@@ -119,8 +120,9 @@ def evaluate_only(recipe: Recipe, runtime: Runtime, console: Console, folder: Ru
     data = prepare_data(recipe, runtime.ranks, console)
     between_batches = partial(watch.moved, "a micro-batch of the held-out pass")
     reference = Reference(recipe, runtime, data, console, between_batches)
+    trajectory = _trajectory(recipe, data, reference, runtime.ranks)
+    check_budgets(recipe, data, hoped_layout(recipe))
     reference.score_all(reference.evaluate_rows)
-    trajectory = _trajectory(recipe, data, reference)
     run = _start(recipe, runtime, console, data, reference, trajectory, folder, watch, between_batches)
     if not run.state.step:
         console.say(f"Of no checkpoint of this run, but of {recipe.model.path}:")
@@ -141,8 +143,7 @@ def _start(
     """The run with its policy loaded, resumed and checked, and its plan."""
     watch.rest()
     policy, layout, state = load_policy(recipe, runtime, console, data, trajectory)
-    costs = layout_costs(data.train.lengths, layout, data.cost.in_time())
-    check_budget(costs, recipe.batch.rank_tokens, data.train.rows, "batch.rank_tokens")
+    check_budgets(recipe, data, layout)
     return Run(
         recipe=recipe,
         runtime=runtime,
@@ -152,7 +153,7 @@ def _start(
         policy=policy,
         layout=layout,
         schedule=schedule_of(recipe, len(data.train)),
-        costs=costs,
+        costs=data.costs(data.train, layout),
         trajectory=trajectory,
         state=state,
         folder=folder,
@@ -288,11 +289,11 @@ class Run:
             if output.applied and math.isfinite(output.grad_norm):
                 break
             half = self.recipe.model.dtype == "float16"
-            explain_non_finite(plan.step + 1, batches, output, self.data.train, self.ranks, may_rescale=half)
+            guards.explain_non_finite(plan.step + 1, batches, output, self.data.train, self.ranks, may_rescale=half)
             self.state = replace(self.state, skipped_steps=self.state.skipped_steps + 1)
             self.console.say(f"step {plan.step + 1:>5}  the gradient overflows float16: again, with a lower loss scale")
         else:
-            raise NumericalError(f"step {plan.step + 1}: the gradient overflows float16 at every loss scale")
+            raise guards.NumericalError(f"step {plan.step + 1}: the gradient overflows float16 at every loss scale")
         if plan.step == 0 and self.reference.is_the_policys_start:
             self._compare_with_reference(batches[0], output)
         self.records.add(sums, self.data.forward_macs(plan.pairs(), self.layout))
@@ -301,9 +302,11 @@ class Run:
     def _compare_with_reference(self, first: PairBatch, output: StepOutput) -> None:
         """The first step, where the policy starts as the reference: their log-probs must agree."""
         expected = torch.from_numpy(self.reference.token_logps(self.reference.train_rows, first.pairs))
-        gap = first_step_gap(output, expected, self.ranks)
+        gap = guards.first_step_gap(output, expected, self.ranks)
         self.console.say(f"First step: largest gap of policy and reference {gap:.1e} nats a token")
-        check_first_step(gap, DTYPES[self.recipe.model.dtype], self.data.model_folder, self.reference.store.folder)
+        guards.check_first_step(
+            gap, DTYPES[self.recipe.model.dtype], self.data.model_folder, self.reference.store.folder
+        )
 
     def _count(self, plan: StepPlan) -> None:
         lengths = self.data.train.lengths[np.concatenate([i for r in plan.micro_batches for i in r])]
@@ -344,6 +347,7 @@ class Run:
             pad_id=self.data.pad_id,
             between_batches=self.between_batches,
         )
+        guards.check_held_out(self.state.step, metrics["eval/loss"])
         best = best_of(self.state.best, metrics)
         self.state = replace(self.state, best=best)
         self.records.write(self.state.step, {**metrics, **{f"best/{name}": value for name, value in best.items()}})
@@ -353,6 +357,7 @@ class Run:
     def commit(self) -> None:
         """Write a checkpoint of the current state. Collective."""
         self.watch.rest()  # a disk takes as long as it takes
+        guards.check_weights(self.state.step, engine_state.non_finite(self.policy.engine), self.ranks)
         started = time.monotonic()
         self.reference.commit()
         self.records.settle()

@@ -167,6 +167,25 @@ def test_evaluate_repeats_the_last_evaluation(launcher: Launcher, undisturbed: L
     assert start.metrics()[-1]["step"] == 0
 
 
+def test_a_held_out_pair_over_the_budget_ends_a_run_before_anything_is_scored(launcher: Launcher) -> None:
+    """It would end it in the last held-out pass, before the last commit."""
+    row = {"prompt": "x" * 190, "chosen": "y" * 100, "rejected": "z" * 50}
+    (launcher.workspace / "long.jsonl").write_text(json.dumps(row) + "\n")
+    run = launcher("over_budget", [f"data.evaluate={launcher.workspace / 'long.jsonl'}", "data.max_length=400"])
+    assert run.returncode != 0
+    assert "long.jsonl:1: this pair takes" in run.output
+    assert "Reference, training" not in run.output
+
+
+def test_weights_that_are_not_finite_are_not_committed(launcher: Launcher) -> None:
+    """The loss of a step is that of the weights before it: it shows nothing of the last one."""
+    huge = ["optim.learning_rate=1e39", "optim.warmup_ratio=0", "optim.schedule=constant"]
+    run = launcher("diverged", [*huge, "run.max_steps=1", "data.evaluate=[]"])
+    assert run.returncode != 0
+    assert "step 1: the weights are not finite any more" in run.output
+    assert committed_step(run.folder) is None
+
+
 def test_a_stop_request_commits_and_says_how_to_go_on(stopped: Launched) -> None:
     assert stopped.returncode != 0
     assert "Stopped by the STOP file after step 1, which is committed; the same command goes on" in stopped.output
