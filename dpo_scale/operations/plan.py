@@ -188,7 +188,7 @@ def _step(workload: Workload, setting: Setting, cluster: Cluster, given: Assumpt
         workload.costs, workload.schedule, ranks=cluster.ranks, rank_tokens=setting.rank_tokens, most=most
     )
     traffic = _traffic(workload, setting)
-    return step_cost(plans, workload.costs, traffic, cluster, given, checkpointing=setting.checkpointing)
+    return step_cost(plans, workload.costs, workload.macs, traffic, cluster, given, checkpointing=setting.checkpointing)
 
 
 def _scale(memory: MemoryPlan, setting: Setting, cluster: Cluster, given: Assumptions, gpus: int) -> Scale:
@@ -203,7 +203,7 @@ def _reference_pass(memory: MemoryPlan, cluster: Cluster, given: Assumptions) ->
     """All pairs that the run reads, once, forward only; weights on the host travel for every micro-batch."""
     workload, zero = memory.workload, memory.reference_zero
     pairs = np.concatenate([workload.train[workload.schedule.pairs_reached()], workload.evaluate])
-    costs = layout_costs(pairs, workload.layout, workload.cost)
+    costs = layout_costs(pairs, workload.layout, workload.cost.in_time())
     tokens = workload.recipe.scoring_rank_tokens
     rounds = plan_pass(costs, world_size=cluster.ranks, rank_tokens=max(tokens, workload.longest_pair)).micro_batches
     heaviest = sum(max(float(costs.work[indices].sum()) for indices in round_) for round_ in rounds)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dpo_scale.data.planning import Costs, Schedule, StepPlan, plan_step
+from dpo_scale.data.planning import Costs, Schedule, StepPlan, Work, plan_step
 from dpo_scale.operations.zero_memory import Gathered, ZeroSettings
 
 
@@ -151,6 +151,7 @@ def offload_seconds(traffic: Traffic, micro_batches: float, cluster: Cluster, gi
 def step_cost(
     plans: Sequence[StepPlan],
     costs: Costs,
+    macs: Work,
     traffic: Traffic,
     cluster: Cluster,
     given: Assumptions,
@@ -160,9 +161,13 @@ def step_cost(
     """Average over some planned steps.
 
     Ranks wait for each other in every micro-batch, so the heaviest one sets its time.
+
+    Args:
+        costs: in time, as the trainer balances them.
+        macs: float64 [pairs], multiply-accumulates of the forward, which MFU counts.
     """
     per_mac = 6 * (4 / 3 if checkpointing else 1) / (given.peak_flops * given.mfu)
-    useful = heaviest = 0.0
+    useful = heaviest = computed = 0.0
     rounds = tokens = empty = pairs = 0
     for plan in plans:
         for round_ in plan.micro_batches:
@@ -173,6 +178,7 @@ def step_cost(
             empty += sum(not len(indices) for indices in round_)
             tokens += sum(int(costs.tokens[indices].sum()) for indices in round_)
         pairs += plan.num_pairs
+        computed += float(macs[plan.pairs()].sum())
     steps = len(plans)
     micro_batches = rounds / steps
     traffic_bytes, communication = traffic.bytes_and_seconds(micro_batches, cluster, given)
@@ -198,5 +204,5 @@ def step_cost(
         offload_seconds=offload,
         seconds=seconds,
         traffic=traffic_bytes,
-        mfu=6 * useful / steps / (seconds * ranks * given.peak_flops),
+        mfu=6 * computed / steps / (seconds * ranks * given.peak_flops),
     )

@@ -11,11 +11,11 @@ import numpy as np
 
 from dpo_scale.console import Console
 from dpo_scale.data.layouts import Layout
-from dpo_scale.data.planning import CostModel, Costs, Schedule, layout_costs
+from dpo_scale.data.planning import CostModel, Costs, Schedule, Work, layout_costs
 from dpo_scale.data.token_pairs import Lengths
 from dpo_scale.distributed.lockstep import OneProcess
 from dpo_scale.errors import UserError
-from dpo_scale.inputs import prepare_data, schedule_of
+from dpo_scale.inputs import hoped_layout, prepare_data, schedule_of
 from dpo_scale.model.attention import Kernel
 from dpo_scale.model.loading import DTYPES, cost_model, load_config, resolve_folder
 from dpo_scale.operations.memory import MicroBatchShape
@@ -79,8 +79,7 @@ class Workload:
 
     @property
     def layout(self) -> Layout:
-        layout: Layout = "shared" if self.recipe.batch.layout == "auto" else self.recipe.batch.layout
-        return layout
+        return hoped_layout(self.recipe)
 
     @property
     def dtype_bytes(self) -> int:
@@ -92,8 +91,13 @@ class Workload:
 
     @cached_property
     def costs(self) -> Costs:
-        """Of the training pairs."""
-        return layout_costs(self.train, self.layout, self.cost)
+        """Of the training pairs, in the time by which ranks are balanced."""
+        return layout_costs(self.train, self.layout, self.cost.in_time())
+
+    @cached_property
+    def macs(self) -> Work:
+        """Multiply-accumulates of the forward over each training pair."""
+        return layout_costs(self.train, self.layout, self.cost).work
 
     @property
     def schedule(self) -> Schedule:

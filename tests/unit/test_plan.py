@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 
 from dpo_scale.cli import main
 from dpo_scale.console import Console
-from dpo_scale.data.planning import plan_step
+from dpo_scale.data.planning import layout_costs, plan_step
 from dpo_scale.errors import UserError
 from dpo_scale.operations.fit import Setting
 from dpo_scale.operations.plan import STEPS_LOOKED_AT_A_SCALE, Plan, make_plan, policy_zero
@@ -113,13 +113,18 @@ def test_scaling_counts_what_the_planner_gives_each_rank(one_node: Plan) -> None
     scales = {scale.cluster.ranks: scale for scale in one_node.scales}
     assert list(scales) == [8 * 2**n for n in range(10)]
     workload = one_node.workload
-    work = []
+    costs = layout_costs(workload.train, "shared", workload.cost.in_time())  # as the trainer balances its ranks
+    work, computed = [], 0.0
     for step in sample_steps(workload.schedule, STEPS_LOOKED_AT_A_SCALE):
         pairs = workload.schedule.pairs_of(step)
-        plan = plan_step(pairs, workload.costs, world_size=512, rank_tokens=16384, step=step, epoch=0)
-        work += [[float(workload.costs.work[indices].sum()) for indices in round_] for round_ in plan.micro_batches]
+        plan = plan_step(pairs, costs, world_size=512, rank_tokens=16384, step=step, epoch=0)
+        work += [[float(costs.work[indices].sum()) for indices in round_] for round_ in plan.micro_batches]
+        computed += float(layout_costs(workload.train[pairs], "shared", workload.cost).work.sum())
     waited = sum(max(round_) - mine for round_ in work for mine in round_)
     assert scales[512].step.idle == pytest.approx(waited / (512 * sum(max(round_) for round_ in work)))
+    done = 6 * computed / len(sample_steps(workload.schedule, STEPS_LOOKED_AT_A_SCALE))
+    peak = scales[512].step.seconds * 512 * Assumptions().peak_flops
+    assert scales[512].step.mfu == pytest.approx(done / peak)
     assert not scales[8].limits
     assert any("idle" in limit for limit in scales[4096].limits)
     assert "network" in scales[4096].limits
