@@ -128,6 +128,8 @@ def register(kernel: Kernel) -> None:
         segments: Segments | None = kwargs.pop("segments", None)
         if segments is None:
             return _plain_attention(module, query_BNTD, key_BGTD, value_BGTD, attention_mask, **kwargs)
+        if attention_mask is not None:
+            _object("the model gives its attention a mask of its own")
         output = segment_attention(query_BNTD, key_BGTD, value_BGTD, segments, kernel=kernel, **kwargs)
         if _observation is not None:
             _observation.modules.add(id(module))

@@ -62,6 +62,6 @@ class _LastFeedForward:
         if self._read is None or not self._attention_was_first:
             return self._everywhere(hidden_1TH)
         output = self._everywhere(hidden_1TH.index_select(1, self._read))
-        if not isinstance(output, Tensor):  # experts that give their routing too
+        if not isinstance(output, Tensor) or output.shape[2:] != hidden_1TH.shape[2:]:  # of experts, their routing too
             return self._everywhere(hidden_1TH)
         return output.new_zeros(hidden_1TH.shape).index_copy(1, self._read, output)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -61,9 +61,12 @@ def check_layout(
     device: torch.device,
     pad_id: int,
 ) -> LayoutChoice:
-    """Choose the layout on the longest sequence, where windows and position limits show, and on the first pairs."""
-    longest = int(np.argmax(pairs.lengths[:, 0] + pairs.lengths[:, 1:].max(axis=1)))
-    indices = dict.fromkeys([longest, *range(min(FIRST_PAIRS, len(pairs)))])
+    """Choose the layout on the longest sequence, where windows and position limits show, on the shortest, for which
+    some models rotate positions otherwise, and on the first pairs.
+    """
+    sequences = pairs.lengths[:, 0] + pairs.lengths[:, 1:].max(axis=1)
+    longest, shortest = int(np.argmax(sequences)), int(np.argmin(sequences))
+    indices = dict.fromkeys([longest, *range(min(FIRST_PAIRS, len(pairs))), shortest])
     samples = [PromptCompletions.of_pair(pairs[index]) for index in indices]
     return choose_layout(engine, samples, wanted=wanted, dtype=dtype, device=device, pad_id=pad_id)
 
@@ -113,5 +116,18 @@ def choose_layout(
             f"(tolerance {TOLERANCE[dtype]})"
         )
     remedy = "" if wanted == "auto" else "\nbatch.layout: auto takes the fastest that does"
+    remedy += _remedy_of_positions(engine.model.config.get_text_config())  # type: ignore[union-attr, operator]
     reasons = "\n  ".join(passed_over)
     raise UserError(f"batch.layout: {wanted} does not give this model's log-probs\n  {reasons}{remedy}")
+
+
+def _remedy_of_positions(config: Any) -> str:
+    rope = getattr(config, "rope_parameters", None) or {}
+    kind = rope.get("rope_type")
+    if kind not in ("longrope", "dynamic"):
+        return ""
+    limit = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+    return (
+        f"\n{kind} positions depend on the longest sequence of a micro-batch where it is longer than {limit} tokens; "
+        f"data.max_length: {limit} keeps all below"
+    )

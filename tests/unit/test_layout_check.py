@@ -249,3 +249,60 @@ def test_a_window_that_only_the_longest_sequence_exceeds_shows(tmp_path: Path) -
 
 def _without_window(config: Any) -> Any:
     return type(config)(**{**config.to_dict(), "sliding_window": None, "attn_implementation": "dpo_scale"})
+
+
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0] * 4,
+    "long_factor": [4.0] * 4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings"),
+    [
+        ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 32}),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0}, "max_position_embeddings": 32}),
+    ],
+)
+def test_positions_that_depend_on_neighbours_are_refused_with_a_remedy(
+    model_type: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """A short pair beside long ones has the long one's angles: no layout has those of the pair alone."""
+    register("sdpa")
+    save_tiny_model(tmp_path, model_type, **settings)
+    model = InProcess(load_model(tmp_path, ModelSection(path=str(tmp_path), dtype="float32")))
+    below = _check(model, pairs=_pairs(((20, 11, 7), (3, 2, 5))))
+    assert below.layout == "shared"
+    with pytest.raises(UserError, match=r"data\.max_length: 32 keeps all below"):
+        _check(model, pairs=_pairs(((30, 20, 22), (31, 22, 15), (30, 21, 22), (3, 2, 5))))
+
+
+def test_a_mask_that_a_model_makes_itself_is_not_left_out(tmp_path: Path) -> None:
+    register("sdpa")
+    save_tiny_model(tmp_path, "llama")
+    model = InProcess(load_model(tmp_path, ModelSection(path=str(tmp_path), dtype="float32")))
+    for module in model.model.modules():
+        if type(module).__name__ == "LlamaAttention":
+            library = module.forward
+
+            def forward(*inputs: Any, library: Any = library, **named: Any) -> Any:
+                mask = torch.zeros(1, 1, 1, 1) if "segments" in named else named["attention_mask"]
+                return library(*inputs, **{**named, "attention_mask": mask})
+
+            module.forward = forward
+    actual = _check(model)
+    assert actual.layout == "padded"
+    assert all("the model gives its attention a mask of its own" in line for line in actual.passed_over)
+
+
+def test_weights_that_are_not_finite_are_not_taken_for_a_wrong_layout(tmp_path: Path) -> None:
+    register("sdpa")
+    save_tiny_model(tmp_path, "llama")
+    model = InProcess(load_model(tmp_path, ModelSection(path=str(tmp_path), dtype="float32")))
+    with torch.no_grad():
+        next(model.model.parameters()).fill_(float("nan"))
+    with pytest.raises(UserError, match="log-probs that are not finite: its weights are damaged"):
+        _check(model)
