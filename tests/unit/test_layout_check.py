@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import SERVED, VOCABULARY, WINDOW, save_tiny_model
 from torch import Tensor
 
@@ -306,3 +307,13 @@ def test_weights_that_are_not_finite_are_not_taken_for_a_wrong_layout(tmp_path: 
         next(model.model.parameters()).fill_(float("nan"))
     with pytest.raises(UserError, match="log-probs that are not finite: its weights are damaged"):
         _check(model)
+
+
+def test_weights_that_a_folder_lacks_do_not_start_at_random(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path, "llama")
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    register("sdpa")
+    with pytest.raises(UserError, match=r"weights are missing for model\.norm\.weight \(1 in all\)"):
+        load_model(tmp_path, ModelSection(path=str(tmp_path), dtype="float32"))

@@ -31,6 +31,10 @@ def test_constant_stays_at_the_peak_after_the_warm_up() -> None:
     assert _rates(5, schedule="constant", warmup_ratio=0.4) == [0.5, 1.0, 1.0, 1.0, 1.0]
 
 
+def test_a_warm_up_of_a_broken_number_of_steps_takes_the_whole_last_one() -> None:
+    assert _rates(5, schedule="constant", warmup_ratio=0.3) == [0.5, 1.0, 1.0, 1.0, 1.0]
+
+
 def test_without_warm_up_the_first_step_has_the_peak() -> None:
     assert _rates(4, warmup_ratio=0.0) == [1.0, 0.75, 0.5, 0.25]
 
@@ -94,7 +98,7 @@ def test_frozen_parameters_and_empty_groups_are_left_out() -> None:
 
 
 def test_the_optimizer_is_adamw_with_the_recipes_numbers() -> None:
-    optim = OptimSection(learning_rate=1e-3, weight_decay=0.1, betas=(0.8, 0.9), eps=1e-6)
+    optim = OptimSection(learning_rate=1e-3, weight_decay=0.1, betas=(0.8, 0.9), eps=0.5)
     parameter = nn.Parameter(torch.tensor([[2.0]]))
     holder = nn.ParameterList([parameter])
     optimizer = build_optimizer(holder, optim)
@@ -102,7 +106,7 @@ def test_the_optimizer_is_adamw_with_the_recipes_numbers() -> None:
     parameter.grad = torch.tensor([[3.0]])
     optimizer.step()
     # arXiv 1711.05101, algorithm 2; after one step both moments, corrected, are the gradient and its square
-    assert parameter.item() == pytest.approx(2.0 - 0.5 * 0.1 * 2.0 - 0.5 * 3.0 / (3.0 + 1e-6))
+    assert parameter.item() == pytest.approx(2.0 - 0.5 * 0.1 * 2.0 - 0.5 * 3.0 / (3.0 + 0.5))
     assert optimizer.defaults["betas"] == (0.8, 0.9)
 
 
