@@ -57,6 +57,11 @@ class Costs:
     work: Work
     padded_rows: int = 0
 
+    @property
+    def tokens_alone(self) -> Indices:
+        """Tokens of a micro-batch that holds one item alone, int64 [items]."""
+        return self.tokens * max(1, self.padded_rows)
+
     def of(self, items: Indices) -> Costs:
         """Those of some items."""
         return Costs(self.tokens[items], self.work[items], self.padded_rows)
@@ -169,7 +174,7 @@ def _costs_of_block(lengths: npt.NDArray[np.int64], layout: str, cost: CostModel
 
 def check_budget(costs: Costs, rank_tokens: int, rows: Sequence[str], setting: str) -> None:
     """Raise DataError if a single item is over the token budget of a micro-batch."""
-    tokens = costs.tokens * max(1, costs.padded_rows)
+    tokens = costs.tokens_alone
     over = np.flatnonzero(tokens > rank_tokens)
     if len(over):
         worst = int(over[np.argmax(tokens[over])])
@@ -186,11 +191,10 @@ def plan_step(pairs: Indices, costs: Costs, *, world_size: int, rank_tokens: int
     Micro-batches that run at the same time get similar work, since ZeRO-3 makes ranks wait for each other at every
     layer, and the ranks' totals are balanced too.
     """
-    assert int(costs.tokens[pairs].max()) * max(1, costs.padded_rows) <= rank_tokens, "a pair is over the budget"
-    room = rank_tokens * world_size
-    count = max(1, math.ceil(int(costs.tokens[pairs].sum()) * max(1, costs.padded_rows) / room))
-    if costs.padded_rows:
-        count = 1  # the sum says little where the longest row sets the width
+    assert int(costs.tokens_alone[pairs].max()) <= rank_tokens, "a pair is over the budget"
+    count = 1  # where the longest row sets the width, the sum says little
+    if not costs.padded_rows:
+        count = max(1, math.ceil(int(costs.tokens[pairs].sum()) / (rank_tokens * world_size)))
     while True:
         bins = _pack(pairs, costs, count * world_size, rank_tokens)
         if bins is not None:

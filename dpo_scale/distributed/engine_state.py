@@ -45,28 +45,28 @@ _PRIVATE_NAMES = (
 )
 
 
-def snapshot(engine: Any, prefix: str = PREFIX) -> EngineSnapshot:
+def snapshot(engine: Any) -> EngineSnapshot:
     """This rank's view of an engine between two steps.
 
     Raises UserError for an engine whose state would not be complete.
     """
     zero = _zero3(engine)
-    parameters = dict(_parameters(engine, prefix))
+    parameters = dict(_parameters(engine))
     frozen = [name for name, parameter in parameters.items() if not parameter.requires_grad]
     if frozen:
         raise UserError(
             f"{len(frozen)} parameters are frozen (first {frozen[0]}); checkpoints hold only those "
             "that are trained: train all, or none"
         )
-    module = engine.module.get_submodule(prefix.rstrip("."))
+    module = engine.module.get_submodule(PREFIX.rstrip("."))
     return EngineSnapshot(
         architecture=type(module).__name__,
         dtype=next(iter(parameters.values())).dtype,
         parameters={name: tuple(parameter.ds_shape) for name, parameter in parameters.items()},
         tied=_tied_names(module),
         buffers=_persistent_buffers(module),
-        addresses=tuple(address for _, group in _addresses(engine, zero, prefix) for _, address in group),
-        read_slices=lambda: _read_slices(engine, zero, prefix),
+        addresses=tuple(address for _, group in _addresses(engine, zero) for _, address in group),
+        read_slices=lambda: _read_slices(engine, zero),
         counters=_read_counters(engine, zero),
     )
 
@@ -76,7 +76,6 @@ def restore(
     read: Callable[[SliceAddress], ParameterSlice],
     buffers: dict[str, torch.Tensor],
     counters: EngineCounters,
-    prefix: str = PREFIX,
 ) -> None:
     """Put a stored state into an engine between two steps. Collective.
 
@@ -85,7 +84,7 @@ def restore(
     """
     zero = _zero3(engine)
     zero.checkpoint_event_prologue()  # drops gathered copies, which would outlive the new values
-    for sub_group, addresses in _addresses(engine, zero, prefix):
+    for sub_group, addresses in _addresses(engine, zero):
         swapped = zero._swappable_optimizer_subgroup(sub_group)
         if swapped:
             zero._optimizer_states_and_gradient_swap_in(sub_group)
@@ -102,13 +101,13 @@ def restore(
         if swapped:
             zero._optimizer_states_and_gradient_swap_out(sub_group)
     zero.checkpoint_event_epilogue()  # drops hpZ's secondary shards, gathers persistent parameters
-    present = _persistent_buffers(engine.module.get_submodule(prefix.rstrip(".")))
+    present = _persistent_buffers(engine.module.get_submodule(PREFIX.rstrip(".")))
     for name, buffer in present.items():
         buffer.copy_(buffers[name])
     _write_counters(engine, zero, counters)
 
 
-def gathered_parameters(engine: Any, prefix: str = PREFIX) -> Iterator[tuple[str, torch.Tensor]]:
+def gathered_parameters(engine: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """Every parameter whole, in the engine's precision and the model's order. Collective.
 
     All ranks must go through all of it. Each tensor is valid until the next is asked for.
@@ -116,14 +115,14 @@ def gathered_parameters(engine: Any, prefix: str = PREFIX) -> Iterator[tuple[str
     import deepspeed  # not at the top: checkpoints are also read where no engine is
 
     _zero3(engine)
-    for name, parameter in _parameters(engine, prefix):
+    for name, parameter in _parameters(engine):
         with deepspeed.zero.GatheredParameters([parameter]):
             yield name, parameter.data
 
 
-def non_finite(engine: Any, prefix: str = PREFIX) -> str | None:
+def non_finite(engine: Any) -> str | None:
     """A parameter of which this rank's shard, in the engine's precision, is not finite; None where all are."""
-    for name, parameter in _parameters(engine, prefix):
+    for name, parameter in _parameters(engine):
         if not torch.isfinite(parameter.ds_tensor).all():
             return name
     return None
@@ -158,10 +157,10 @@ def _zero3(engine: Any) -> Any:
     return zero
 
 
-def _parameters(engine: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+def _parameters(engine: Any) -> Iterator[tuple[str, Any]]:
     for name, parameter in engine.module.named_parameters():
-        assert name.startswith(prefix), f"{name}: outside of {prefix}"
-        yield name.removeprefix(prefix), parameter
+        assert name.startswith(PREFIX), f"{name}: outside of {PREFIX}"
+        yield name.removeprefix(PREFIX), parameter
 
 
 def _tied_names(module: torch.nn.Module) -> dict[str, str]:
@@ -178,9 +177,9 @@ def _persistent_buffers(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: buffer for name, buffer in module.named_buffers() if name in persistent}
 
 
-def _addresses(engine: Any, zero: Any, prefix: str) -> Iterator[tuple[int, list[tuple[int, SliceAddress]]]]:
+def _addresses(engine: Any, zero: Any) -> Iterator[tuple[int, list[tuple[int, SliceAddress]]]]:
     """For each sub-group, the offsets in its flat tensors and what of which parameter is there."""
-    names = {id(parameter): name for name, parameter in _parameters(engine, prefix)}
+    names = {id(parameter): name for name, parameter in _parameters(engine)}
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     for sub_group, parameters in enumerate(zero.fp16_groups):
         addresses, offset = [], 0
@@ -193,8 +192,8 @@ def _addresses(engine: Any, zero: Any, prefix: str) -> Iterator[tuple[int, list[
         yield sub_group, addresses
 
 
-def _read_slices(engine: Any, zero: Any, prefix: str) -> Iterator[ParameterSlice]:
-    for sub_group, addresses in _addresses(engine, zero, prefix):
+def _read_slices(engine: Any, zero: Any) -> Iterator[ParameterSlice]:
+    for sub_group, addresses in _addresses(engine, zero):
         swapped = zero._swappable_optimizer_subgroup(sub_group)
         if swapped:
             zero._optimizer_states_and_gradient_swap_in(sub_group)

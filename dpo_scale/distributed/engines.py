@@ -178,11 +178,6 @@ class PolicyEngine:
         norm = self.engine.get_global_grad_norm()
         return float(norm) if norm is not None else float("nan")
 
-    @property
-    def loss_scale(self) -> float:
-        """fp16 loss scale; 1 in other precisions."""
-        return float(self.engine.optimizer.cur_scale) if self.engine.fp16_enabled() else 1.0
-
 
 class ReferenceEngine:
     """A frozen model under ZeRO-3 inference: no optimizer, no gradients, parameters offloaded between forwards."""

@@ -67,12 +67,6 @@ class Ranks:
         store = dist.distributed_c10d._get_default_store()
         work_and_wait(store, self.rank, workers, work)
 
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank."""
-        box = torch.tensor(int(flag), device=self.device)
-        dist.all_reduce(box, op=dist.ReduceOp.MAX)
-        return bool(box.item())
-
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """The sum over ranks of a tensor on this rank's device, written into it."""
         dist.all_reduce(values)

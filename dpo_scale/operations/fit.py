@@ -128,9 +128,9 @@ class MemoryPlan:
         held = states(self.parameters, self.reference_zero, ranks, self.workload.dtype_bytes, cpu=False)
         return held.host.get("weights", 0)
 
-    def fit(self, setting: Setting, cluster: Cluster, *, scoring_tokens: int | None = None) -> Fit:
+    def fit(self, setting: Setting, cluster: Cluster) -> Fit:
         """Whether a setting fits."""
-        tokens = scoring_tokens or self.workload.recipe.reference.rank_tokens or 4 * setting.rank_tokens
+        tokens = self.workload.recipe.reference.rank_tokens or 4 * setting.rank_tokens
         return Fit(
             setting=setting,
             gpu=peak(self.moments(setting, cluster.ranks)),

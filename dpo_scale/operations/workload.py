@@ -106,7 +106,7 @@ class Workload:
     @property
     def longest_pair(self) -> int:
         """Tokens of the largest pair: no micro-batch can be smaller."""
-        return int(self.costs.tokens.max()) * max(1, self.costs.padded_rows)
+        return int(self.costs.tokens_alone.max())
 
     def typical_micro_batch(self, tokens: int) -> Lengths:
         """Training pairs as they come that fill a budget of tokens, int64 [pairs, 3]."""

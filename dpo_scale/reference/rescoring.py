@@ -25,7 +25,7 @@ from dpo_scale.reference.scoring import ReferenceRows
 from dpo_scale.reference.source import find_reference
 
 
-def rescore(recipe: Recipe, folder: Path, rows: int, seed: int = 0) -> RowComparison:
+def rescore(recipe: Recipe, folder: Path, rows: int) -> RowComparison:
     """Score some random rows of a recipe's data with its reference, and compare with a store.
 
     Raises UserError if the store is of another reference, or holds no row of this data.
@@ -53,7 +53,7 @@ def rescore(recipe: Recipe, folder: Path, rows: int, seed: int = 0) -> RowCompar
             found.append(model(batch.to(device)).float().cpu().numpy())
         return found
 
-    return compare_rows(store, needed.of(np.arange(len(needed.pairs))), score, rows, seed)
+    return compare_rows(store, needed.of(np.arange(len(needed.pairs))), score, rows)
 
 
 def tolerance(recipe: Recipe) -> float:

@@ -222,7 +222,7 @@ def plan_scoring(
 def _check_rows(plan: ScoringPlan, rank_tokens: int) -> None:
     scored = np.concatenate([np.zeros(0, np.int64), *plan.micro_batches])
     costs = plan.costs.of(scored)
-    if (costs.tokens * max(1, costs.padded_rows) > rank_tokens).any():  # a million names take fifteen seconds
+    if (costs.tokens_alone > rank_tokens).any():  # a million names take fifteen seconds
         names = [plan.groups.names(group)[0] for group in scored.tolist()]
         check_budget(costs, rank_tokens, names, "reference.rank_tokens")
 
