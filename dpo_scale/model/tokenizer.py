@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from dpo_scale.errors import UserError
 
 SENTENCEPIECE_FILE = "tokenizer.model"
+_CONFIG_FILE = "tokenizer_config.json"
 SPACE = "▁"
 """SentencePiece's visible space (U+2581)."""
 _TOKENIZER_FILES = (
@@ -39,6 +41,8 @@ _TOKENIZER_FILES = (
     "*.tiktoken",
     "tekken.json",
 )
+_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
+_TOKEN_FLAGS = ("lstrip", "rstrip", "single_word", "special")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _PROBES = (
     "Hello world",
@@ -120,6 +124,7 @@ def convert_sentencepiece(file: Path) -> PreTrainedTokenizerFast:
                 "convert the model to tokenizer.json and put that file next to it"
             )
     settings = _tokenizer_config(file.parent)
+    _add_stated_tokens(backend, file.parent, settings)
     trainer = model.trainer_spec
     special = {
         f"{name}_token": piece
@@ -134,6 +139,11 @@ def convert_sentencepiece(file: Path) -> PreTrainedTokenizerFast:
     add_bos = settings.pop("add_bos_token", True)
     bos = settings.get("bos_token") or special.get("bos_token")
     if bos and add_bos:
+        if backend.token_to_id(bos) is None:
+            raise UserError(
+                f"{file.with_name(_CONFIG_FILE)}: bos_token {bos!r} is no piece of {SENTENCEPIECE_FILE}, "
+                "and added_tokens_decoder gives it no id; name a piece"
+            )
         backend.post_processor = TemplateProcessing(
             single=f"{bos} $A",
             pair=f"{bos} $A {bos} $B",
@@ -153,18 +163,18 @@ def _is_bare_sentencepiece(folder: Path) -> bool:
         return False
     if (folder / "tokenizer.json").is_file() or (folder / "tekken.json").is_file():
         return False
-    if "tokenizer_class" not in _tokenizer_json(folder):
+    settings = _json_object(folder / _CONFIG_FILE)
+    if "tokenizer_class" not in settings:
         return True
-    return str(_tokenizer_json(folder)["tokenizer_class"]).removesuffix("Fast") in (
+    return str(settings["tokenizer_class"]).removesuffix("Fast") in (
         "LlamaTokenizer",
         "PreTrainedTokenizer",
         "TokenizersBackend",
     )
 
 
-def _tokenizer_json(folder: Path) -> dict[str, Any]:
-    """tokenizer_config.json as it stands, empty where there is none."""
-    file = folder / "tokenizer_config.json"
+def _json_object(file: Path) -> dict[str, Any]:
+    """What a JSON file holds, empty where there is none."""
     if not file.is_file():
         return {}
     try:
@@ -178,14 +188,50 @@ def _tokenizer_json(folder: Path) -> dict[str, Any]:
 
 def _tokenizer_config(folder: Path) -> dict[str, Any]:
     """What tokenizer_config.json says of special tokens, BOS, template and length."""
-    tokens = ("bos_token", "eos_token", "unk_token", "pad_token")
-    known = (*tokens, "chat_template", "model_max_length", "add_bos_token")
+    known = (*_NAMED_TOKENS, "chat_template", "model_max_length", "add_bos_token")
     settings = {}
-    for name, value in _tokenizer_json(folder).items():
+    for name, value in _json_object(folder / _CONFIG_FILE).items():
         if name in known and value is not None:
             is_token = isinstance(value, dict) and "content" in value
             settings[name] = value["content"] if is_token else value
     return settings
+
+
+def _add_stated_tokens(backend: Tokenizer, folder: Path, settings: Mapping[str, Any]) -> None:
+    """Add the tokens that the folder states besides the pieces; UserError where one cannot have its stated id."""
+    stated = _stated_tokens(folder, settings)
+    for id_, token in sorted(stated.items()):
+        add = backend.add_special_tokens if token.special else backend.add_tokens
+        add([token])
+        actual_id = backend.token_to_id(token.content)
+        if actual_id != id_:
+            raise UserError(
+                f"{folder}: states id {id_} for the added token {token.content!r}, and behind the pieces of "
+                f"{SENTENCEPIECE_FILE} and the other added tokens it has {actual_id}; "
+                f"complete added_tokens_decoder in {_CONFIG_FILE}, or put a tokenizer.json there"
+            )
+
+
+def _stated_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[int, AddedToken]:
+    """id -> token of added_tokens.json, which has no flags, and of added_tokens_decoder, which has them."""
+    special = {settings.get(name) for name in _NAMED_TOKENS}
+    # Never normalized: the dummy prefix would become a part of the token, which no text has in its middle.
+    try:
+        stated = {
+            int(id_): AddedToken(content, special=content in special, normalized=False)
+            for content, id_ in _json_object(folder / "added_tokens.json").items()
+        }
+        decoder = _json_object(folder / _CONFIG_FILE).get("added_tokens_decoder") or {}
+        return stated | {
+            int(id_): AddedToken(
+                token["content"], normalized=False, **{flag: bool(token.get(flag)) for flag in _TOKEN_FLAGS}
+            )
+            for id_, token in decoder.items()
+        }
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{folder}: added tokens in added_tokens.json or {_CONFIG_FILE} cannot be read ({error}); mend the file"
+        ) from error
 
 
 def _template_files(folder: Path) -> dict[str, str]:

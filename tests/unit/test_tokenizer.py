@@ -144,6 +144,69 @@ def test_tokenizer_config_next_to_a_bare_model_is_heeded(tmp_path):
     assert tokenizer.chat_template == "{{ messages }}"
 
 
+def with_added_tokens(folder: Path, ids: dict[str, int], **flags: bool) -> Path:
+    """A bare model with tokens behind its 320 pieces, as fine-tunes to ChatML are saved."""
+    config = {"tokenizer_class": "LlamaTokenizer", "eos_token": "<|im_end|>", "bos_token": "<s>"}
+    flags = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": True, **flags}
+    decoder = {str(id_): {"content": content, **flags} for content, id_ in ids.items()}
+    train_sentencepiece(folder, "bpe")
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "added_tokens_decoder": decoder}))
+    return folder
+
+
+CHATML_IDS = {"<unk>": 0, "<s>": 1, "</s>": 2, "<|im_end|>": 320, "<|im_start|>": 321}
+
+
+@pytest.mark.parametrize("form", ["added_tokens_decoder", "added_tokens.json"])
+@pytest.mark.parametrize("flags", [{}, {"special": False, "normalized": True}], ids=["special", "plain"])
+def test_tokens_added_to_a_bare_model_have_the_ids_that_are_stated(form, flags, tmp_path):
+    folder = with_added_tokens(tmp_path / "source", CHATML_IDS, **flags)
+    plain = AutoTokenizer.from_pretrained(folder)
+    if form == "added_tokens.json":
+        config = {"tokenizer_class": "LlamaTokenizer", "eos_token": "<|im_end|>"}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+        (folder / "added_tokens.json").write_text(json.dumps({"<|im_start|>": 321, "<|im_end|>": 320}))
+    tokenizer, oracle = load_tokenizer(str(folder)), processor(folder)
+    assert len(tokenizer) == len(plain) == 322
+    assert tokenizer.eos_token_id == plain.eos_token_id == 320
+    assert tokenizer.convert_tokens_to_ids(list(CHATML_IDS)) == plain.convert_tokens_to_ids(list(CHATML_IDS))
+    expected_ids = [321, *oracle.encode("user the river"), 320, *oracle.encode("is old")]
+    text = "<|im_start|>user the river<|im_end|>is old"
+    assert tokenizer(text, add_special_tokens=False)["input_ids"] == expected_ids
+    target = tmp_path / "target"
+    target.mkdir()
+    save_tokenizer(tokenizer, str(folder), target)
+    shutil.copyfile(folder / "config.json", target / "config.json")
+    assert AutoTokenizer.from_pretrained(target)(text, add_special_tokens=False)["input_ids"] == expected_ids
+
+
+def test_an_added_token_keeps_its_flags(tmp_path):
+    tokenizer = load_tokenizer(str(with_added_tokens(tmp_path, CHATML_IDS, rstrip=True)))
+    text = "<|im_start|>   the<|im_end|>"
+    assert tokenizer(text, add_special_tokens=False)["input_ids"] == [321, *processor(tmp_path).encode("the"), 320]
+
+
+@pytest.mark.parametrize(
+    ("ids", "said"),
+    [
+        ({"<|im_end|>": 320, "<|im_start|>": 330}, r"id 330 for the added token '<\|im_start\|>', .* it has 321"),
+        ({"<|im_end|>": 320, "</s>": 321}, "id 321 for the added token '</s>', .* it has 2"),
+        ({"": "x"}, "added_tokens.json or tokenizer_config.json cannot be read"),
+    ],
+    ids=["gap", "piece", "no number"],
+)
+def test_ids_of_added_tokens_that_cannot_be_had_are_refused(ids, said, tmp_path):
+    with pytest.raises(UserError, match=said):
+        load_tokenizer(str(with_added_tokens(tmp_path, ids)))
+
+
+def test_a_bos_token_that_is_no_token_is_refused(tmp_path):
+    folder = train_sentencepiece(tmp_path, "bpe")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<begin>"}))
+    with pytest.raises(UserError, match=r"bos_token .<begin>. is no piece of tokenizer\.model"):
+        load_tokenizer(str(folder))
+
+
 def test_several_chat_templates_next_to_a_bare_model_keep_their_names(tmp_path):
     folder = train_sentencepiece(tmp_path / "source", "bpe")
     (folder / "chat_template.jinja").write_text("plain")
