@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, overload
 
 import numpy as np
@@ -46,18 +47,11 @@ _CODE = (
 )
 _SECONDS_BEFORE_ABANDONED = 24 * 3600.0
 _TEMPORARY_NAME = re.compile(r"\.[0-9a-f]{32}\.[0-9a-f]{32}")
-_SETTINGS = frozenset(
-    {
-        "max_length",
-        "max_prompt_length",
-        "max_completion_length",
-        "truncation",
-        "completion_pairs",
-        "completion_margin",
-        "on_bad_row",
-        "on_no_preference",
-    }
-)
+_NOT_OF_CONTENT = frozenset({"train", "evaluate", "chat_template", "workers", "cache_dir"})
+"""Settings that change no token, or whose content has a place of its own in the key: sources and template.
+
+Everything else counts, known or not: tokenizing anew is the smaller harm.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,38 +118,34 @@ class TokenStore:
             "versions": [importlib.metadata.version(name) for name in ("tokenizers", "transformers")],
             "tokenizer": tokenizer_fingerprint(tokenizer),
             "template": template,
-            "settings": data.model_dump(include=set(_SETTINGS)),
+            "settings": data.model_dump(exclude=set(_NOT_OF_CONTENT)),
             "sources": [_source_identity(source, root, seed) for source in sources],
         }
         text = json.dumps(content, sort_keys=True)
         return cls(root / hashlib.sha256(text.encode()).hexdigest()[:32])
 
     def load(self) -> tuple[TokenPairs, DataReport] | None:
-        """The pairs mapped into memory and their report; None if they are not there."""
+        """The pairs mapped into memory and their report; None if they are not there, or damaged."""
         try:
             document = json.loads((self.folder / "report.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
+            pairs = _open_pairs(self.folder, document["files"])
+            report = DataReport.from_json(document["report"])
+            return (pairs, report) if pairs.digest() == document["digest"] else None
+        except (FileNotFoundError, AttributeError, KeyError, TypeError, ValueError):
             return None
-        pairs = _open_pairs(self.folder, document["files"])
-        return pairs, DataReport.from_json(document["report"])
 
     @contextmanager
     def writer(self) -> Iterator[PairWriter]:
         """Collects pairs in a temporary folder that becomes the store when all went well."""
         for abandoned in _abandoned(self.folder.parent):
             shutil.rmtree(abandoned, ignore_errors=True)
-        temporary = self.folder.with_name(f".{self.folder.name}.{uuid.uuid4().hex}")
+        temporary = self._temporary()
         temporary.mkdir()
         writer = PairWriter(temporary)
         try:
             yield writer
             fsync_folder(temporary)
-            try:
-                temporary.rename(self.folder)
-            except OSError:
-                # Another process was first, with the same content.
-                if not (self.folder / "report.json").is_file():
-                    raise
+            self._put_in_place(temporary)
             fsync_folder(self.folder.parent)
         except OSError as error:
             raise UserError(
@@ -164,6 +154,22 @@ class TokenStore:
         finally:
             writer.close()
             shutil.rmtree(temporary, ignore_errors=True)
+
+    def _put_in_place(self, temporary: Path) -> None:
+        try:
+            temporary.rename(self.folder)
+        except OSError:
+            if not self.folder.is_dir():
+                raise
+            if self.load() is None:  # else another process was first, with the same content
+                damaged = self._temporary()
+                self.folder.rename(damaged)
+                temporary.rename(self.folder)
+                shutil.rmtree(damaged, ignore_errors=True)
+
+    def _temporary(self) -> Path:
+        """A name beside the store that nobody reads."""
+        return self.folder.with_name(f".{self.folder.name}.{uuid.uuid4().hex}")
 
 
 class PairWriter:
@@ -193,9 +199,10 @@ class PairWriter:
             column.flush()
             os.fsync(column.fileno())
         names = list(self._files)
-        report = describe(_open_pairs(self._folder, names), sources)
+        pairs = _open_pairs(self._folder, names)
+        report = describe(pairs, sources)
         with (self._folder / "report.json").open("w", encoding="utf-8") as stream:
-            json.dump({"files": names, "report": report.to_json()}, stream)
+            json.dump({"files": names, "digest": pairs.digest(), "report": report.to_json()}, stream)
             stream.flush()
             os.fsync(stream.fileno())
 
@@ -213,17 +220,28 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
         tokenizer.backend_tokenizer.no_padding()
         rules: Any = tokenizer.backend_tokenizer.to_str()
     else:
-        settings = tokenizer.init_kwargs
-        files = [settings[name] for name in sorted(tokenizer.vocab_files_names) if settings.get(name)]
-        hashes = [sha256_of_file(Path(file)) for file in files if Path(file).is_file()]
-        others = {name: repr(value) for name, value in settings.items() if value not in files}
-        rules = json.dumps([sorted(tokenizer.get_vocab().items()), sorted(others.items()), hashes])
+        settings = sorted((name, repr(value)) for name, value in tokenizer.init_kwargs.items())
+        added = sorted((id_, repr(token)) for id_, token in tokenizer.added_tokens_decoder.items())
+        rules = [sorted(tokenizer.get_vocab().items()), settings, added, _vocabulary_digests(tokenizer)]
     parts = [type(tokenizer).__name__, rules, tokenizer.bos_token_id, tokenizer.eos_token_id]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
+def _vocabulary_digests(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """SHA-256 of each file that a slow tokenizer's vocabulary is saved as, in which its merges stand, too."""
+    with TemporaryDirectory() as folder:
+        with suppress(NotImplementedError):  # its code is its vocabulary
+            tokenizer.save_vocabulary(folder)
+        return [sha256_of_file(file) for file in sorted(Path(folder).iterdir())]
+
+
 def _open_pairs(folder: Path, names: Sequence[str]) -> TokenPairs:
+    """The columns mapped into memory; ValueError where they do not fit each other."""
     tokens, lengths, hashes, files, numbers = (_map(folder, column) for column in _COLUMNS)
+    if not len(lengths) == len(hashes) == 3 * len(files) == 3 * len(numbers):
+        raise ValueError(f"{folder}: columns of different lengths")
+    if files.min(initial=0) < 0 or files.max(initial=-1) >= len(names):
+        raise ValueError(f"{folder}: a row of a file that has no name")
     return TokenPairs(tokens, lengths.reshape(-1, 3), RowPlaces(names, files, numbers), hashes.reshape(-1, 3))
 
 

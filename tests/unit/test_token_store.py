@@ -1,0 +1,163 @@
+"""The store of tokens: what its key holds, and what becomes of a damaged one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_tokenizers import byte_level
+from transformers import CTRLTokenizer, PreTrainedTokenizerBase
+
+import dpo_scale.data
+from dpo_scale.data import token_pairs, token_store
+from dpo_scale.data.preparation import prepare_pairs
+from dpo_scale.data.token_pairs import TokenPairs
+from dpo_scale.data.token_store import TokenStore, tokenizer_fingerprint
+from dpo_scale.recipe import DataSection
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> DataSection:
+    rows = [{"prompt": "Q:", "chosen": f" yes {n}", "rejected": " no"} for n in range(3)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return DataSection(train=[str(path)], cache_dir=str(tmp_path / "store"), workers=1)
+
+
+# --- the key -------------------------------------------------------------------------------------
+
+
+def key(data: DataSection, tokenizer: PreTrainedTokenizerBase | None = None) -> str:
+    return TokenStore.for_content(data.train, data, tokenizer or byte_level(), None, seed=0).folder.name
+
+
+OTHER_SETTINGS = {
+    "max_length": 99,
+    "max_prompt_length": 50,
+    "max_completion_length": 50,
+    "truncation": "keep_start",
+    "completion_pairs": "all_pairs",
+    "completion_margin": 0.5,
+    "on_bad_row": "skip",
+    "on_no_preference": "error",
+}
+WITHOUT_EFFECT = {"evaluate": ["held_out.jsonl"], "chat_template": "of the tokenizer", "workers": 2}
+
+
+@pytest.mark.parametrize("name", sorted(DataSection.model_fields.keys() - {"train", "cache_dir"}))
+def test_every_setting_is_in_the_key_unless_it_changes_no_token(name: str, data: DataSection) -> None:
+    other = DataSection(**{**data.model_dump(), name: {**OTHER_SETTINGS, **WITHOUT_EFFECT}[name]})
+    assert (key(other) == key(data)) == (name in WITHOUT_EFFECT)
+
+
+def test_the_place_of_the_store_is_not_in_the_key(data: DataSection, tmp_path: Path) -> None:
+    assert key(DataSection(**{**data.model_dump(), "cache_dir": str(tmp_path / "other")})) == key(data)
+
+
+WITHOUT_TOKENS = {"__init__.py", "layouts.py", "planning.py", "samples.py", "token_pairs.py"}
+
+
+@pytest.mark.parametrize(
+    "module", sorted({file.name for file in Path(dpo_scale.data.__path__[0]).glob("*.py")} - WITHOUT_TOKENS)
+)
+def test_the_code_is_in_the_key(module: str, data: DataSection, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, original = key(data), token_store.sha256_of_file
+    monkeypatch.setattr(token_store, "sha256_of_file", lambda file: "0" if file.name == module else original(file))
+    assert key(data) != before
+
+
+@pytest.mark.parametrize("library", ["tokenizers", "transformers"])
+def test_the_libraries_are_in_the_key(library: str, data: DataSection, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, original = key(data), token_store.importlib.metadata.version
+    monkeypatch.setattr(
+        token_store.importlib.metadata, "version", lambda name: "0" if name == library else original(name)
+    )
+    assert key(data) != before
+
+
+@pytest.mark.parametrize("name", ["bos_token", "eos_token"])
+def test_special_tokens_are_in_the_key(name: str, data: DataSection) -> None:
+    tokenizer = byte_level()
+    setattr(tokenizer, name, "<|im_end|>")
+    assert key(data, tokenizer) != key(data)
+
+
+def test_the_merges_of_a_slow_tokenizer_are_in_the_key(data: DataSection, tmp_path: Path) -> None:
+    pieces = ["<unk>", "<s>", "</s>", "a", "b", "ab</w>", "a</w>", "b</w>"]
+    vocabulary, merges = tmp_path / "vocab.json", tmp_path / "merges.txt"
+    vocabulary.write_text(json.dumps({piece: id_ for id_, piece in enumerate(pieces)}))
+    keys, tokens = set(), []
+    for text in ("#version: 0.2\na b</w>\n\n", "#version: 0.2\n\n"):
+        merges.write_text(text)
+        tokenizer = CTRLTokenizer(str(vocabulary), str(merges), unk_token="<unk>", eos_token="</s>")
+        tokens.append(tokenizer.tokenize("ab"))
+        keys.add(tokenizer_fingerprint(tokenizer))
+    assert tokens[0] != tokens[1]
+    assert len(keys) == 2
+
+
+# --- damage --------------------------------------------------------------------------------------
+
+
+def flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def cut_a_pair(file: Path) -> None:
+    """Of numbers of 8 bytes, three a pair."""
+    file.write_bytes(file.read_bytes()[:-24])
+
+
+def without_digest(file: Path) -> None:
+    document = json.loads(file.read_text())
+    del document["digest"]
+    file.write_text(json.dumps(document))
+
+
+DAMAGES: dict[str, tuple[str, Callable[[Path], Any]]] = {
+    "token": ("tokens.i32", flip_a_bit),
+    "length": ("lengths.i64", flip_a_bit),
+    "short tokens": ("tokens.i32", cut),
+    "short lengths": ("lengths.i64", cut_a_pair),
+    "short hashes": ("hashes.u64", cut_a_pair),
+    "short row numbers": ("row_numbers.i64", cut_a_pair),
+    "file of a row": ("row_files.i32", lambda file: file.write_bytes(b"\x01" * 12)),
+    "no column": ("row_numbers.i64", Path.unlink),
+    "no report": ("report.json", Path.unlink),
+    "empty report": ("report.json", lambda file: file.write_text("")),
+    "other report": ("report.json", lambda file: file.write_text("[]")),
+    "cut report": ("report.json", cut),
+    "no digest": ("report.json", without_digest),
+}
+
+
+def prepared(data: DataSection) -> TokenPairs:
+    return prepare_pairs(data.train, data, byte_level(), seed=0)[0]
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_store_is_made_anew(name: str, data: DataSection) -> None:
+    expected = list(map(str, prepared(data)))
+    (folder,) = (path for path in Path(str(data.cache_dir)).iterdir() if path.is_dir())
+    file, damage = DAMAGES[name]
+    damage(folder / file)
+    assert TokenStore(folder).load() is None
+    assert list(map(str, prepared(data))) == expected
+    assert TokenStore(folder).load() is not None
+    assert [path for path in folder.parent.iterdir() if path.is_dir()] == [folder]
+
+
+def test_the_digest_of_a_loaded_store_is_remembered(data: DataSection, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared(data)
+    pairs = prepared(data)
+    monkeypatch.setattr(token_pairs, "hashlib", None)
+    assert len(pairs.digest()) == 64
