@@ -142,6 +142,8 @@ def weight_files(folder: Path) -> list[Path]:
     """The files that from_pretrained reads weights from, by name; safetensors come first."""
     if (folder / "adapter_config.json").exists():
         raise UserError(f"{folder}: holds an adapter; merge it into its base model and save that")
+    if named := _read_json(folder / "config.json").get("transformers_weights"):
+        return _files_of_name(folder, str(named))
     for name in ("model.safetensors", "pytorch_model.bin"):
         single, index = folder / name, folder / f"{name}.index.json"
         if single.exists():
@@ -179,6 +181,17 @@ def explain_difference(wanted: ReferenceFingerprint, stored: ReferenceFingerprin
     if changed := _changed(wanted.code, stored.code):
         lines.append(f"model code differs in {_names(changed)}")
     return lines
+
+
+def _files_of_name(folder: Path, name: str) -> list[Path]:
+    """The files behind `transformers_weights` of config.json, which goes before all others."""
+    path = folder / name
+    if path.parent != folder or not path.is_file() or not name.endswith((".safetensors", ".safetensors.index.json")):
+        raise UserError(
+            f"{folder / 'config.json'}: transformers_weights is {name}, which is no safetensors file of this folder; "
+            "fetch the model again, or remove the entry"
+        )
+    return _files_of_index(path) if name.endswith(".json") else [path]
 
 
 def _files_of_index(index: Path) -> list[Path]:

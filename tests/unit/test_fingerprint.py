@@ -236,3 +236,25 @@ def test_weight_files_are_those_that_transformers_loads(tmp_path: Path, monkeypa
     assert weight_files(tmp_path) == [tmp_path / "model.safetensors"]
     loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
     assert (loaded.lm_head.weight == 0.5).all()  # transformers took the single file as well
+
+
+@pytest.mark.parametrize("num_shards", [1, 2])
+def test_weights_that_the_config_names_are_those_that_are_hashed(num_shards: int, tmp_path: Path) -> None:
+    folder = _model(tmp_path / "model")
+    named = _model(tmp_path / "named", num_shards)
+    for file in named.glob("model*"):
+        file.rename(folder / file.name.replace("model.safe", "named.safe"))
+    ending = ".safetensors" if num_shards == 1 else ".safetensors.index.json"
+    _edit_config(folder, transformers_weights=f"named{ending}")
+    names = ["named"] if num_shards == 1 else ["model-00001-of-00002", "model-00002-of-00002"]
+    assert weight_files(folder) == [folder / f"{name}.safetensors" for name in names]
+
+
+@pytest.mark.parametrize("name", ["gone.safetensors", "../named.safetensors", "named.bin"])
+def test_a_name_in_the_config_that_is_no_file_of_weights_is_refused(name: str, tmp_path: Path) -> None:
+    folder = _model(tmp_path / "model")
+    _edit_config(folder, transformers_weights=name)
+    if "gone" not in name:
+        (folder / name).write_bytes(b"weights")
+    with pytest.raises(UserError, match=r"config\.json: transformers_weights is .*no safetensors file of this folder"):
+        weight_files(folder)
