@@ -129,7 +129,7 @@ _SET = {
     "contradictions": 3,
     "tokens": 4_100_000,
 }
-_SEQUENCE = {"tokens": ["Ġmay", "ĠI", "?", "Ġcertainly", "</s>"], "scored": [0, 0, 0, 1, 1]}
+_SEQUENCE = {"tokens": [" may", " I", "?", " certainly", "</s>"], "scored": [0, 0, 0, 1, 1]}
 _PAIR = {"row": "train.jsonl:3", "chosen": _SEQUENCE, "rejected": {**_SEQUENCE, "scored": [0, 0, 0, 0, 1]}}
 DATA = {
     "train": {**_SET, "samples": [_PAIR]},

@@ -23,8 +23,6 @@ from dpo_scale.operations.run_records import RunRecords, column, read_run
 
 SHOWN_SAMPLES, SHOWN_PROMPT, SHOWN_COMPLETION = 3, 40, 60
 """Pairs, and tokens of their prompts and completions, that are shown in full."""
-SPACES = str.maketrans({"Ġ": " ", "▁": " ", "Ċ": "\n", "ĉ": "\t"})
-"""How vocabularies spell white space."""
 AXES = {"steps": "steps", "hours": "wall clock", "tokens": "tokens"}
 AXIS_TITLES = {"steps": "optimizer steps", "hours": "hours since the first start", "tokens": "tokens"}
 
@@ -191,7 +189,7 @@ def _data_blocks(run: RunRecords) -> Iterator[dict[str, Any]]:
 
 def _sample(sequence: Mapping[str, Any]) -> tuple[str, str]:
     """The end of a prompt and the beginning of its completion as text, from tokens and which of them are scored."""
-    tokens = [str(token).translate(SPACES) for token in sequence.get("tokens", ())]
+    tokens = [str(token) for token in sequence.get("tokens", ())]
     boundary = len(tokens) - sum(sequence.get("scored", ()))
     prompt, completion = tokens[:boundary], tokens[boundary:]
     more = "..." if len(completion) > SHOWN_COMPLETION else ""

@@ -18,7 +18,7 @@ import numpy as np
 import psutil
 import pytest
 from rich.console import Console
-from small_tokenizers import byte_level
+from small_tokenizers import byte_level, train_sentencepiece
 
 from dpo_scale.data import preparation, readers, token_pairs, token_store
 from dpo_scale.data.planning import CostModel, Schedule, layout_costs, plan_step
@@ -28,6 +28,7 @@ from dpo_scale.data.rows import Block
 from dpo_scale.data.samples import SampledPair, SampledSequence, sample_pairs, show
 from dpo_scale.data.token_pairs import TokenPair, TokenPairs
 from dpo_scale.errors import DataError, UserError
+from dpo_scale.model.tokenizer import load_tokenizer
 from dpo_scale.recipe import DataSection, DataSource
 
 
@@ -248,7 +249,7 @@ def test_samples_show_every_token_and_which_are_scored(tmp_path, prepare):
         for sequence, completion in ((sample.chosen, pair.chosen), (sample.rejected, pair.rejected)):
             assert list(sequence.ids) == [*pair.prompt, *completion]
             assert list(sequence.scored) == [0] * len(pair.prompt) + [1] * len(completion)
-            assert list(sequence.tokens) == tokenizer.convert_ids_to_tokens(list(sequence.ids))
+            assert list(sequence.tokens) == [tokenizer.decode(id_) for id_ in sequence.ids]
     assert json.loads(json.dumps(samples[0].to_json()))["chosen"]["scored"][-1] == 1
     assert len(sample_pairs(TokenPairs.from_pairs(pairs[index] for index in range(3)), tokenizer, seed=0)) == 3
     console = Console(width=400, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
@@ -265,7 +266,36 @@ def test_a_line_break_in_a_token_breaks_no_line():
     console.print(show((SampledPair("f:1", sequence, sequence),)))
     lines = console.export_text().splitlines()
     assert len(lines) == 4
-    assert lines[2].endswith(r"a\n b [\n\t][</s>]")
+    assert lines[2].endswith(r"a\n|b [\n\t][</s>]")
+
+
+@pytest.mark.parametrize("kind", ["byte level", "bpe", "unigram"])
+def test_samples_are_text_in_any_script(kind, tmp_path, prepare):
+    text = " you\u2019re naïve \U0001f600 漢字"
+    path = write(tmp_path / "rows.jsonl", row(f"été{text}:", text, f"{text}\ufffd"))
+    folder = train_sentencepiece(tmp_path / kind, kind, normalization_rule_name="identity") if " " not in kind else None
+    tokenizer = load_tokenizer(str(folder)) if folder else byte_level()
+    pairs, _ = prepare(path, tokenizer=tokenizer)
+    (sample,) = sample_pairs(pairs, tokenizer, seed=0)
+    for sequence in (sample.chosen, sample.rejected):
+        assert "".join(sequence.tokens) == tokenizer.decode(sequence.ids)
+        assert len(sequence.tokens) == len(sequence.ids)
+        assert {"\u2019", "\U0001f600", "漢", ""} <= set(sequence.tokens)
+    scored = sum(sample.chosen.scored)
+    assert "".join(sample.chosen.tokens[-scored:]) == text + tokenizer.eos_token
+    console = Console(width=400, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    console.print(show((sample,)))
+    assert "[\u2019][r" in console.export_text()
+
+
+def test_a_character_that_is_cut_off_does_not_hide_what_follows():
+    tokenizer = byte_level()
+    parts = tokenizer("漢", add_special_tokens=False)["input_ids"]
+    whole = np.array(tokenizer("yes")["input_ids"], np.int32)
+    pair = TokenPair(np.array(parts[:1] * 6, np.int32), whole, np.array(parts[:2], np.int32), "f:1")
+    (sample,) = sample_pairs(TokenPairs.from_pairs([pair]), tokenizer, seed=0)
+    assert "".join(sample.chosen.tokens).lstrip("\ufffd") == "yes"
+    assert sample.rejected.tokens[-1].endswith("\ufffd")
 
 
 def test_sources_have_a_table_with_their_shares(tmp_path, prepare):
