@@ -7,6 +7,7 @@ import math
 import os
 import resource
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -128,7 +129,12 @@ class MetricsFile:
         self._keep(math.isfinite)
 
     def go_back_to(self, step: int) -> None:
-        """Drop what a run that was killed logged after the checkpoint it now goes on from; at step 0 all."""
+        """Drop what a run that was killed logged after the checkpoint it now goes on from.
+
+        At step 0 that is all, and a file with logged steps stays as `metrics.jsonl.before-...`.
+        """
+        if step == 0 and any(_step_of(line) > 0 for line in _lines(self._path)):
+            os.replace(self._path, self._path.with_name(f"{self._path.name}.before-{time.strftime('%Y%m%d-%H%M%S')}"))
         self._keep(lambda logged: step > 0 and logged <= step)
 
     def _keep(self, wanted: Callable[[float], bool]) -> None:

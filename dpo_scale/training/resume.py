@@ -9,11 +9,11 @@ from typing import Any
 
 from dpo_scale.console import BYTES, Console
 from dpo_scale.distributed import engine_state
-from dpo_scale.distributed.lockstep import Ranks
+from dpo_scale.distributed.lockstep import Ranks, by_main
 from dpo_scale.errors import UserError
 from dpo_scale.recipe import Recipe
 from dpo_scale.training.checkpoints import UNFINISHED, Checkpoint, RunState, find_checkpoint
-from dpo_scale.training.run_folder import refuse_another_run
+from dpo_scale.training.run_folder import refuse_another_run, refuse_lost_checkpoints
 from dpo_scale.training.stored_state import StoredState, check_fits
 
 
@@ -55,4 +55,6 @@ def _find(recipe: Recipe, ranks: Ranks, console: Console) -> Checkpoint | None:
             f"{folder}: no checkpoint is whole, and starting anew would overwrite what is left of this run; "
             "restore one, or move the folder away"
         )
+    if found is None and named == "auto":
+        by_main(ranks, lambda: refuse_lost_checkpoints(folder.parent))
     return found

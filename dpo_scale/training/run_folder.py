@@ -22,6 +22,7 @@ from dpo_scale.reference.fingerprint import ReferenceFingerprint, explain_differ
 from dpo_scale.training import locks
 from dpo_scale.training.checkpoints import Checkpoint, CheckpointError, digest_of, open_checkpoint
 from dpo_scale.training.export import check_replaceable
+from dpo_scale.training.status import committed_step, last_known_commit
 
 HASHED = ("model.path", "model.revision")
 """Where a policy lies that starts as the reference, whose files are hashed. Nobody hashes the weights of another."""
@@ -139,7 +140,7 @@ def compare_with_stored(recipe: Recipe) -> list[str]:
         )
     before = {f"{section}.{field}": value for section, fields in stored.items() for field, value in fields.items()}
     matters, harmless = changed_settings(before, flatten(recipe))
-    if matters and any((folder / name).exists() for name in ("checkpoints", "model")):
+    if matters and ((folder / "model").exists() or last_known_commit(folder) is not None):
         raise RecipeError(
             f"run.output_dir: {folder} holds a run of another recipe\n"
             + "\n".join(f"  {line}" for line in matters)
@@ -159,6 +160,16 @@ def refuse_another_run(checkpoint: Checkpoint, trajectory: Mapping[str, Any]) ->
         )
 
 
+def refuse_lost_checkpoints(folder: Path) -> None:
+    """Raise UserError where a step was committed and no checkpoint is there: a start anew would go over the run."""
+    step = last_known_commit(folder)
+    if step is not None and committed_step(folder) is None:
+        raise UserError(
+            f"{folder / 'checkpoints'}: no checkpoint is there, and step {step} was committed; bring the folder back "
+            "(is its disk mounted?), choose another run.output_dir, or start anew with run.resume=never"
+        )
+
+
 class RunFolder:
     """The folder as the main rank sees it; holds the lock until the process ends."""
 
@@ -175,12 +186,15 @@ class RunFolder:
     def claim(self, reference: ReferenceFingerprint, trajectory: Mapping[str, Any]) -> None:
         """See that the folder is free for what is to be trained, before anything is computed for it.
 
-        Raises UserError where it was trained against another reference or on other pairs, or holds another model.
+        Raises UserError where it was trained against another reference or on other pairs, holds another model, or
+        lost its checkpoints.
         """
         self.keep_reference(reference)
         newest = self._newest_checkpoint()
-        if newest is not None and self._resume == "auto":
-            refuse_another_run(newest, trajectory)
+        if self._resume == "auto":
+            refuse_lost_checkpoints(self.path)
+            if newest is not None:
+                refuse_another_run(newest, trajectory)
         check_replaceable(self.path / "model", digest_of(trajectory))
 
     def _newest_checkpoint(self) -> Checkpoint | None:
@@ -197,7 +211,7 @@ class RunFolder:
         under the same path, or another precision, would change the objective in the middle of a run.
         """
         before = read_fingerprint(self.path)
-        if before is not None and before.key != reference.key and self.checkpoints.exists():
+        if before is not None and before.key != reference.key and last_known_commit(self.path) is not None:
             raise RecipeError(
                 f"run.output_dir: {self.path} was trained against another reference\n"
                 + "\n".join(f"  {line.replace('store', 'this run')}" for line in explain_difference(reference, before))

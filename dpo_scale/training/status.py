@@ -10,6 +10,7 @@ import json
 import os
 import re
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -63,6 +64,8 @@ class Status:
     """Newest committed step at the last failure that a batch script counted."""
     failures: int = 0
     """Failures counted at that step, one after the other."""
+    committed_step: int | None = None
+    """Newest committed step as last seen: what is left to know of checkpoints that are on a disk that is away."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +88,7 @@ class StatusFile:
             launch=_this_launch(),
             failed_at=before.failed_at if before else None,
             failures=before.failures if before else 0,
+            committed_step=before.committed_step if before else None,
         )
         self._wrote = 0.0
         self.enter("starting")
@@ -94,9 +98,10 @@ class StatusFile:
         self._write(replace(self._status, stage=stage, step=step))
 
     def advance(self, step: int) -> None:
-        """A step is done; noted at most every quarter of a minute, or with what is noted next."""
+        """A step is done; noted at most every quarter of a minute, after the first commit, or with what comes next."""
         self._status = replace(self._status, step=step)
-        if time.monotonic() - self._wrote > SECONDS_BETWEEN_STEPS:
+        first_commit = self._status.committed_step is None and self._newest_commit() is not None
+        if first_commit or time.monotonic() - self._wrote > SECONDS_BETWEEN_STEPS:
             self._write(self._status)
 
     def stop(self, reason: str) -> None:
@@ -107,10 +112,15 @@ class StatusFile:
         """All is done."""
         self._write(replace(self._status, state="finished", failed_at=None, failures=0))
 
+    def _newest_commit(self) -> int | None:
+        return None if self._folder is None else committed_step(self._folder)
+
     def _write(self, status: Status) -> None:
-        self._status, self._wrote = status, time.monotonic()
+        newest = self._newest_commit()
+        self._status = status if newest is None else replace(status, committed_step=newest)
+        self._wrote = time.monotonic()
         if self._folder is not None:
-            _write(self._folder, self._command, status)
+            _write(self._folder, self._command, self._status)
 
 
 def record_failure(folder: Path, command: str, reason: str, *, users_mistake: bool = False) -> None:
@@ -163,6 +173,17 @@ def committed_step(folder: Path) -> int | None:
         if (match := re.fullmatch(r"step-(\d{8,})", path.name)) and (path / "commit.json").is_file()
     ]
     return max(steps, default=None)
+
+
+def last_known_commit(folder: Path) -> int | None:
+    """The newest committed step; where no checkpoint is there, the one that the run's status noted."""
+    newest = committed_step(folder)
+    if newest is not None:
+        return newest
+    with suppress(UserError):  # a status that cannot be read
+        status = read_status(folder, "train")
+        return None if status is None else status.committed_step
+    return None
 
 
 def judge(status: Status | None, *, alive: bool, committed: int | None) -> Verdict:

@@ -162,6 +162,13 @@ def test_a_run_from_the_start_has_no_lines_of_another(tmp_path: Path) -> None:
     path.write_text('{"step": 0}\n{"step": 5}\n')
     MetricsFile(path).go_back_to(0)
     assert path.read_text() == ""
+    (before,) = tmp_path.glob("metrics.jsonl.before-*")
+    assert _steps(before) == [0, 5]
+    MetricsFile(path).write({"step": 0})
+    MetricsFile(path).go_back_to(0)
+    assert path.read_text() == ""
+    assert _steps(before) == [0, 5]  # and no other beside it: no step was logged
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_utilization_counts_six_flops_a_multiply_accumulate(monkeypatch: pytest.MonkeyPatch) -> None:

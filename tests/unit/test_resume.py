@@ -17,6 +17,7 @@ from dpo_scale.training import checkpoints
 from dpo_scale.training.checkpoints import RunState
 from dpo_scale.training.resume import _find, resume
 from dpo_scale.training.run_folder import RunFolder, what_matters
+from dpo_scale.training.status import StatusFile
 
 
 def recipe(folder: Path, wanted: str) -> Recipe:
@@ -88,6 +89,24 @@ def test_damage_everywhere_is_no_reason_to_start_anew(tmp_path: Path) -> None:
     (path / "rank-00000-of-00001.safetensors").write_bytes(b"rotten")
     with pytest.raises(UserError, match="no checkpoint is whole, and starting anew would overwrite"):
         found(tmp_path, "auto")
+
+
+def test_checkpoints_that_are_away_are_no_reason_to_start_anew(tmp_path: Path) -> None:
+    StatusFile(tmp_path, "train").advance(2)
+    assert found(tmp_path, "auto") is None  # nothing was committed
+    status = StatusFile(tmp_path, "train")
+    commit(tmp_path, step=3)
+    status.advance(4)
+    (tmp_path / "checkpoints").rename(tmp_path / "away")
+    StatusFile(tmp_path, "train")
+    for make in (lambda: None, (tmp_path / "checkpoints").mkdir):
+        make()
+        with pytest.raises(UserError, match=r"no checkpoint is there, and step 3 was committed; .* run\.resume=never"):
+            found(tmp_path, "auto")
+        assert found(tmp_path, "never") is None
+    (tmp_path / "checkpoints").rmdir()
+    (tmp_path / "away").rename(tmp_path / "checkpoints")
+    assert found(tmp_path, "auto") == tmp_path / "checkpoints" / "step-00000003"
 
 
 def test_what_differs_from_the_run_of_a_checkpoint_is_named(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from dpo_scale.reference.fingerprint import ReferenceFingerprint, read_fingerpri
 from dpo_scale.training import locks
 from dpo_scale.training.checkpoints import digest_of
 from dpo_scale.training.run_folder import RunFolder, changed_settings, differences, flatten, trajectory_of, what_matters
+from dpo_scale.training.status import StatusFile
 
 
 def _recipe(folder: Path, **changes: Any) -> Recipe:
@@ -39,6 +40,13 @@ def _recipe(folder: Path, **changes: Any) -> Recipe:
 
 def _reference(**weights: str) -> ReferenceFingerprint:
     return ReferenceFingerprint(1, "float32", weights or {"model.safetensors": "0" * 64}, {}, {}, "org/base")
+
+
+def commit(folder: RunFolder, step: int = 4) -> Path:
+    """What looks like a checkpoint from outside."""
+    path = folder.checkpoints / f"step-{step:08d}"
+    write_json(path / "commit.json", {})
+    return path
 
 
 HOLDER = """
@@ -85,7 +93,7 @@ def test_the_resolved_recipe_is_written_and_reads_back(tmp_path: Path) -> None:
 
 def test_changed_settings_are_refused_by_name_once_there_are_checkpoints(tmp_path: Path) -> None:
     first = RunFolder(_recipe(tmp_path))
-    first.checkpoints.mkdir()
+    commit(first)
     first._lock.close()
     with pytest.raises(RecipeError) as caught:
         RunFolder(_recipe(tmp_path, loss__beta=0.2, run__seed=3, track__every_steps=1))
@@ -118,6 +126,23 @@ def test_a_comment_in_the_recipe_of_a_run_does_not_keep_it_from_going_on(tmp_pat
     assert RunFolder(_recipe(tmp_path)).harmless_changes == []
 
 
+def test_a_run_whose_checkpoints_are_away_takes_no_other_recipe_and_does_not_start_anew(tmp_path: Path) -> None:
+    first = RunFolder(_recipe(tmp_path))
+    commit(first)
+    StatusFile(tmp_path, "train")
+    first._lock.close()
+    first.checkpoints.rename(tmp_path / "away")
+    with pytest.raises(RecipeError, match="holds a run of another recipe"):
+        RunFolder(_recipe(tmp_path, loss__beta=0.2))
+    second = RunFolder(_recipe(tmp_path))
+    StatusFile(tmp_path, "train")  # of the attempt that finds nothing
+    for _ in range(2):
+        with pytest.raises(UserError, match="no checkpoint is there, and step 4 was committed; bring the folder back"):
+            second.claim(_reference(), {})
+    second._lock.close()
+    RunFolder(_recipe(tmp_path, run__resume="never")).claim(_reference(), {})
+
+
 def test_a_run_that_has_committed_nothing_may_change(tmp_path: Path) -> None:
     RunFolder(_recipe(tmp_path))._lock.close()
     RunFolder(_recipe(tmp_path, loss__beta=0.2))
@@ -126,7 +151,7 @@ def test_a_run_that_has_committed_nothing_may_change(tmp_path: Path) -> None:
 
 def test_harmless_changes_are_taken_and_told(tmp_path: Path) -> None:
     first = RunFolder(_recipe(tmp_path))
-    first.checkpoints.mkdir()
+    commit(first)
     first._lock.close()
     second = RunFolder(_recipe(tmp_path, batch__rank_tokens=64, checkpoint__keep_last=9))
     assert second.harmless_changes == [
@@ -195,7 +220,7 @@ def test_a_trajectory_follows_from_settings_tokens_and_the_reference(tmp_path: P
 def test_files_may_move(tmp_path: Path) -> None:
     """What they hold is compared by its digests, once it is read."""
     first = RunFolder(_recipe(tmp_path, data__train=[{"path": "a.jsonl", "rows": 5}, {"path": "b.jsonl"}]))
-    first.checkpoints.mkdir()
+    commit(first)
     first._lock.close()
     moved = _recipe(
         tmp_path, model__path="/new/model", data__train=[{"path": "/new/a.jsonl", "rows": 5}, {"path": "b.jsonl"}]
@@ -217,7 +242,7 @@ def test_files_may_move(tmp_path: Path) -> None:
 def test_a_policy_that_is_not_the_reference_may_not_move(before: str | None, after: str | None, tmp_path: Path) -> None:
     """Nobody hashes its weights: another start under the same name as the old one would go unseen."""
     first = RunFolder(_recipe(tmp_path, reference__path=before))
-    first.checkpoints.mkdir()
+    commit(first)
     first._lock.close()
     moved = _recipe(tmp_path, model__path="another", reference__path=after)
     with pytest.raises(RecipeError, match=r"model\.path: was 'base', is 'another'"):
@@ -291,7 +316,7 @@ def test_a_run_with_checkpoints_refuses_a_reference_whose_files_were_replaced(tm
     folder = RunFolder(_recipe(tmp_path / "run"))
     folder.keep_reference(_reference())
     folder.keep_reference(_reference(**{"model.safetensors": "1" * 64}))  # nothing is trained yet
-    folder.checkpoints.mkdir()
+    commit(folder)
     folder.keep_reference(_reference(**{"model.safetensors": "1" * 64}))
     with pytest.raises(RecipeError, match=r"another reference\n  weights differ in model.safetensors\n.* org/base"):
         folder.keep_reference(_reference())
