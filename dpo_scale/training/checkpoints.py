@@ -6,7 +6,7 @@
         rank-00000-of-00002.json          its manifest: sizes and checksums
         buffers.safetensors               the model's persistent buffers
         commit.json                       written last: a folder without it is not a checkpoint
-      latest                              name of the newest commit, for people; nothing reads it
+      latest                              name of the newest commit, for people and commands; resuming never reads it
 
 Any number of ranks can read what any other number wrote, by slicing. A folder is written under a
 hidden name and renamed once it is whole, so a kill at any moment costs the folder that was being
@@ -17,10 +17,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -35,8 +36,10 @@ from dpo_scale.distributed.parameter_slices import (
 )
 from dpo_scale.errors import UserError
 from dpo_scale.files import fsync_folder, sha256_of_file, write_atomically, write_json
+from dpo_scale.training.retention import remove, remove_superseded
 from dpo_scale.training.tensor_files import FileRecord, TensorEntry, aligned, write_tensors
 
+_LOG = logging.getLogger(__name__)
 FORMAT = 2
 UNFINISHED = "writing it was not finished"
 """The reason for passing over a checkpoint that a kill cut short: harmless."""
@@ -147,11 +150,12 @@ def save(
     source_model: str,
     keep_last: int = 2,
     keep_every: int | None = None,
+    say: Callable[[str], None] = _LOG.warning,
 ) -> Path:
     """Commit a checkpoint of `run.step` in `folder`, then remove superseded ones. Collective.
 
-    Returns the checkpoint's folder. Raises CommitError on every rank if any rank fails; what was
-    committed before is then untouched.
+    Returns the checkpoint's folder; the main rank says what could not be removed. Raises CommitError on every rank if
+    any rank fails; what was committed before is then untouched.
     """
     target = folder / _name(run.step)
     partial = folder / f".{target.name}.partial"
@@ -178,7 +182,9 @@ def save(
             f"{target}: not written\n{error}\nEarlier checkpoints are untouched. "
             "Free space or mend the folder, then run the same command again."
         ) from error
-    on_main(ranks, lambda: _prune(folder, run.step, keep_last, keep_every), CheckpointError)
+    for trouble in on_main(ranks, lambda: _prune(folder, run.step, keep_last, keep_every), CheckpointError):
+        if ranks.is_main:
+            say(trouble)
     return target
 
 
@@ -247,7 +253,7 @@ def _commit(partial: Path, target: Path, commit: Commit) -> None:
 def _put_in_place(partial: Path, target: Path) -> None:
     """Name a folder that has its commit record, and move `latest`."""
     if target.exists():  # an older attempt at this step; its successor has its commit record already
-        _remove(target)
+        remove(target)
     os.replace(partial, target)
     fsync_folder(target.parent)
     write_atomically(target.parent / "latest", lambda path: _write_line(path, target.name))
@@ -375,22 +381,13 @@ def _committed(folder: Path) -> tuple[list[Checkpoint], list[tuple[int, str]]]:
 # --- retain
 
 
-def _prune(folder: Path, step: int, keep_last: int, keep_every: int | None) -> None:
-    """Remove superseded checkpoints up to `step`, and what dead runs left half-written.
+def _prune(folder: Path, step: int, keep_last: int, keep_every: int | None) -> list[str]:
+    """Remove superseded checkpoints up to `step`; returns what stays though it should go, a line each.
 
     Later steps stay: they exist only if the run was sent back, by hand or by damage.
     """
-    checkpoints = [found for found in _committed(folder)[0] if found.step <= step]
-    for found in checkpoints[keep_last:]:
-        if keep_every is None or found.step % keep_every != 0:
-            _remove(found.path)
-    for leftover in folder.glob(".step-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _remove(folder: Path) -> None:
-    """Hide a checkpoint, then delete it: a kill in between leaves none that is half there."""
-    hidden = folder.with_name(f".{folder.name}.removed")
-    shutil.rmtree(hidden, ignore_errors=True)
-    os.replace(folder, hidden)
-    shutil.rmtree(hidden, ignore_errors=True)
+    try:
+        checkpoints = [(found.step, found.path) for found in _committed(folder)[0] if found.step <= step]
+    except OSError as error:
+        return [f"Could not look for superseded checkpoints: {error.filename}: {error.strerror}"]
+    return remove_superseded(folder, checkpoints, keep_last, keep_every)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -409,6 +410,56 @@ def test_the_checkpoint_just_written_is_never_the_one_removed(tmp_path: Path) ->
     save(tmp_path, make_parameters(SHAPES), step=50)
     save(tmp_path, make_parameters(SHAPES), step=20, keep_last=1)
     assert names(tmp_path) == ["latest", "step-00000020", "step-00000050"]
+
+
+def test_a_checkpoint_that_cannot_be_removed_is_told_and_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path, make_parameters(SHAPES), step=step)
+    replace_path, remove_tree = os.replace, shutil.rmtree
+
+    def refuse(source: Any, target: Any) -> None:
+        if Path(source).name == "step-00000002":
+            raise PermissionError(errno.EACCES, "Permission denied", str(source))
+        replace_path(source, target)
+
+    def keep_the_removed(path: Any, **options: Any) -> None:
+        if not Path(path).name.startswith(".step-00000001.removed"):
+            remove_tree(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", refuse)
+        patch.setattr(shutil, "rmtree", keep_the_removed)
+        answers = save(tmp_path, make_parameters(SHAPES), step=4, keep_last=1)
+    assert answers == [tmp_path / "step-00000004"] * 2
+    (hidden,) = tmp_path.glob(".step-00000001.removed-*")
+    assert names(tmp_path) == [hidden.name, "latest", "step-00000002", "step-00000004"]
+    assert [record.message for record in caplog.records] == [
+        f"Could not remove {tmp_path / 'step-00000002'}: Permission denied; keeping it",
+        f"Could not remove all of {hidden}, which nothing needs; remove it by hand",
+    ]
+    save(tmp_path, make_parameters(SHAPES), step=5, keep_last=1)
+    assert names(tmp_path) == ["latest", "step-00000005"]
+
+
+def test_leftovers_of_an_older_removal_are_not_in_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, make_parameters(SHAPES), step=1)
+    (tmp_path / ".step-00000001.removed").mkdir()
+    (tmp_path / ".step-00000001.removed" / "busy").touch()
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **options: None)
+    assert save(tmp_path, make_parameters(SHAPES), step=2, keep_last=1)[0] == tmp_path / "step-00000002"
+    assert not (tmp_path / "step-00000001").exists()
+
+
+def test_checkpoints_that_cannot_be_listed_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(folder: Path) -> Any:
+        raise OSError(errno.EIO, "Input/output error", str(folder))
+
+    monkeypatch.setattr(checkpoints, "_committed", fail)
+    assert checkpoints._prune(tmp_path, 3, 1, None) == [
+        f"Could not look for superseded checkpoints: {tmp_path}: Input/output error"
+    ]
 
 
 def test_a_damaged_checkpoint_does_not_count_as_kept(tmp_path: Path) -> None:
