@@ -19,8 +19,10 @@ def conclude(folder: Path, console: Console) -> None:
     """Write RUN/report.html and say what the run came to. What fails here is said, and fails no run."""
     with console.progress("Writing the report", None):
         trouble = _write_report(folder)
-    run = read_run(folder)
-    console.say("\n".join(summary(run, console.clock.seconds)))
+    try:
+        console.say("\n".join(summary(read_run(folder), console.clock.seconds)))
+    except Exception as error:  # whatever damaged records may raise: the run itself is done
+        console.say(f"What the run came to could not be read: {error!r}")
     if trouble:
         console.say(f"The report could not be written: {trouble}; try dpo-scale report {folder}")
 
@@ -71,7 +73,7 @@ def _rows(run: RunRecords, stage_seconds: Mapping[str, float]) -> Iterator[tuple
     checkpoints = run.folder / "checkpoints"
     latest = checkpoints / "latest"
     if latest.exists():
-        yield "Checkpoint", str(checkpoints / latest.read_text(encoding="utf-8").strip())
+        yield "Checkpoint", str(checkpoints / latest.read_text(encoding="utf-8", errors="replace").strip())
 
 
 def time_by_stage(stage_seconds: Mapping[str, float]) -> str:

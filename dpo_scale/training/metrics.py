@@ -124,8 +124,10 @@ class MetricsFile:
     """`metrics.jsonl`: one object a logged step, appended whole."""
 
     def __init__(self, path: Path) -> None:
-        """Open the file to add to it; a line that was cut off by a kill goes."""
+        """Open the file to add to it; what is no logged line goes, as one that was cut off by a kill."""
         self._path = path
+        self.unreadable = sum(math.isinf(_step_of(line)) for line in _lines(path))
+        """How many lines went."""
         self._keep(math.isfinite)
 
     def go_back_to(self, step: int) -> None:
@@ -156,12 +158,13 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
 
 
 def _step_of(line: str) -> float:
-    """The step of a logged line; infinity for one that was cut off by a kill."""
+    """The step of a logged line; infinity for one that was cut off by a kill or is damaged."""
     try:
-        return float(json.loads(line)["step"])
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return float("inf")
+        step = float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+    return step if math.isfinite(step) else math.inf

@@ -39,6 +39,8 @@ class Records:
         self._work = 0.0
         self._before = RunState()
         self._started = time.monotonic()
+        if file is not None and file.unreadable:
+            console.say(f"metrics.jsonl: lines that could not be read and are left out: {file.unreadable}")
 
     def begin(self, state: RunState) -> None:
         """Note that an attempt starts at a state, and begin the first interval."""

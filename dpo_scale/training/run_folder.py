@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from dpo_scale.reference.fingerprint import ReferenceFingerprint, explain_differ
 from dpo_scale.training import locks
 from dpo_scale.training.checkpoints import Checkpoint, CheckpointError, digest_of, open_checkpoint
 from dpo_scale.training.export import check_replaceable
-from dpo_scale.training.status import committed_step, last_known_commit
+from dpo_scale.training.status import committed_step, last_known_commit, read_status
 
 HASHED = ("model.path", "model.revision")
 """Where a policy lies that starts as the reference, whose files are hashed. Nobody hashes the weights of another."""
@@ -126,19 +127,12 @@ def compare_with_stored(recipe: Recipe) -> list[str]:
     folder = Path(recipe.run.output_dir)
     if not (folder / "recipe.yaml").exists():
         return []
-    text = (folder / "recipe.yaml").read_text(encoding="utf-8")
-    stored: Any = None
-    with suppress(yaml.YAMLError):
-        stored = yaml.safe_load(text)
-    is_recipe = isinstance(stored, dict) and all(isinstance(fields, dict) for fields in stored.values())
-    # A run's own has no comment in it. Beside a status it may have got one since, and the run must go on.
-    own = (folder / "status.json").exists() or text == yaml.safe_dump(stored, sort_keys=False)
-    if not (is_recipe and own):
-        raise RecipeError(
-            f"run.output_dir: {folder} holds a recipe.yaml that no run wrote, and a run writes its own there; "
-            "choose another folder"
-        )
-    before = {f"{section}.{field}": value for section, fields in stored.items() for field, value in fields.items()}
+    try:
+        before = _stored_settings(folder)
+    except RecipeError:
+        if committed_step(folder) is None:
+            raise
+        return ["recipe.yaml: cannot be read"]  # the checkpoints know what the run is
     matters, harmless = changed_settings(before, flatten(recipe))
     if matters and ((folder / "model").exists() or last_known_commit(folder) is not None):
         raise RecipeError(
@@ -147,6 +141,39 @@ def compare_with_stored(recipe: Recipe) -> list[str]:
             + "\nchoose another folder, or restore these settings"
         )
     return harmless
+
+
+def _stored_settings(folder: Path) -> dict[str, Any]:
+    """The recipe in a run's folder, flattened. Raises RecipeError if it is none, or none that a run wrote."""
+    text = ""
+    stored: Any = None
+    with suppress(UnicodeDecodeError, yaml.YAMLError):
+        text = (folder / "recipe.yaml").read_text(encoding="utf-8")
+        stored = yaml.safe_load(text)
+    # A run's own has no comment in it. Beside what else a run leaves it may have got one since, and the run must go on.
+    is_run = (folder / "status.json").exists() or committed_step(folder) is not None
+    is_recipe = isinstance(stored, dict) and all(isinstance(fields, dict) for fields in stored.values())
+    if not is_recipe or not (is_run or text == yaml.safe_dump(stored, sort_keys=False)):
+        raise RecipeError(
+            f"run.output_dir: {folder} holds a recipe.yaml that no run wrote, and a run writes its own there; "
+            "choose another folder"
+        )
+    return {f"{section}.{field}": value for section, fields in stored.items() for field, value in fields.items()}
+
+
+def _set_aside_unreadable(folder: Path) -> list[str]:
+    """Move away what cannot be read beside committed checkpoints, which know what the run is; a line for each file."""
+    if committed_step(folder) is None:
+        return []
+    moved = []
+    for name, read in (("recipe.yaml", _stored_settings), ("status.json", partial(read_status, command="train"))):
+        try:
+            if (folder / name).exists():
+                read(folder)
+        except UserError:
+            os.replace(folder / name, folder / f"{name}.unreadable")
+            moved.append(f"{name}: could not be read, and begins anew; the old one is {name}.unreadable")
+    return moved
 
 
 def refuse_another_run(checkpoint: Checkpoint, trajectory: Mapping[str, Any]) -> None:
@@ -180,7 +207,7 @@ class RunFolder:
         """
         self.path, self._resume = Path(recipe.run.output_dir), recipe.run.resume
         self._lock = locks.take(self.path / ".lock")
-        self.harmless_changes = compare_with_stored(recipe)
+        self.harmless_changes = _set_aside_unreadable(self.path) + compare_with_stored(recipe)
         write_atomically(self.path / "recipe.yaml", lambda path: _write_text(path, dump_recipe(recipe)))
 
     def claim(self, reference: ReferenceFingerprint, trajectory: Mapping[str, Any]) -> None:

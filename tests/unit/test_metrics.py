@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import random
@@ -12,7 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from dpo_scale.console import Console
+from dpo_scale.distributed.lockstep import OneProcess
 from dpo_scale.training.metrics import MetricsFile, MetricSums, model_flops_utilization, peak_memory_gib
+from dpo_scale.training.records import Records
 
 CPU = torch.device("cpu")
 
@@ -155,6 +159,23 @@ def test_lines_that_a_kill_tore_are_dropped(torn: str, tmp_path: Path) -> None:
         file.write(torn)
     MetricsFile(path).write({"step": 30})
     assert _steps(path) == [10, 30]
+
+
+@pytest.mark.parametrize("damage", [b'{"step": 20, "lo\xff', b'{"step\xff": 20}', b'{"step": "x"}', b'{"step": NaN}'])
+def test_a_damaged_line_costs_that_line_and_is_counted(damage: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 10}\n' + damage + b'\n{"step": 30, "host": "n\xff"}\n')
+    assert MetricsFile(path).unreadable == 1
+    assert _steps(path) == [10, 30]
+    assert MetricsFile(path).unreadable == 0
+
+
+def test_damaged_lines_are_told(tmp_path: Path) -> None:
+    path, stream = tmp_path / "metrics.jsonl", io.StringIO()
+    for text in ("", '{"step": 10}\n{"st\n\n'):
+        path.write_text(text)
+        Records(OneProcess(), Console(stream), MetricsFile(path), lambda values, step: None)  # type: ignore[arg-type]
+    assert stream.getvalue() == "metrics.jsonl: lines that could not be read and are left out: 2\n"
 
 
 def test_a_run_from_the_start_has_no_lines_of_another(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from made_up_runs import SECONDS_A_STEP, event, lines_of_a_run, make_run, traini
 
 from dpo_scale.cli import main
 from dpo_scale.console import Console
+from dpo_scale.operations import conclusion
 from dpo_scale.operations import figures as module
 from dpo_scale.operations.conclusion import conclude, summary, time_by_stage
 from dpo_scale.operations.figures import FIGURES, figure_json, lengths_json, x_values
@@ -190,6 +191,17 @@ def test_a_report_that_cannot_be_written_is_told_and_fails_no_run(run: RunRecord
     assert said.startswith("Finished    200 steps")
     assert "The report could not be written: error: " in said
     assert "Is a directory" in said
+
+
+def test_what_cannot_be_read_at_the_end_fails_no_run(run: RunRecords, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conclusion, "_write_report", lambda folder: "")
+    (run.folder / "checkpoints").mkdir()
+    (run.folder / "checkpoints" / "latest").write_bytes(b"step-000\xff\n")
+    stream = io.StringIO()
+    conclude(run.folder, Console(stream))
+    assert stream.getvalue().startswith("Finished    200 steps")
+    conclude(run.folder / "nowhere", Console(stream))
+    assert "What the run came to could not be read: UserError(" in stream.getvalue()
 
 
 def test_only_the_longest_stages_are_named() -> None:

@@ -20,7 +20,15 @@ from dpo_scale.recipe import Recipe, load_recipe
 from dpo_scale.reference.fingerprint import ReferenceFingerprint, read_fingerprint, settings_digest
 from dpo_scale.training import locks
 from dpo_scale.training.checkpoints import digest_of
-from dpo_scale.training.run_folder import RunFolder, changed_settings, differences, flatten, trajectory_of, what_matters
+from dpo_scale.training.run_folder import (
+    RunFolder,
+    changed_settings,
+    compare_with_stored,
+    differences,
+    flatten,
+    trajectory_of,
+    what_matters,
+)
 from dpo_scale.training.status import StatusFile
 
 
@@ -114,6 +122,35 @@ def test_a_recipe_that_no_run_wrote_is_refused_and_kept(text: str, tmp_path: Pat
     with pytest.raises(RecipeError, match=r"holds a recipe\.yaml that no run wrote"):
         RunFolder(_recipe(tmp_path))
     assert (tmp_path / "recipe.yaml").read_text() == text
+
+
+@pytest.mark.parametrize("damage", [b"", b"loss:\n  beta: 0.\xff\n", b"loss: [", b"- flour\n"])
+def test_a_recipe_that_cannot_be_read_does_not_stop_a_run_with_checkpoints(damage: bytes, tmp_path: Path) -> None:
+    first = RunFolder(_recipe(tmp_path))
+    first._lock.close()
+    (tmp_path / "recipe.yaml").write_bytes(damage)
+    with pytest.raises(RecipeError, match=r"holds a recipe\.yaml that no run wrote"):
+        RunFolder(_recipe(tmp_path))
+    commit(first)
+    assert compare_with_stored(_recipe(tmp_path)) == ["recipe.yaml: cannot be read"]
+    assert RunFolder(_recipe(tmp_path)).harmless_changes == [
+        "recipe.yaml: could not be read, and begins anew; the old one is recipe.yaml.unreadable"
+    ]
+    assert (tmp_path / "recipe.yaml.unreadable").read_bytes() == damage
+    assert load_recipe(tmp_path / "recipe.yaml") == _recipe(tmp_path)
+
+
+@pytest.mark.parametrize("damage", [b"", b'{"state": "runn', b'{"state": "\xff"}'])
+def test_a_status_that_cannot_be_read_does_not_stop_a_run_with_checkpoints(damage: bytes, tmp_path: Path) -> None:
+    first = RunFolder(_recipe(tmp_path))
+    commit(first)
+    first._lock.close()
+    (tmp_path / "status.json").write_bytes(damage)
+    assert RunFolder(_recipe(tmp_path)).harmless_changes == [
+        "status.json: could not be read, and begins anew; the old one is status.json.unreadable"
+    ]
+    StatusFile(tmp_path, "train")
+    assert (tmp_path / "status.json.unreadable").read_bytes() == damage
 
 
 def test_a_comment_in_the_recipe_of_a_run_does_not_keep_it_from_going_on(tmp_path: Path) -> None:
