@@ -21,30 +21,24 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from dpo_scale.distributed.lockstep import Ranks, on_main, together
-from dpo_scale.distributed.parameter_slices import (
-    EngineCounters,
-    EngineSnapshot,
-    LossScale,
-)
+from dpo_scale.distributed.parameter_slices import EngineCounters, EngineSnapshot, LossScale
 from dpo_scale.errors import UserError
-from dpo_scale.files import fsync_folder, sha256_of_file, write_atomically, write_json
+from dpo_scale.files import fsync_folder, make_folder, sha256_of_file, write_atomically, write_json
+from dpo_scale.training.rank_files import rank_file, write_rank
 from dpo_scale.training.retention import remove, remove_superseded
-from dpo_scale.training.tensor_files import FileRecord, TensorEntry, aligned, write_tensors
+from dpo_scale.training.tensor_files import FileRecord
 
 _LOG = logging.getLogger(__name__)
 FORMAT = 2
 UNFINISHED = "writing it was not finished"
 """The reason for passing over a checkpoint that a kill cut short: harmless."""
-MOMENTS = ("master", "exp_avg", "exp_avg_sq")
-BUFFERS_FILE = "buffers.safetensors"
+_NAME = re.compile(r"(?P<partial>\.)?(?P<name>step-(?P<step>\d{8,}))(?(partial)\.partial)")
 
 
 class CheckpointError(UserError):
@@ -104,12 +98,20 @@ class Commit:
         return digest_of(self.trajectory)
 
     def to_json(self) -> dict[str, Any]:
-        return {"format": FORMAT, "step": self.run.step, **asdict(self)}
+        record = {"format": FORMAT, "step": self.run.step, **asdict(self)}
+        return {**record, "sha256": digest_of(record)}
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Commit:
-        """Raises KeyError or TypeError for a record of another form."""
-        fields = {key: value for key, value in record.items() if key not in ("format", "step")}
+        """Raises KeyError, TypeError or ValueError for a record of another form or that changed."""
+        digested = {key: value for key, value in record.items() if key != "sha256"}
+        digest = digest_of(digested)
+        if record.get("sha256", digest) != digest:  # earlier versions noted none
+            raise ValueError("it changed after the commit")
+        step = record["step"]
+        if type(step) is not int or step != record["run"]["step"]:
+            raise ValueError(f"its step is {step!r}")
+        fields = {key: value for key, value in digested.items() if key not in ("format", "step")}
         counters = dict(fields["counters"])
         scale = counters.pop("loss_scale")
         fields["counters"] = EngineCounters(**counters, loss_scale=None if scale is None else LossScale(**scale))
@@ -120,9 +122,9 @@ class Commit:
         return cls(**fields)
 
 
-def digest_of(trajectory: Mapping[str, Any]) -> str:
-    """SHA-256 of a trajectory, in hex."""
-    return hashlib.sha256(json.dumps(trajectory, sort_keys=True).encode()).hexdigest()
+def digest_of(values: Mapping[str, Any]) -> str:
+    """SHA-256 of JSON values such as a trajectory, in hex."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +163,7 @@ def save(
     partial = folder / f".{target.name}.partial"
     try:
         on_main(ranks, lambda: _make_empty(partial), CheckpointError)
-        files = together(ranks, lambda: _write_rank(partial, snapshot, ranks), CheckpointError)
+        files = together(ranks, lambda: write_rank(partial, snapshot, ranks), CheckpointError)
         commit = Commit(
             run=run,
             world_size=ranks.world_size,
@@ -192,46 +194,10 @@ def _name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def rank_file(rank: int, world_size: int) -> str:
-    """Name of one rank's tensors."""
-    return f"rank-{rank:05d}-of-{world_size:05d}.safetensors"
-
-
 def _make_empty(folder: Path) -> None:
     if folder.exists():
         shutil.rmtree(folder)
-    folder.mkdir(parents=True)
-
-
-def _write_rank(folder: Path, snapshot: EngineSnapshot, ranks: Ranks) -> list[FileRecord]:
-    """This rank's files and their manifest."""
-    random_state = _random_state(ranks.device)
-    entries = [
-        TensorEntry(f"{address.name}.{moment}", torch.float32, (address.stop - address.start,))
-        for address in snapshot.addresses
-        for moment in MOMENTS
-    ]
-    entries += [TensorEntry(name, state.dtype, tuple(state.shape)) for name, state in random_state.items()]
-
-    def tensors() -> Iterator[torch.Tensor]:
-        for piece in snapshot.read_slices():
-            yield from (piece.master, piece.exp_avg, piece.exp_avg_sq)
-        yield from random_state.values()
-
-    bounds = {address.name: [address.start, address.stop] for address in snapshot.addresses}
-    metadata = {"format": "pt", "bounds": json.dumps(bounds)}
-    path = folder / rank_file(ranks.rank, ranks.world_size)
-    records = [write_tensors(path, entries, tensors(), metadata)]
-    if ranks.is_main:
-        records.append(_write_buffers(folder / BUFFERS_FILE, snapshot.buffers))
-    write_json(path.with_suffix(".json"), [asdict(record) for record in records])
-    return records
-
-
-def _write_buffers(path: Path, buffers: Mapping[str, torch.Tensor]) -> FileRecord:
-    entries = aligned(TensorEntry(name, buffer.dtype, tuple(buffer.shape)) for name, buffer in buffers.items())
-    tensors = (buffers[entry.name] for entry in entries)
-    return write_tensors(path, entries, tensors, {"format": "pt"})
+    make_folder(folder)
 
 
 def _commit(partial: Path, target: Path, commit: Commit) -> None:
@@ -261,14 +227,6 @@ def _put_in_place(partial: Path, target: Path) -> None:
 
 def _write_line(path: Path, line: str) -> None:
     path.write_text(f"{line}\n", encoding="utf-8")
-
-
-def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """Generator states; training draws nothing from them unless dropout is on."""
-    state = {"random_state.cpu": torch.get_rng_state()}
-    if device.type != "cpu":
-        state["random_state.device"] = torch.get_device_module(device).get_rng_state(device)
-    return state
 
 
 # --- find
@@ -309,23 +267,26 @@ def open_checkpoint(path: Path) -> Checkpoint:
     record_path = path / "commit.json"
     try:
         record = json.loads(record_path.read_text("utf-8"))
-        if record["format"] != FORMAT:
-            raise CheckpointError(
-                f"{record_path}: format {record['format']}, and this version reads {FORMAT}; "
-                "use the version that wrote it"
-            )
-        checkpoint = Checkpoint(path, Commit.from_json(record))
+        written = record["format"]
+        commit = Commit.from_json(record) if written == FORMAT else None
     except FileNotFoundError:
         reason = UNFINISHED if path.is_dir() else "no such checkpoint"
         raise CheckpointError(f"{path}: no commit record: {reason}") from None
     except OSError as error:
         raise CheckpointError(f"{record_path}: {error.strerror}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{record_path}: not a commit record ({error!r})") from error
-    problems = _wrong_sizes(path, checkpoint.commit)
+    if commit is None:
+        raise CheckpointError(
+            f"{record_path}: format {written}, and this version reads {FORMAT}; use the version that wrote it"
+        )
+    named = _NAME.fullmatch(path.name)
+    problems = _wrong_sizes(path, commit)
+    if named and int(named["step"]) != commit.run.step:
+        problems.append(f"it holds step {commit.run.step}")
     if problems:
         raise CheckpointError(f"{path}: {'; '.join(problems)}")
-    return checkpoint
+    return Checkpoint(path, commit)
 
 
 def verify(checkpoint: Checkpoint, share: int = 0, shares: int = 1) -> list[str]:
@@ -362,16 +323,16 @@ def _committed(folder: Path) -> tuple[list[Checkpoint], list[tuple[int, str]]]:
     """Checkpoints, newest first, and (step, why not) of what looks like one and is not."""
     checkpoints, passed_over = [], []
     for path in list(folder.iterdir()) if folder.is_dir() else ():
-        match = re.fullmatch(r"(step-(\d{8,}))|\.(step-(\d{8,}))\.partial", path.name)
+        match = _NAME.fullmatch(path.name)
         if not match:
             continue
         try:
             found = open_checkpoint(path)
         except CheckpointError as error:
-            passed_over.append((int(match[2] or match[4]), str(error)))
+            passed_over.append((int(match["step"]), str(error)))
             continue
-        if match[3]:  # the run died between the commit record and the rename
-            found = Checkpoint(folder / match[3], found.commit)
+        if match["partial"]:  # the run died between the commit record and the rename
+            found = Checkpoint(folder / match["name"], found.commit)
             _put_in_place(path, found.path)
         checkpoints.append(found)
     checkpoints.sort(key=lambda checkpoint: checkpoint.step, reverse=True)

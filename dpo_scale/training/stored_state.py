@@ -11,13 +11,8 @@ from safetensors.torch import load_file
 
 from dpo_scale.distributed.lockstep import Ranks
 from dpo_scale.distributed.parameter_slices import ParameterSlice, SliceAddress, slice_bounds
-from dpo_scale.training.checkpoints import (
-    BUFFERS_FILE,
-    MOMENTS,
-    Checkpoint,
-    CheckpointError,
-    rank_file,
-)
+from dpo_scale.training.checkpoints import Checkpoint, CheckpointError
+from dpo_scale.training.rank_files import BUFFERS_FILE, MOMENTS, rank_file
 from dpo_scale.training.tensor_files import TensorFile
 
 

@@ -6,6 +6,7 @@ import os
 import resource
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,39 @@ def change_the_format(path: Path) -> None:
     (path / "commit.json").write_text(json.dumps(record | {"format": 99}))
 
 
+def rewrite_the_record(path: Path, change: Callable[[dict[str, Any]], None], *, of_an_earlier_version: bool) -> None:
+    record = json.loads((path / "commit.json").read_text())
+    change(record)
+    if of_an_earlier_version:
+        del record["sha256"]
+    (path / "commit.json").write_text(json.dumps(record))
+
+
+def flip_a_bit_of_the_record(path: Path) -> None:
+    def change(record: dict[str, Any]) -> None:
+        record["counters"]["optimizer_steps"] ^= 1
+
+    rewrite_the_record(path, change, of_an_earlier_version=False)
+
+
+def quote_the_steps(path: Path) -> None:
+    def change(record: dict[str, Any]) -> None:
+        record["step"] = record["run"]["step"] = "2"
+
+    rewrite_the_record(path, change, of_an_earlier_version=True)
+
+
+def let_the_steps_differ(path: Path) -> None:
+    rewrite_the_record(path, lambda record: record.update(step=3), of_an_earlier_version=True)
+
+
+def let_the_name_differ(path: Path) -> None:
+    def change(record: dict[str, Any]) -> None:
+        record["step"] = record["run"]["step"] = 3
+
+    rewrite_the_record(path, change, of_an_earlier_version=True)
+
+
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
@@ -175,6 +209,10 @@ def change_the_format(path: Path) -> None:
         (lose_a_rank, r"rank-00001-of-00002.safetensors: No such file"),
         (lose_the_record, r"writing it was not finished"),
         (cut_the_record, r"commit.json: not a commit record"),
+        (flip_a_bit_of_the_record, r"commit.json: not a commit record \(.*it changed after the commit"),
+        (quote_the_steps, r"commit.json: not a commit record \(.*its step is '2'"),
+        (let_the_steps_differ, r"commit.json: not a commit record \(.*its step is 3"),
+        (let_the_name_differ, r"step-00000002: it holds step 3"),
         (change_the_format, r"format 99, and this version reads 2"),
     ],
 )
@@ -190,6 +228,17 @@ def test_a_damaged_checkpoint_is_passed_over_with_its_reason(tmp_path: Path, dam
     error = find(tmp_path, resume=str(path))
     assert isinstance(error, CheckpointError)
     assert "step-00000002" in str(error)
+
+
+def test_a_record_of_an_earlier_version_without_a_checksum_is_one(tmp_path: Path) -> None:
+    path = damaged(tmp_path)
+    rewrite_the_record(path, lambda record: None, of_an_earlier_version=True)
+    assert find(tmp_path)[0].step == 2
+
+
+def test_a_checkpoint_may_have_another_name_where_it_is_named(tmp_path: Path) -> None:
+    path = damaged(tmp_path).rename(tmp_path / "best")
+    assert find(tmp_path, resume=str(path))[0].step == 2
 
 
 def test_older_damage_is_not_worth_a_word(tmp_path: Path) -> None:
