@@ -373,6 +373,7 @@ class Run:
                 source_model=str(self.data.model_folder),
                 keep_last=self.recipe.checkpoint.keep_last,
                 keep_every=self.recipe.checkpoint.keep_every,
+                say=self.console.say,
             )
         seconds, self.committed_step = time.monotonic() - started, self.state.step
         self.stop_time.commit_took(seconds)
