@@ -210,6 +210,10 @@ def _status(options: argparse.Namespace) -> int:
     if options.folder:
         print(folder)
         return 0
+    if options.of == "train" and not options.folder_or_recipe.is_dir() and (folder / "recipe.yaml").exists():
+        from dpo_scale.training.run_folder import compare_with_stored
+
+        compare_with_stored(load_recipe(options.folder_or_recipe, options.overrides))  # else it tells of another run
     if options.count_failure:
         status.count_failure(folder, options.of)
     found, committed = status.read_status(folder, options.of), status.committed_step(folder)

@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 from dpo_scale.cli import main
+from dpo_scale.recipe import load_recipe
 from dpo_scale.training import locks, status
+from dpo_scale.training.run_folder import RunFolder
 from dpo_scale.training.status import (
     FAILED_TWICE,
     FINISHED,
@@ -244,6 +246,24 @@ def test_a_recipe_stands_for_its_run(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main(["status", str(recipe)]) == FINISHED
     assert main(["status", str(recipe), "loss.betta=1"]) == USER_ERROR
     assert main(["status", str(tmp_path / "nowhere")]) == USER_ERROR
+
+
+def test_a_recipe_stands_for_no_run_of_another_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its launch is refused: a batch job that has done nothing must not end as a finished one."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        f"model: {{path: base}}\ndata: {{train: [pairs.jsonl]}}\nbatch: {{global_pairs: 8}}\nloss: {{beta: 0.1}}\n"
+        f"run: {{output_dir: {tmp_path / 'run'}}}\n"
+    )
+    RunFolder(load_recipe(path))._lock.close()
+    for command in ("train", "score"):
+        StatusFile(tmp_path / "run", command).finish()
+    _commit(tmp_path / "run", 4)
+    assert main(["status", str(path), "track.every_steps=1"]) == FINISHED
+    assert main(["status", str(path), "run.epochs=3", "--of", "score"]) == FINISHED
+    assert main(["status", str(tmp_path / "run")]) == FINISHED
+    assert main(["status", str(path), "run.epochs=3", "--count-failure"]) == USER_ERROR
+    assert "holds a run of another recipe\n  run.epochs: was 1, is 3\n" in capsys.readouterr().err
 
 
 def test_json_holds_status_verdict_and_commit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
