@@ -237,9 +237,9 @@ def find_checkpoint(
 ) -> tuple[Checkpoint | None, list[str]]:
     """The checkpoint to go on from, and what was passed over and why. Collective.
 
-    auto: the newest valid commit in `folder`, or the newest that went on from the checkpoint `origin`; never: none;
-    else the path of a checkpoint. The ranks share the reading of checksums. Raises CheckpointError for a path that is
-    no valid checkpoint.
+    auto: the newest valid commit in `folder`, or the newest that went on from the checkpoint `origin`, a real path;
+    never: none; else the path of a checkpoint. The ranks share the reading of checksums. Raises CheckpointError for a
+    path that is no valid checkpoint.
     """
     if resume == "never":
         return None, []
@@ -252,7 +252,8 @@ def find_checkpoint(
     checkpoints, broken = on_main(ranks, lambda: _committed(folder), CheckpointError)
     passed_over = list(broken)
     for checkpoint in checkpoints:
-        if origin not in (None, checkpoint.commit.run.origin):
+        before = checkpoint.commit.run.origin
+        if origin is not None and not (before and os.path.realpath(before) == origin):
             continue
         problems = _verify_together(checkpoint, ranks)
         if not problems:

@@ -35,15 +35,20 @@ def resume(recipe: Recipe, ranks: Ranks, console: Console, engine: Any, trajecto
         engine_state.restore(engine, stored.watched(bar.advance), stored.buffers(), found.commit.counters)
         stored.restore_random_state(ranks)
     console.say(f"Resuming from {found.path}")
-    before, named = found.commit.run, recipe.run.resume
-    return replace(before, resumes=before.resumes + 1, origin=before.origin if named == "auto" else named)
+    before = found.commit.run
+    return replace(before, resumes=before.resumes + 1, origin=_origin(recipe.run.resume) or before.origin)
+
+
+def _origin(named: str) -> str:
+    """The checkpoint that run.resume names, by a path that is always the same; empty if it names none."""
+    return "" if named in ("auto", "never") else str(Path(named).resolve())
 
 
 def _find(recipe: Recipe, ranks: Ranks, console: Console) -> Checkpoint | None:
     """The checkpoint that the recipe asks for; of one named by path, the newest that went on from it in this folder."""
     folder, named = Path(recipe.run.output_dir) / "checkpoints", recipe.run.resume
-    if named not in ("auto", "never"):
-        newest, _ = find_checkpoint(folder, "auto", ranks, origin=named)
+    if origin := _origin(named):
+        newest, _ = find_checkpoint(folder, "auto", ranks, origin=origin)
         if newest is not None:
             return newest  # else each preemption would send the run back
     with console.progress("Verifying checkpoints", None):

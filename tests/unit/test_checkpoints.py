@@ -230,6 +230,21 @@ def test_a_damaged_checkpoint_is_passed_over_with_its_reason(tmp_path: Path, dam
     assert "step-00000002" in str(error)
 
 
+@pytest.mark.parametrize("name", ["rank-00000-of-00003", "rank-00001-of-00003", "rank-00002-of-00003", "buffers"])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5])
+def test_a_changed_byte_of_any_file_is_seen_by_any_number_of_ranks(tmp_path: Path, name: str, world_size: int) -> None:
+    path = save(tmp_path, make_parameters(SHAPES), world_size=3)[0]
+    assert find(tmp_path, world_size=world_size)[0].path == path
+    with (path / f"{name}.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([byte ^ 1]))
+    found, passed_over = find(tmp_path, world_size=world_size)
+    assert found is None
+    assert passed_over == [f"{path}: {name}.safetensors: its contents changed after the commit (checksum)"]
+
+
 def test_a_record_of_an_earlier_version_without_a_checksum_is_one(tmp_path: Path) -> None:
     path = damaged(tmp_path)
     rewrite_the_record(path, lambda record: None, of_an_earlier_version=True)

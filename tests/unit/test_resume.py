@@ -10,6 +10,7 @@ import pytest
 from fake_engine import TRAJECTORY, make_parameters, on_ranks, snapshot_of
 
 from dpo_scale.console import Console
+from dpo_scale.distributed import engine_state
 from dpo_scale.errors import UserError
 from dpo_scale.recipe import Recipe
 from dpo_scale.reference.fingerprint import ReferenceFingerprint
@@ -59,6 +60,14 @@ def found(folder: Path, wanted: str) -> Path | None:
     return None if answer is None else answer.path
 
 
+def resumed(folder: Path, wanted: str, engine: Any) -> Any:
+    def go_on(ranks: Any) -> Any:
+        trajectory = what_matters(TRAJECTORY)
+        return resume(recipe(folder, wanted), ranks, Console(io.StringIO()), engine, trajectory)  # type: ignore[arg-type]
+
+    return on_ranks(1, go_on)[0]
+
+
 def refused(folder: Path, trajectory: dict[str, Any]) -> Exception:
     def go_on(ranks: Any) -> Any:
         return resume(recipe(folder, "auto"), ranks, Console(io.StringIO()), None, trajectory)  # type: ignore[arg-type]
@@ -82,6 +91,32 @@ def test_a_checkpoint_named_by_path_is_where_to_start_and_not_where_each_preempt
     assert found(run, named) == further
     assert found(run, "auto") == further
     assert found(run, "never") is None
+
+
+def test_a_checkpoint_is_the_same_however_its_path_is_spelt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, other = tmp_path / "run", tmp_path / "other"
+    named = commit(other, step=3)
+    (tmp_path / "link").symlink_to(named)
+    monkeypatch.chdir(tmp_path)
+    spellings = [str(named), f"{named}/", str(named.relative_to(tmp_path)), "link"]
+    for step, before in enumerate(spellings, 5):
+        further = commit(run, step, origin=before)  # as earlier versions noted it too
+        assert [found(run, spelling) for spelling in spellings] == [further] * 4
+
+
+def test_a_resumed_run_counts_its_resumes_and_knows_its_origin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = commit(tmp_path, step=3)
+    restored = []
+    monkeypatch.setattr(engine_state, "restore", lambda engine, *state: restored.append(engine))
+    engine = snapshot_of(make_parameters({"weight": (3, 4)}), 0, 1)
+    monkeypatch.setattr(engine_state, "snapshot", lambda engine: engine)
+    for wanted, origin in (("auto", ""), (f"{path}/", str(path))):
+        state = resumed(tmp_path, wanted, engine)
+        assert state == RunState(step=3, resumes=1, origin=origin, unlogged=(0.5, 2.0))
+    assert restored == [engine] * 2
+    another = snapshot_of(make_parameters({"weight": (3, 5)}), 0, 1)
+    assert "1 parameters differ; weight: (3, 4) stored, (3, 5) in the model" in str(resumed(tmp_path, "auto", another))
+    assert restored == [engine] * 2
 
 
 def test_damage_everywhere_is_no_reason_to_start_anew(tmp_path: Path) -> None:
