@@ -99,14 +99,17 @@ class DemoFolder:
 
     def clear(self) -> None:
         """Make the folder, without what an earlier demo left. Raises UserError if it holds anything else."""
-        if self.root.exists() and not self.marker.exists() and any(self.root.iterdir()):
-            raise UserError(f"{self.root}: holds files that no demo made; choose another folder with --output")
-        for path in (self.base_model, self.cache, self.run):
-            shutil.rmtree(path, ignore_errors=True)
-        for path in (self.train, self.held_out, self.recipe):
-            path.unlink(missing_ok=True)
-        self.log.parent.mkdir(parents=True)
-        self.marker.touch()
+        try:
+            if self.root.exists() and not self.marker.exists() and any(self.root.iterdir()):
+                raise UserError(f"{self.root}: holds files that no demo made; choose another folder with --output")
+            for path in (self.base_model, self.cache, self.run):
+                shutil.rmtree(path, ignore_errors=True)
+            for path in (self.train, self.held_out, self.recipe):
+                path.unlink(missing_ok=True)
+            self.log.parent.mkdir(parents=True)
+            self.marker.touch()
+        except OSError as error:
+            raise UserError(f"{error.filename}: {error.strerror}; choose another folder with --output") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,13 +177,20 @@ def run_demo(output: Path, seed: int = 1) -> int:
     code = _run([sys.executable, "-m", "dpo_scale.demo.showcase", *paths], machine, folder.log)
     console.print(
         f"\nAll of it took {time.monotonic() - started:.0f} s and is in {folder.root}:\n"
-        f"   recipe.yaml      what was run; change it and start the command above again\n"
-        f"   run/model/       the trained model, a Hugging Face folder\n"
-        f"   run/metrics.jsonl, run/checkpoints/, run/logs/",
+        f"   recipe.yaml      what was run; change it, run.output_dir too, and start the command above again"
+        f"{environment_first()}\n"
+        f"   run/             the run's folder: model/ (a Hugging Face folder), metrics.jsonl, checkpoints/, logs/\n"
+        f"Another dpo-scale demo replaces it, unless --output names another folder",
         markup=False,
         soft_wrap=True,
     )
     return code
+
+
+def environment_first() -> str:
+    """What a shell needs before the printed command, where it does not find that yet."""
+    activate = Path(sys.prefix) / "bin" / "activate"
+    return f" (first: . {_readable(activate)})" if shutil.which("accelerate") is None and activate.exists() else ""
 
 
 def preference_of_policy(metrics: Path) -> tuple[float, float]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import re
+import shutil
+import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from dpo_scale.demo import base_model
 from dpo_scale.demo.base_model import make_base_model, train_tokenizer
-from dpo_scale.demo.run import DemoFolder, preference_of_policy
+from dpo_scale.demo.run import DemoFolder, environment_first, preference_of_policy
 from dpo_scale.demo.world import NUMBERS, Pair, World, make_world
 from dpo_scale.errors import UserError
 from dpo_scale.model.tokenizer import load_tokenizer
@@ -123,6 +125,25 @@ def test_the_demo_refuses_a_folder_of_other_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--output"):
         DemoFolder(tmp_path).clear()
     assert (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("named", ["notes.txt", "notes.txt/demo"])
+def test_the_demo_refuses_what_can_be_no_folder(named: str, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(UserError, match=r"notes\.txt.*: Not a directory; choose another folder with --output"):
+        DemoFolder(tmp_path / named).clear()
+
+
+@pytest.mark.parametrize("found", [None, "/usr/bin/accelerate"])
+def test_the_demo_names_the_environment_where_the_shell_is_outside_of_it(
+    found: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "activate").touch()
+    monkeypatch.chdir(tmp_path.parent)
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    monkeypatch.setattr(shutil, "which", lambda _: found)
+    assert environment_first() == ("" if found else f" (first: . {tmp_path.name}/bin/activate)")
 
 
 def test_the_demo_reads_the_first_and_the_last_held_out_line(tmp_path: Path) -> None:
