@@ -195,6 +195,12 @@ def duration(seconds: float) -> str:
     return f"{whole} s"
 
 
+def counted(number: float, unit: str, units: str = "") -> str:
+    """A number, to a tenth, with its unit: 1 step, 2,000 steps, 1.5 micro-batches. `units` where s alone is wrong."""
+    text = f"{round(number, 1):,}".removesuffix(".0")
+    return f"{text} {unit if text == '1' else units or f'{unit}s'}"
+
+
 def route_output(log_path: Path, *, is_main: bool) -> Console:
     """Send file descriptors 1 and 2 of this process to a log file and return the console that still speaks.
 

@@ -20,6 +20,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from dpo_scale.errors import RecipeError
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+DecayRate = Annotated[float, Field(ge=0.0, lt=1.0)]
 PositiveInt = Annotated[int, Field(ge=1)]
 Location = Annotated[str, AfterValidator(os.path.expanduser)]
 """A path, or a name that may stand in its place; a `~` at its start is the home folder."""
@@ -159,6 +160,15 @@ class LossSection(Section):
     label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.0
     """Assumed share of pairs whose preference is the wrong way round (cDPO)."""
 
+    @property
+    def doubt(self) -> str:
+        """What to say of a beta that is usual for the other reduction; empty for others."""
+        if self.beta >= 1 if self.reduction == "mean" else self.beta <= 1:
+            return ""
+        return (
+            f"loss.beta is {self.beta:g}: 0.1 is usual for sums, 2 to 10 for means; loss.reduction is {self.reduction}"
+        )
+
 
 class OptimSection(Section):
     learning_rate: Annotated[float, Field(ge=0.0)] = 5e-7
@@ -169,7 +179,7 @@ class OptimSection(Section):
     """Share of the steps over which the learning rate rises from zero to the peak."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     """Decoupled weight decay, applied to matrices only (norms and biases are spared)."""
-    betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.999)
+    betas: Annotated[tuple[DecayRate, DecayRate], Field(strict=False)] = (0.9, 0.999)
     """AdamW's moment decay rates."""
     eps: Annotated[float, Field(gt=0.0)] = 1e-8
     """AdamW's denominator offset."""
@@ -199,13 +209,18 @@ class TrackSection(Section):
     every_steps: PositiveInt = 10
     """Steps between two logged lines."""
     to: list[str] = ["jsonl"]
-    """jsonl (always on), tensorboard, wandb and the other trackers that Accelerate offers."""
+    """jsonl (always on), tensorboard, wandb and the other trackers that Accelerate offers; a plain string is one."""
+
+    @field_validator("to", mode="before")
+    @classmethod
+    def _string_is_one(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
 
 
 class RunSection(Section):
     output_dir: Location
     """Folder of the run."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
     """Seed of the order of pairs and of everything else that is drawn."""
     epochs: PositiveInt = 1
     """Passes over the training pairs."""
@@ -321,7 +336,8 @@ def _apply_overrides(sections: dict[str, Any], overrides: Sequence[str]) -> list
         name, equals, value = override.removeprefix("--").partition("=")
         section, dot, field = name.partition(".")
         if not (equals and dot and field):
-            mistakes.append(f"{override}: an override has the form section.field=value")
+            hint = "; options of accelerate go before -m" if override.startswith("--") else ""
+            mistakes.append(f"{override}: an override has the form section.field=value{hint}")
             continue
         target = sections.setdefault(section, {})
         if not isinstance(target, dict):

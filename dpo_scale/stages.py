@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from dpo_scale.console import Console
+from dpo_scale.console import Console, counted
 from dpo_scale.distributed import runtime
 from dpo_scale.distributed.lockstep import by_main
 from dpo_scale.errors import UserError
@@ -30,6 +30,8 @@ from dpo_scale.watch import Watch
 def train(recipe: Recipe, console: Console, watch: Watch) -> int:
     """Reference scoring, training, evaluation, export."""
     started = runtime.start(recipe, console.say)
+    if recipe.loss.doubt:
+        console.say(recipe.loss.doubt)
     folder = _take_folder(recipe, started.ranks, console)
     status = StatusFile(folder.path if folder else None, "train")
     code = loop.train(recipe, started, console, folder, status, watch)
@@ -72,7 +74,7 @@ def score(recipe: Recipe, console: Console, watch: Watch) -> int:
         started.ranks.barrier()  # a rank that leaves takes the launch down, the main one too
         return STOPPED
     status.finish()
-    console.say(f"Done: {reference.rows_computed:,} rows scored, in {reference.store.folder}")
+    console.say(f"Done: {counted(reference.rows_computed, 'row')} scored, in {reference.store.folder}")
     if lock is not None:
         lock.close()
     return 0
@@ -82,7 +84,7 @@ def evaluate(recipe: Recipe, console: Console, watch: Watch) -> int:
     """Held-out metrics of the run's newest checkpoint, or of model.path where there is none."""
     started = runtime.start(recipe, console.say)
     if not recipe.data.evaluate:
-        raise UserError("data.evaluate: no held-out data to evaluate on")
+        raise UserError("no held-out data to evaluate on: name files in data.evaluate")
     loop.evaluate_only(recipe, started, console, _take_folder(recipe, started.ranks, console), watch)
     return 0
 

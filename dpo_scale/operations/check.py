@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from dpo_scale.console import Console
+from dpo_scale.console import Console, counted
 from dpo_scale.data.planning import check_budget, layout_costs
 from dpo_scale.data.preparation import check_rows
 from dpo_scale.data.samples import sample_pairs, show
@@ -26,7 +27,7 @@ from dpo_scale.operations.plan_report import verdict
 from dpo_scale.operations.scaling import Assumptions, Cluster
 from dpo_scale.recipe import DataSource, Recipe
 from dpo_scale.reference.fingerprint import weight_files
-from dpo_scale.reference.source import reference_cache_dir
+from dpo_scale.reference.source import check_same_tokens, reference_cache_dir
 from dpo_scale.training.checkpoints import CheckpointError, open_checkpoint
 from dpo_scale.training.run_folder import compare_with_stored
 from dpo_scale.training.status import committed_step
@@ -56,18 +57,23 @@ def check(recipe: Recipe, rows: int | None = None, config_file: str | None = Non
             check_part()
     if rows is not None:
         recipe = _fewer_rows(recipe, rows)
-        console.say(f"Read are {rows:,} rows of each source: counts and steps below are theirs")
+        drawn = f"{counted(rows, 'row')} of each source, drawn with run.seed"
+        console.say(f"Only {drawn}, are read: counts and steps below are theirs")
     if not has_model:
         with mistakes.noted():
             check_rows(recipe.data, seed=recipe.run.seed)
         mistakes.raise_all()
     with mistakes.noted():
         data = prepare_data(recipe, OneProcess(), console, weights=False)
-        _check_budgets(recipe, data)
+        for check_data in (_check_reference_tokens, _check_budgets):
+            with mistakes.noted():
+                check_data(recipe, data)
         console.show(show(sample_pairs(data.train, data.tokenizer, seed=recipe.run.seed, count=PAIRS_SHOWN)))
         console.say(_summary(_plan(recipe, launches[0], console), launches[0]))
+    if recipe.loss.doubt:
+        console.say(recipe.loss.doubt)
     mistakes.raise_all()
-    console.say("Nothing is wrong with this recipe")
+    console.say("Nothing is wrong with this recipe; dpo-scale doctor RECIPE looks at this machine")
 
 
 def _parts(recipe: Recipe, launches: list[LaunchFile]) -> Iterator[Callable[[], object]]:
@@ -116,6 +122,13 @@ def _check_weights(path: str, revision: str | None, setting: str, recipe: Recipe
     if Path(path).is_dir():  # those of a hub model are fetched when the run starts
         weight_files(folder)
         stored_elements(folder)
+
+
+def _check_reference_tokens(recipe: Recipe, data: Data) -> None:
+    if recipe.reference.path:
+        folder = resolve_folder(recipe.reference.path, recipe.reference.revision, "reference.path", weights=False)
+        config = load_config(folder, trust_remote_code=recipe.model.trust_remote_code, setting="reference.path")
+        check_same_tokens(folder, config, recipe, data)
 
 
 def _check_writable(setting: str, folder: Path) -> None:
@@ -185,11 +198,20 @@ def _plan(recipe: Recipe, launch: LaunchFile, console: Console) -> Plan:
 
 
 def _summary(plan: Plan, launch: LaunchFile) -> str:
-    workload, step = plan.workload, plan.step
+    workload, step, on_cpus = plan.workload, plan.step, _is_on_cpus(launch)
     schedule = workload.schedule
-    return (
-        f"{workload.meta.num_parameters:,} parameters; {schedule.num_steps:,} steps of {schedule.global_pairs} pairs, "
-        f"{step.micro_batches:.1f} micro-batches each on the {step.ranks} ranks of {launch.path}; results go to "
-        f"{Path(workload.recipe.run.output_dir)}\n"
-        f"{verdict(plan)}\n(GPUs of {GPU_GIB} GiB, nodes of {HOST_GIB:,} GiB; dpo-scale plan plans for others)"
+    ranks = counted(step.ranks, "CPU process", "CPU processes") if on_cpus else counted(step.ranks, "rank")
+    run = (
+        f"{workload.meta.num_parameters:,} parameters; {counted(schedule.num_steps, 'step')} of "
+        f"{counted(schedule.global_pairs, 'pair')}, {counted(step.micro_batches, 'micro-batch', 'micro-batches')} each "
+        f"on the {ranks} of {launch.path}; results go to {Path(workload.recipe.run.output_dir)}"
     )
+    if on_cpus:  # their memory is not planned
+        return run
+    return (
+        f"{run}\n{verdict(plan)}\n(GPUs of {GPU_GIB} GiB, nodes of {HOST_GIB:,} GiB; dpo-scale plan plans for others)"
+    )
+
+
+def _is_on_cpus(launch: LaunchFile) -> bool:
+    return os.environ.get("DS_ACCELERATOR") == "cpu" or Path(launch.deepspeed_path).name == "zero3_cpu.json"

@@ -46,12 +46,15 @@ def find_reference(recipe: Recipe, data: Data, ranks: Ranks, console: Console) -
     )
     config = load_config(folder, trust_remote_code=recipe.model.trust_remote_code, setting="reference.path")
     if folder != data.model_folder:
-        _check_same_tokens(folder, config, recipe, data)
+        check_same_tokens(folder, config, recipe, data)
     return ReferenceSource(folder, config, _fingerprint(folder, recipe, ranks, console))
 
 
-def _check_same_tokens(folder: Path, config: Any, recipe: Recipe, data: Data) -> None:
-    """A reference of its own must give the same token ids: its log-probs are of the policy's tokens."""
+def check_same_tokens(folder: Path, config: Any, recipe: Recipe, data: Data) -> None:
+    """A reference of its own must give the same token ids: its log-probs are of the policy's tokens.
+
+    Raises RecipeError if it does not.
+    """
     ours = data.tokenizer.get_vocab()
     theirs = load_tokenizer(str(folder), trust_remote_code=recipe.model.trust_remote_code).get_vocab()
     differing = [token for token, id_ in ours.items() if theirs.get(token) != id_]

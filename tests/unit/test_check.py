@@ -31,7 +31,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "model": {"path": "model", "dtype": "float32"},
         "data": {"train": "pairs.jsonl"},
         "batch": {"global_pairs": 4},
-        "loss": {"beta": 0.1},
+        "loss": {"beta": 2.0},
         "run": {"output_dir": "run"},
     }
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(recipe))
@@ -55,13 +55,52 @@ def test_check_shows_pairs_as_they_are_trained_on_and_a_plan(own: Path, capsys: 
                 assert "".join(scored[:16]) in line
                 assert line.endswith("".join(scored[-4:]))
     assert "10 steps of 4 pairs" in output
-    assert "Fits on" in output
-    assert output.rstrip().endswith("Nothing is wrong with this recipe")
+    assert "loss.beta" not in output
+    assert output.rstrip().endswith("Nothing is wrong with this recipe; dpo-scale doctor RECIPE looks at this machine")
+
+
+@pytest.mark.parametrize("on", ["accelerator", "launch file", "GPUs"])
+def test_a_launch_on_cpus_is_not_judged_by_the_memory_of_gpus(
+    on: str, own: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if on != "accelerator":
+        monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    launch = ROOT / "launch" / ("zero3.yaml" if on == "GPUs" else "zero3_cpu.yaml")
+    assert main(["check", "own.yaml", "--config_file", str(launch)]) == 0
+    output = capsys.readouterr().out
+    assert ("Fits on 1 node of 8 GPUs" in output) == (on == "GPUs")
+    assert ("on the 2 CPU processes of" in output) == (on != "GPUs")
+
+
+def test_check_speaks_of_one_in_the_singular(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (own / "one.yaml").write_text(
+        "distributed_type: DEEPSPEED\nnum_processes: 1\n"
+        "deepspeed_config: {deepspeed_config_file: ds_configs/zero3.json}\n"
+    )
+    assert main(["check", "own.yaml", "--config_file", "one.yaml", "batch.global_pairs=40"]) == 0
+    assert "1 step of 40 pairs, 1 micro-batch each on the 1 " in capsys.readouterr().out
+
+
+def test_a_reference_with_another_tokenizer_is_refused(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_model(own / "other")
+    tokenizer = json.loads((own / "other" / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["A"], vocabulary["B"] = vocabulary["B"], vocabulary["A"]
+    (own / "other" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert main(["check", "own.yaml", "reference.path=other"]) == 2
+    assert "other has another tokenizer (2 tokens differ" in capsys.readouterr().err
+
+
+def test_a_beta_that_is_usual_for_sums_is_doubted_and_taken(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "own.yaml", "loss.beta=0.1"]) == 0
+    assert "loss.beta is 0.1: 0.1 is usual for sums, 2 to 10 for means" in capsys.readouterr().out
 
 
 def test_check_reads_as_many_rows_as_it_is_told(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "own.yaml", "--rows", "8", "batch.global_pairs=2"]) == 0
-    assert "4 steps of 2 pairs" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "Only 8 rows of each source, drawn with run.seed, are read" in output
+    assert "4 steps of 2 pairs" in output
 
 
 def test_check_tells_mistakes_of_several_parts_at_once(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -178,6 +217,6 @@ def test_check_refuses_the_folder_of_another_recipe_and_leaves_it_as_it_is(
     (own / "run" / "recipe.yaml").write_text(stored)
     assert main(["check", "own.yaml"]) == 2
     error = capsys.readouterr().err
-    assert "run.output_dir: run holds a run of another recipe\n  loss.beta: was 0.2, is 0.1\n" in error
+    assert "run.output_dir: run holds a run of another recipe\n  loss.beta: was 0.2, is 2.0\n" in error
     assert (own / "run" / "recipe.yaml").read_text() == stored
     assert main(["check", "own.yaml", "loss.beta=0.2"]) == 0

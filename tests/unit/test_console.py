@@ -8,7 +8,7 @@ import time
 import pytest
 
 from dpo_scale import console as module
-from dpo_scale.console import BYTES, Console, StageClock, duration
+from dpo_scale.console import BYTES, Console, StageClock, counted, duration
 
 
 class Terminal(io.StringIO):
@@ -39,6 +39,18 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 )
 def test_durations_read_as_people_say_them(seconds: float, expected: str) -> None:
     assert duration(seconds) == expected
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"), [(0, "0 steps"), (1, "1 step"), (1.0, "1 step"), (1.54, "1.5 steps"), (2000, "2,000 steps")]
+)
+def test_a_number_agrees_with_its_unit(number: float, expected: str) -> None:
+    assert counted(number, "step") == expected
+
+
+def test_a_unit_may_have_a_plural_of_its_own() -> None:
+    assert counted(1, "batch", "batches") == "1 batch"
+    assert counted(3, "batch", "batches") == "3 batches"
 
 
 def test_time_counts_for_the_innermost_stage_alone(clock: list[float]) -> None:

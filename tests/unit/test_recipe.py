@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
+from dpo_scale.data.planning import epoch_order
 from dpo_scale.errors import RecipeError
 from dpo_scale.recipe import DataSource, Recipe, Section, cache_root, dump_recipe, load_recipe
 
@@ -118,12 +120,14 @@ def test_a_repeated_key_is_refused_with_its_line(tmp_path: Path) -> None:
         "optim.betas=['0.9', 0.99]",
         "optim.betas=[0.9]",
         "optim.betas=[0.9, 1.1]",
+        "optim.betas=[0.9, 1.0]",
+        f"run.seed={2**64}",
         "optim.warmup_ratio=1.5",
         "model.dropout=1",
         "model.path=3",
         "data.train=[]",
         "data.train=5",
-        "track.to=wandb",
+        "track.to=3",
         "evaluate.every_steps=0",
         "loss.type=hinge",
     ],
@@ -222,6 +226,31 @@ def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     values = recipe.model_dump()
     assert [values[section][field] for section, field in (name.split(".") for name in paths)] == ["/home/me/x"] * 9
     assert [source.path for source in recipe.data.train] == ["/home/me/a.jsonl", "/home/me/b.jsonl", "a~b"]
+
+
+def test_a_tracker_may_stand_without_brackets(tmp_path: Path) -> None:
+    assert _load(tmp_path, "track.to=tensorboard").track.to == ["tensorboard"]
+
+
+def test_the_largest_seed_is_taken_by_all_that_draws(tmp_path: Path) -> None:
+    seed = _load(tmp_path, f"run.seed={2**64 - 1}").run.seed
+    torch.Generator().manual_seed(seed)
+    assert sorted(epoch_order(5, seed, 0).tolist()) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("beta", "reduction", "doubtful"),
+    [(0.1, "mean", True), (2.0, "mean", False), (0.1, "sum", False), (5.0, "sum", True)],
+)
+def test_a_beta_of_the_other_reduction_is_doubted(beta: float, reduction: str, doubtful: bool, tmp_path: Path) -> None:
+    doubt = _load(tmp_path, f"loss.beta={beta}", f"loss.reduction={reduction}").loss.doubt
+    said = f"loss.beta is {beta:g}: 0.1 is usual for sums, 2 to 10 for means; loss.reduction is {reduction}"
+    assert doubt == (said if doubtful else "")
+
+
+def test_an_option_of_accelerate_is_told_from_an_override(tmp_path: Path) -> None:
+    option, _ = _mistakes(tmp_path, "--num_processes", "2")
+    assert option.endswith("section.field=value; options of accelerate go before -m")
 
 
 def test_a_missing_file_is_refused_with_its_path(tmp_path: Path) -> None:
