@@ -106,10 +106,8 @@ def choose_kernel(wanted: str, device: torch.device, dtype: torch.dtype) -> Kern
         "sdpa": True,
     }
     if wanted != "auto" and not available[wanted]:
-        usable = ", ".join(name for name, there in available.items() if there)
-        raise UserError(
-            f"model.attention: {wanted} does not run on {device.type} in {dtype}; use auto or one of {usable}"
-        )
+        usable = " or ".join(name for name, there in available.items() if there)
+        raise UserError(f"model.attention: {wanted} does not run on {device.type} in {dtype}; use auto or {usable}")
     names: tuple[Kernel, ...] = ("varlen", "flash_attn", "flex", "sdpa")
     return next(name for name in names if available[name] and wanted in ("auto", name))
 

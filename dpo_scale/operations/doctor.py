@@ -1,27 +1,31 @@
-"""`dpo-scale doctor`: whether training would start here, on one node or, under `srun`, on all nodes of a job."""
+"""`dpo-scale doctor`: whether this machine is ready, one node or, under `srun`, all nodes of a job."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
 from dpo_scale.distributed.nodes import Nodes
+from dpo_scale.errors import UserError
+from dpo_scale.model.attention import choose_kernel
+from dpo_scale.model.loading import DTYPES
 from dpo_scale.operations.findings import Facts, Finding, Node, compare, examine, would_start
 from dpo_scale.operations.machine import gather_facts, nearest_existing, versions
-from dpo_scale.recipe import Recipe
+from dpo_scale.recipe import ModelSection, Recipe
 
 STYLES = {"ok": ("ok", "green"), "warning": ("look", "yellow"), "error": ("wrong", "bold red")}
 
 
 def doctor(recipe: Recipe | None, config_file: str | None) -> int:
-    """Print what is wrong with this machine, and what mends it; returns 0 if training would start, else 1.
+    """Print what is wrong with this machine, and what mends it; returns 0 if it is ready, else 1.
 
     Under `srun` with one task a node, the first node prints a table of all; the others only say that they looked.
     """
@@ -55,7 +59,7 @@ def show(findings: Sequence[Finding], nodes: Sequence[Node], console: Console | 
         verdict = f"Training would not start: {errors} thing{'s are' if errors > 1 else ' is'} wrong."
         console.print(Text(verdict, "bold red"))
     else:
-        console.print(Text("Training would start.", "bold green"))
+        console.print(Text("This machine is ready; dpo-scale check RECIPE looks at model and data.", "bold green"))
 
 
 def _findings_table(findings: Sequence[Finding]) -> Table:
@@ -87,11 +91,22 @@ def _node(facts: Facts, recipe: Recipe | None, nodes: Nodes) -> Node:
     return Node(
         host=facts.host,
         versions=versions(facts),
-        findings=tuple(examine(facts)),
+        findings=(*examine(facts), *(_attention(recipe.model, on_gpu=bool(facts.gpus)) if recipe else ())),
         clock_offset=offset,
         clock_uncertainty=uncertainty,
         sees_output_dir=recipe is None or _sees_output_dir(Path(recipe.run.output_dir), nodes),
     )
+
+
+def _attention(settings: ModelSection, *, on_gpu: bool) -> Iterator[Finding]:
+    """The recipe's kernel of attention, by the rule of the run itself."""
+    try:
+        kernel = choose_kernel(settings.attention, torch.device("cuda" if on_gpu else "cpu"), DTYPES[settings.dtype])
+    except UserError as error:
+        found, _, mend = str(error).removeprefix("model.attention: ").partition("; ")
+        yield Finding("error", "model.attention", found, mend)
+    else:
+        yield Finding("ok", "model.attention", kernel)
 
 
 def _sees_output_dir(folder: Path, nodes: Nodes) -> bool:

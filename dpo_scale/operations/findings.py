@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from packaging.specifiers import SpecifierSet
 
+from dpo_scale.console import counted
 from dpo_scale.distributed.ops import ASYNC_IO, CompiledOp
 
 Severity = Literal["ok", "warning", "error"]
@@ -121,7 +122,7 @@ def examine(facts: Facts) -> list[Finding]:
 
 
 def would_start(findings: Sequence[Finding]) -> bool:
-    """Whether training would start."""
+    """Whether training would start, as far as that is up to the machine."""
     return all(finding.severity != "error" for finding in findings)
 
 
@@ -228,10 +229,10 @@ def _launch(facts: Facts) -> Iterator[Finding]:
         return
     processes, machines = settings.get("num_processes") or 1, settings.get("num_machines") or 1
     here = processes // max(1, machines)
-    text = f"{launch.path}: {processes} processes on {machines} machine{'s' if machines > 1 else ''}"
+    text = f"{launch.path}: {counted(processes, 'process', 'processes')} on {counted(machines, 'machine')}"
     if facts.gpus and here > len(facts.gpus):
         mend = f"--num_processes {len(facts.gpus) * machines}"
-        yield Finding("warning", "accelerate", f"{text}, and this node has {len(facts.gpus)} GPUs", mend)
+        yield Finding("warning", "accelerate", f"{text}, and this node has {counted(len(facts.gpus), 'GPU')}", mend)
     elif facts.gpus and here < len(facts.gpus):
         mend = f"--num_processes {len(facts.gpus) * machines}"
         yield Finding("warning", "accelerate", f"{text}: {len(facts.gpus) - here} GPUs of this node stay idle", mend)

@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from dpo_scale.distributed.ops import ASYNC_IO, CompiledOp, needed_ops
+from dpo_scale.operations import doctor
 from dpo_scale.operations.doctor import show
 from dpo_scale.operations.findings import (
     GIB,
@@ -23,6 +24,7 @@ from dpo_scale.operations.findings import (
     examine,
     would_start,
 )
+from dpo_scale.recipe import ModelSection
 
 H100 = Gpu("NVIDIA H100 80GB HBM3", 80 * GIB, bf16=True)
 LAUNCH = LaunchFile("launch/zero3.yaml", {"num_processes": 8, "num_machines": 1}, "ds_configs/zero3.json", ())
@@ -215,6 +217,26 @@ def test_a_clock_is_blamed_only_beyond_what_the_network_hides() -> None:
     findings = compare([node("a"), node("b", clock_offset=1.5, clock_uncertainty=0.8)])
     clocks = next(finding for finding in findings if finding.topic == "clocks")
     assert (clocks.severity, clocks.found) == ("ok", "2 nodes within 1500 ms, known to 800 ms")
+
+
+def test_a_machine_with_nothing_wrong_is_ready_and_no_more_is_promised() -> None:
+    console = Console(width=200)
+    with console.capture() as capture:
+        show(examine(GPU_NODE), [], console)
+    last = capture.get().splitlines()[-1]
+    assert last == "This machine is ready; dpo-scale check RECIPE looks at model and data."
+
+
+@pytest.mark.parametrize(
+    ("kernel", "severity"), [("flex", "error"), ("varlen", "error"), ("auto", "ok"), ("sdpa", "ok")]
+)
+def test_a_kernel_of_attention_is_judged_as_a_run_judges_it(kernel: Any, severity: str) -> None:
+    settings = ModelSection(path="base", attention=kernel, dtype="float32")
+    (finding,) = doctor._attention(settings, on_gpu=False)
+    assert (finding.severity, finding.topic) == (severity, "model.attention")
+    if severity == "error":
+        assert finding.found == f"{kernel} does not run on cpu in torch.float32"
+        assert finding.remedy == "use auto or sdpa"
 
 
 def test_the_table_shows_what_is_wrong_and_what_mends_it() -> None:

@@ -102,6 +102,15 @@ def test_doctor_refuses_a_stage_that_is_not_3(tmp_path: Path, capsys: pytest.Cap
     assert "Training would not start" in said
 
 
+def test_doctor_looks_at_the_recipes_attention(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "r.yaml").write_text(
+        f"model: {{path: base, dtype: float32, attention: flash_attn}}\ndata: {{train: [pairs.jsonl]}}\n"
+        f"batch: {{global_pairs: 8}}\nloss: {{beta: 2.0}}\nrun: {{output_dir: {tmp_path / 'run'}}}\n"
+    )
+    assert main(["doctor", str(tmp_path / "r.yaml")]) == 1
+    assert "wrong: model.attention: flash_attn does not run on" in capsys.readouterr().out
+
+
 # --- nodes
 
 
