@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dpo_scale.console import counted
 from dpo_scale.errors import RecipeError
 from dpo_scale.recipe import Recipe
 
@@ -48,20 +49,30 @@ LAUNCHERS_TWINS = {
 
 
 def read_policy_config(path: Path) -> Config:
-    """A DeepSpeed JSON for the policy. Raises RecipeError for a file that is no ZeRO-3 config or states owned keys."""
+    """A DeepSpeed JSON for the policy, without what it leaves open: a null of zero_optimization.
+
+    Raises RecipeError for a file that is no ZeRO-3 config or states owned keys.
+    """
     config = _read_json(path)
     mistakes = [
         f"{path}: {key!r} belongs to the recipe ({owner}); remove it here"
         for key, owner in OWNED_BY_THE_RECIPE.items()
         if config.get(key, "auto") != "auto"
     ]
-    zero = config.get("zero_optimization")
-    stage = zero.get("stage") if isinstance(zero, dict) else None
-    if stage != 3:
-        mistakes.append(f"{path}: zero_optimization.stage is {stage}; this trainer runs stage 3")
+    stated = config.get("zero_optimization")
+    zero = {key: value for key, value in stated.items() if value is not None} if isinstance(stated, dict) else {}
+    if zero.get("stage") != 3:
+        mistakes.append(f"{path}: zero_optimization.stage is {zero.get('stage')}; this trainer runs stage 3")
+    size = zero.get("zero_hpz_partition_size", "auto")
+    if size != "auto" and not (isinstance(size, int) and size >= 1):
+        mistakes.append(
+            f"{path}: zero_optimization.zero_hpz_partition_size is {json.dumps(size)}; it takes a number of ranks from "
+            '1 on, or "auto"'
+        )
     if mistakes:
         raise RecipeError("\n".join(mistakes))
-    return {key: value for key, value in config.items() if key not in OWNED_BY_THE_RECIPE}
+    kept = {key: value for key, value in config.items() if key not in OWNED_BY_THE_RECIPE}
+    return {**kept, "zero_optimization": zero}
 
 
 def check_launcher(environment: Mapping[str, str], path: Path) -> None:
@@ -109,8 +120,8 @@ def fit_to_node(config: Config, path: Path, *, own_folder: str, ranks_per_node: 
         zero["zero_hpz_partition_size"] = ranks_per_node
     elif ranks_per_node % size:
         mistakes.append(
-            f"{path}: zero_optimization.zero_hpz_partition_size is {size}, and the launcher starts {ranks_per_node} "
-            'ranks on a node; "auto" takes that number'
+            f"{path}: zero_optimization.zero_hpz_partition_size is {size}, and the launcher starts "
+            f'{counted(ranks_per_node, "rank")} on a node; "auto" takes that number'
         )
     if mistakes:
         raise RecipeError("\n".join(mistakes))

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from dpo_scale.distributed.ops import needed_ops
 from dpo_scale.distributed.zero_config import (
     LAUNCHERS_TWINS,
     OWNED_BY_THE_RECIPE,
@@ -61,6 +62,23 @@ def test_all_keys_that_the_recipe_owns_are_refused_at_once_with_both_places(tmp_
 def test_auto_states_nothing_and_is_dropped(tmp_path: Path) -> None:
     path = _write(tmp_path, {**BASE, "train_batch_size": "auto", "gradient_clipping": "auto"})
     assert read_policy_config(path) == BASE
+
+
+def test_a_null_states_nothing(tmp_path: Path) -> None:
+    path = _write(tmp_path, {"zero_optimization": {"stage": 3, "offload_param": None, "offload_optimizer": None}})
+    config = read_policy_config(path)
+    assert config == {"zero_optimization": {"stage": 3}}
+    assert fit_to_node(config, path, own_folder="", ranks_per_node=8) == config
+    assert needed_ops(config, "none") == {}
+
+
+@pytest.mark.parametrize("size", [0, -1, "4", 1.5, [2]])
+def test_a_secondary_partition_is_a_number_of_ranks(size: Any, tmp_path: Path) -> None:
+    path = _write(tmp_path, {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": size}})
+    with pytest.raises(
+        RecipeError, match=r'zero_hpz_partition_size is .*; it takes a number of ranks from 1 on, or "a'
+    ):
+        read_policy_config(path)
 
 
 @pytest.mark.parametrize("zero", [{"stage": 2}, {"stage": "auto"}, {}, None, 3, [3]])
