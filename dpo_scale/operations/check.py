@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 
 from dpo_scale.console import Console, counted
-from dpo_scale.data.planning import check_budget, layout_costs
 from dpo_scale.data.preparation import check_rows
 from dpo_scale.data.samples import sample_pairs, show
 from dpo_scale.data.sources import check_paths
@@ -17,7 +16,7 @@ from dpo_scale.distributed.lockstep import OneProcess
 from dpo_scale.distributed.runtime import missing_trackers
 from dpo_scale.distributed.zero_config import read_policy_config
 from dpo_scale.errors import UserError
-from dpo_scale.inputs import Data, prepare_data
+from dpo_scale.inputs import Data, check_budgets, hoped_layout, prepare_data
 from dpo_scale.model.loading import load_config, resolve_folder, stored_elements
 from dpo_scale.operations.findings import LaunchFile
 from dpo_scale.operations.fit import GIB
@@ -183,10 +182,7 @@ def _fewer_rows(recipe: Recipe, rows: int) -> Recipe:
 
 
 def _check_budgets(recipe: Recipe, data: Data) -> None:
-    layout = "shared" if recipe.batch.layout == "auto" else recipe.batch.layout
-    for pairs in (data.train, data.evaluate):
-        costs = layout_costs(pairs.lengths, layout, data.cost)
-        check_budget(costs, recipe.batch.rank_tokens, pairs.rows, "batch.rank_tokens")
+    check_budgets(recipe, data, hoped_layout(recipe))
 
 
 def _plan(recipe: Recipe, launch: LaunchFile, console: Console) -> Plan:
