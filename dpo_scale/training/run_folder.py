@@ -7,6 +7,7 @@ import platform
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
@@ -17,7 +18,7 @@ from typing import Any
 import yaml
 
 from dpo_scale.errors import RecipeError, UserError
-from dpo_scale.files import write_atomically, write_json
+from dpo_scale.files import make_folder, write_atomically, write_json
 from dpo_scale.recipe import Recipe, dump_recipe
 from dpo_scale.reference.fingerprint import ReferenceFingerprint, explain_difference, read_fingerprint
 from dpo_scale.training import locks
@@ -176,6 +177,18 @@ def _set_aside_unreadable(folder: Path) -> list[str]:
     return moved
 
 
+def _make_writable(folder: Path) -> None:
+    """Make the folder of checkpoints, which may be on another disk. Raises RecipeError if no file can be made there."""
+    try:
+        make_folder(folder)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        is_dangling = folder.is_symlink() and not folder.exists()
+        problem = f"a link to {folder.readlink()}, which is not there" if is_dangling else error.strerror
+        raise RecipeError(f"run.output_dir: {folder}: {problem}; checkpoints are to be written there") from error
+
+
 def refuse_another_run(checkpoint: Checkpoint, trajectory: Mapping[str, Any]) -> None:
     """Raise UserError for the checkpoint of another run, naming what differs."""
     differing = differences(what_matters(checkpoint.commit.trajectory), trajectory)
@@ -203,11 +216,12 @@ class RunFolder:
     def __init__(self, recipe: Recipe) -> None:
         """Take the folder for a recipe and note what differs from the recipe that is in it.
 
-        Raises RecipeError if another process works in it, or another recipe did.
+        Raises RecipeError if another process works in it, another recipe did, or no checkpoint could be written.
         """
         self.path, self._resume = Path(recipe.run.output_dir), recipe.run.resume
         self._lock = locks.take(self.path / ".lock")
         self.harmless_changes = _set_aside_unreadable(self.path) + compare_with_stored(recipe)
+        _make_writable(self.checkpoints)
         write_atomically(self.path / "recipe.yaml", lambda path: _write_text(path, dump_recipe(recipe)))
 
     def claim(self, reference: ReferenceFingerprint, trajectory: Mapping[str, Any]) -> None:

@@ -13,6 +13,7 @@ import yaml
 from launching import make_model, make_pairs
 
 from dpo_scale.cli import main
+from dpo_scale.files import write_json
 from dpo_scale.operations import check, machine
 from dpo_scale.recipe import dump_recipe, load_recipe
 
@@ -212,7 +213,7 @@ def test_all_missing_sources_are_named_together(own: Path, model: str, capsys: p
 def test_check_refuses_the_folder_of_another_recipe_and_leaves_it_as_it_is(
     own: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (own / "run" / "checkpoints").mkdir(parents=True)
+    write_json(own / "run" / "checkpoints" / "step-00000004" / "commit.json", {})
     stored = dump_recipe(load_recipe("own.yaml", ["loss.beta=0.2"]))
     (own / "run" / "recipe.yaml").write_text(stored)
     assert main(["check", "own.yaml"]) == 2

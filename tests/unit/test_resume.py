@@ -102,6 +102,10 @@ def test_a_checkpoint_is_the_same_however_its_path_is_spelt(tmp_path: Path, monk
     for step, before in enumerate(spellings, 5):
         further = commit(run, step, origin=before)  # as earlier versions noted it too
         assert [found(run, spelling) for spelling in spellings] == [further] * 4
+    further = commit(run, step=9, origin=str(named))
+    commit(run, step=10)  # of an attempt that no path led to
+    monkeypatch.chdir(named)
+    assert found(run, ".") == further
 
 
 def test_a_resumed_run_counts_its_resumes_and_knows_its_origin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,10 +117,12 @@ def test_a_resumed_run_counts_its_resumes_and_knows_its_origin(tmp_path: Path, m
     for wanted, origin in (("auto", ""), (f"{path}/", str(path))):
         state = resumed(tmp_path, wanted, engine)
         assert state == RunState(step=3, resumes=1, origin=origin, unlogged=(0.5, 2.0))
-    assert restored == [engine] * 2
+    commit(tmp_path, step=4, origin="/from")
+    assert resumed(tmp_path, "auto", engine).origin == "/from"
+    assert restored == [engine] * 3
     another = snapshot_of(make_parameters({"weight": (3, 5)}), 0, 1)
     assert "1 parameters differ; weight: (3, 4) stored, (3, 5) in the model" in str(resumed(tmp_path, "auto", another))
-    assert restored == [engine] * 2
+    assert restored == [engine] * 3
 
 
 def test_damage_everywhere_is_no_reason_to_start_anew(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from dpo_scale.errors import RecipeError, UserError
 from dpo_scale.files import write_json
 from dpo_scale.recipe import Recipe, load_recipe
 from dpo_scale.reference.fingerprint import ReferenceFingerprint, read_fingerprint, settings_digest
-from dpo_scale.training import locks
+from dpo_scale.training import locks, run_folder
 from dpo_scale.training.checkpoints import digest_of
 from dpo_scale.training.run_folder import (
     RunFolder,
@@ -320,6 +320,27 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(RecipeError, match=r"run\.output_dir: .*file/run: Not a directory"):
         RunFolder(_recipe(tmp_path / "file" / "run"))
+
+
+def test_checkpoints_that_could_not_be_written_are_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link = tmp_path / "run" / "checkpoints"
+    link.parent.mkdir()
+    link.symlink_to(tmp_path / "scratch")
+    with pytest.raises(RecipeError, match=r"run/checkpoints: a link to .*/scratch, which is not there; checkpoints"):
+        RunFolder(_recipe(tmp_path / "run"))
+    (tmp_path / "scratch").mkdir()
+    folder = RunFolder(_recipe(tmp_path / "run"))
+    folder._lock.close()
+    assert list(link.iterdir()) == []
+
+    def fail(dir: Path) -> Any:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(run_folder.tempfile, "TemporaryFile", fail)
+    with pytest.raises(RecipeError, match="run/checkpoints: Read-only file system; checkpoints are to be written"):
+        RunFolder(_recipe(tmp_path / "run"))
 
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS])
