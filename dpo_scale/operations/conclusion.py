@@ -52,9 +52,9 @@ def summary(run: RunRecords, stage_seconds: Mapping[str, float]) -> list[str]:
 
 
 def _rows(run: RunRecords, stage_seconds: Mapping[str, float]) -> Iterator[tuple[str, str]]:
-    last = run.training[-1] if run.training else {}
-    done = [f"{run.last_step:,} steps"]
-    done += [f"{last[name]:,} {name}" for name in ("pairs", "tokens") if name in last]
+    last = run.counters
+    done = [_counted(run.last_step, "step")]
+    done += [_counted(last[f"{noun}s"], noun) for noun in ("pair", "token") if f"{noun}s" in last]
     starts = f" in {len(run.attempts)} starts" if len(run.attempts) > 1 else ""
     yield run.outcome.capitalize(), ", ".join(done) + starts
     if run.held_out:
@@ -65,7 +65,7 @@ def _rows(run: RunRecords, stage_seconds: Mapping[str, float]) -> Iterator[tuple
         yield "Held out", ", ".join(parts)
     cached, computed = (column([last], f"reference_rows_{name}")[0] for name in ("cached", "computed"))
     if math.isfinite(cached + computed):
-        yield "Reference", f"{cached:,.0f} rows found in the cache, {computed:,.0f} scored"
+        yield "Reference", f"{_counted(int(cached), 'row')} found in the cache, {computed:,.0f} scored"
     yield "Time", time_by_stage(stage_seconds)
     for name, path in (("Model", run.folder / "model"), ("Report", run.folder / "report.html")):
         if path.exists():
@@ -74,6 +74,10 @@ def _rows(run: RunRecords, stage_seconds: Mapping[str, float]) -> Iterator[tuple
     latest = checkpoints / "latest"
     if latest.exists():
         yield "Checkpoint", str(checkpoints / latest.read_text(encoding="utf-8", errors="replace").strip())
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def time_by_stage(stage_seconds: Mapping[str, float]) -> str:

@@ -51,6 +51,8 @@ class RunRecords:
     held_out: tuple[Line, ...]
     """Lines of held-out passes; the first of each step."""
     attempts: tuple[Attempt, ...]
+    counters: Line
+    """The newest line that counts pairs: of a log interval, or of an attempt's end, which may lie between two."""
     recipe: Mapping[str, Mapping[str, Any]]
     """Section -> field -> value; empty where it could not be read."""
     environment: Mapping[str, Any] = field(default_factory=dict)
@@ -111,6 +113,7 @@ def read_run(folder: Path) -> RunRecords:
         training=tuple(line for line in lines if "loss" in line),
         held_out=tuple(held_out[step] for step in sorted(held_out)),
         attempts=_attempts(lines),
+        counters=next((line for line in reversed(lines) if "pairs" in line), {}),
         recipe=_sections(_document(folder / "recipe.yaml", unreadable)),
         environment=_document(folder / "environment.json", unreadable),
         data=_document(folder / "data_report.json", unreadable),

@@ -51,7 +51,7 @@ class Records:
     def end(self, state: RunState, outcome: str, stage_seconds: Mapping[str, float]) -> None:
         """Note how and where an attempt ended, and the time that each of its stages took."""
         seconds = {name: round(value, 3) for name, value in stage_seconds.items()}
-        self._note(state.step, {"event": "end", "outcome": outcome, "stage_seconds": seconds})
+        self._note(state.step, {"event": "end", "outcome": outcome, "stage_seconds": seconds, **_counters(state)})
 
     def restart(self, state: RunState) -> None:
         """Begin an interval at a state."""
@@ -83,15 +83,10 @@ class Records:
                 **means,
                 "learning_rate": learning_rate,
                 "grad_norm": grad_norm,
-                "pairs": state.pairs,
-                "tokens": state.tokens,
-                "completion_tokens": state.completion_tokens,
                 "pairs_per_second": pairs_per_second,
                 "tokens_per_second": (state.tokens - before.tokens) / seconds,
                 "step_seconds": step_seconds,
-                "reference_rows_cached": state.reference_rows_cached,
-                "reference_rows_computed": state.reference_rows_computed,
-                "skipped_steps": state.skipped_steps,
+                **_counters(state),
                 "peak_memory_gib": peak_memory_gib(self._ranks.device),
                 **({} if mfu is None else {"mfu": mfu}),
             },
@@ -131,3 +126,15 @@ class Records:
         """One object in metrics.jsonl, with the time of day in seconds since 1970."""
         if self._file is not None:
             self._file.write({"step": step, "time": round(time.time(), 3), **values})
+
+
+def _counters(state: RunState) -> dict[str, int]:
+    """What was counted from the start of the run up to a state."""
+    return {
+        "pairs": state.pairs,
+        "tokens": state.tokens,
+        "completion_tokens": state.completion_tokens,
+        "reference_rows_cached": state.reference_rows_cached,
+        "reference_rows_computed": state.reference_rows_computed,
+        "skipped_steps": state.skipped_steps,
+    }

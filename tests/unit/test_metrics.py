@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dpo_scale.console import Console
 from dpo_scale.distributed.lockstep import OneProcess
+from dpo_scale.training.checkpoints import RunState
 from dpo_scale.training.metrics import MetricsFile, MetricSums, model_flops_utilization, peak_memory_gib
 from dpo_scale.training.records import Records
 
@@ -176,6 +177,17 @@ def test_damaged_lines_are_told(tmp_path: Path) -> None:
         path.write_text(text)
         Records(OneProcess(), Console(stream), MetricsFile(path), lambda values, step: None)  # type: ignore[arg-type]
     assert stream.getvalue() == "metrics.jsonl: lines that could not be read and are left out: 2\n"
+
+
+def test_the_end_of_an_attempt_notes_the_counters_of_its_state(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    records = Records(OneProcess(), Console(io.StringIO()), MetricsFile(path), lambda values, step: None)  # type: ignore[arg-type]
+    state = RunState(step=16, pairs=248, tokens=9000, completion_tokens=5000, reference_rows_computed=3)
+    records.end(state, "stopped", {"Training": 1.25})
+    (end,) = map(json.loads, path.read_text().splitlines())
+    assert (end["step"], end["outcome"], end["stage_seconds"]) == (16, "stopped", {"Training": 1.25})
+    assert (end["pairs"], end["tokens"], end["completion_tokens"]) == (248, 9000, 5000)
+    assert (end["reference_rows_cached"], end["reference_rows_computed"], end["skipped_steps"]) == (0, 3, 0)
 
 
 def test_a_run_from_the_start_has_no_lines_of_another(tmp_path: Path) -> None:

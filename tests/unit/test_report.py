@@ -183,6 +183,20 @@ def test_last_words_name_what_was_done_and_where_it_is(run: RunRecords) -> None:
     assert lines[-1] == f"Checkpoint  {run.folder / 'checkpoints' / 'step-00000200'}"
 
 
+def test_last_words_count_what_was_done_since_the_last_logged_line(tmp_path: Path) -> None:
+    counters = {"pairs": 248, "tokens": 9000, "reference_rows_cached": 1, "reference_rows_computed": 2}
+    lines = [*lines_of_a_run(8)[:12], event("end", 16, outcome="stopped", stage_seconds={}, **counters)]
+    words = summary(read_run(make_run(tmp_path / "run", lines)), {})
+    assert words[0].startswith("Stopped     16 steps, 248 pairs, 9,000 tokens")
+    assert words[2] == "Reference   1 row found in the cache, 2 scored"
+
+
+def test_one_step_is_no_steps(tmp_path: Path) -> None:
+    end = event("end", 1, outcome="stopped", stage_seconds={}, pairs=1, tokens=1)
+    run = read_run(make_run(tmp_path / "run", [event("start", 0), end]))
+    assert summary(run, {})[0] == "Stopped     1 step, 1 pair, 1 token"
+
+
 def test_a_report_that_cannot_be_written_is_told_and_fails_no_run(run: RunRecords) -> None:
     (run.folder / "report.html").mkdir()
     stream = io.StringIO()
