@@ -203,7 +203,8 @@ def refuse_another_run(checkpoint: Checkpoint, trajectory: Mapping[str, Any]) ->
 def refuse_lost_checkpoints(folder: Path) -> None:
     """Raise UserError where a step was committed and no checkpoint is there: a start anew would go over the run."""
     step = last_known_commit(folder)
-    if step is not None and committed_step(folder) is None:
+    lacks_its_name = any((folder / "checkpoints").glob(".step-*.partial/commit.json"))  # its run died before the rename
+    if step is not None and committed_step(folder) is None and not lacks_its_name:
         raise UserError(
             f"{folder / 'checkpoints'}: no checkpoint is there, and step {step} was committed; bring the folder back "
             "(is its disk mounted?), choose another run.output_dir, or start anew with run.resume=never"

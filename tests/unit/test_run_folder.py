@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -176,7 +177,10 @@ def test_a_run_whose_checkpoints_are_away_takes_no_other_recipe_and_does_not_sta
     for _ in range(2):
         with pytest.raises(UserError, match="no checkpoint is there, and step 4 was committed; bring the folder back"):
             second.claim(_reference(), {})
+    write_json(second.checkpoints / ".step-00000004.partial" / "commit.json", {})
+    second.claim(_reference(), {})  # the commit only lacks its name
     second._lock.close()
+    shutil.rmtree(second.checkpoints)
     RunFolder(_recipe(tmp_path, run__resume="never")).claim(_reference(), {})
 
 
