@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -221,7 +222,7 @@ def _with_context(
             prompt = ({"role": "system", "content": system}, *prompt)
         name += ", with a system field"
     if not isinstance(prompt, str) and not prompt:
-        raise RowError("chosen and rejected begin with different messages: there is no prompt")
+        raise RowError(f"chosen and rejected begin with different messages: there is no prompt{_unread_chat(row)}")
     tools = json_value("tools", fields.get("tools"), list)
     variables = dict(json_value("chat_template_kwargs", fields.get("chat_template_kwargs"), dict) or {})
     documents = json_value("documents", fields.get("documents"), list)
@@ -239,6 +240,17 @@ def _with_context(
         tools=tuple(tools) if tools else None,
         chat_template_kwargs=variables or None,
     )
+
+
+def _unread_chat(row: _Row) -> str:
+    """A hint at a field that holds messages and has no name of this module."""
+    for name, value in row.raw.items():
+        if name in FIELDS or name in row.columns.values() or not isinstance(value, list):
+            continue
+        with suppress(RowError):
+            if text_or_messages(name, value):
+                return f"; field {name!r} was not read, data columns {{prompt: {name}}} reads it"
+    return ""
 
 
 def _name_of_strings(row: _Row, prompt: str, chosen: str, rejected: str) -> str:

@@ -23,13 +23,22 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo_scale.data.hashing import Hashes, sequence_hashes
 from dpo_scale.data.preferences import NAME_COLUMNS, PreferencePair, check_columns, to_preferences
+from dpo_scale.data.readers import JSON_ARRAY
 from dpo_scale.data.report import DataReport, SourceReport
 from dpo_scale.data.row_values import RowError
 from dpo_scale.data.rows import BadRow, Block, Numbers
 from dpo_scale.data.sources import check_paths, read_blocks
 from dpo_scale.data.token_pairs import Lengths, TokenIds, TokenPairs
 from dpo_scale.data.token_store import PairWriter, TokenStore
-from dpo_scale.data.tokenization import NO_PREFERENCE, TEMPLATE_FAILED, Dropped, Kept, PairTokenizer, no_preference
+from dpo_scale.data.tokenization import (
+    NO_PREFERENCE,
+    TEMPLATE_FAILED,
+    TOO_LONG,
+    Dropped,
+    Kept,
+    PairTokenizer,
+    no_preference,
+)
 from dpo_scale.errors import DataError
 from dpo_scale.recipe import DataSection, DataSource
 
@@ -116,8 +125,10 @@ class _Refused:
         self.rows += rows
 
     @property
-    def lacks_columns(self) -> bool:
-        """No row has the fields that make a pair, so that none would be left without the bad ones."""
+    def is_misread(self) -> bool:
+        """It has another form, or no row the fields that make a pair: none would be left without the bad ones."""
+        if any(row.reason == JSON_ARRAY for row in self.rows):
+            return True
         return len(self.rows) == self.rows_read > 0 and all(row.reason.endswith(NAME_COLUMNS) for row in self.rows)
 
 
@@ -223,11 +234,7 @@ def _tokenize_sources(
     writer.finish(tuple(reports))
 
 
-def _tokenized(
-    blocks: Iterator[Block],
-    columns: dict[str, str] | None,
-    tokenizer: PairTokenizer,
-) -> Iterator[_Chunk]:
+def _tokenized(blocks: Iterator[Block], columns: dict[str, str] | None, tokenizer: PairTokenizer) -> Iterator[_Chunk]:
     """Blocks in order: the first few in this process, the rest of a large source in others."""
     workers = tokenizer.data.workers or len(os.sched_getaffinity(0))
     for block in blocks if workers == 1 else itertools.islice(blocks, INLINE_BLOCKS):
@@ -365,7 +372,7 @@ def _bad_rows_error(refused: Sequence[_Refused]) -> DataError:
         alike = f" and {len(others)} more row{_s(len(others))}" if others else ""
         lines.append(f"  {first}{alike}: {reason}")
     listed = [one for one in refused if one.rows and one.rows[0] in bad_rows]
-    if not any(one.lacks_columns for one in listed):
+    if not any(one.is_misread for one in listed):
         plain = all(row.reason in NO_PREFERENCE for row in bad_rows)
         skipping = "data.on_no_preference" if plain else "data.on_bad_row"
         lines.append(f"mend the rows, or set {skipping}=skip to leave them out and count them")
@@ -381,16 +388,12 @@ def _s(count: int) -> str:
 
 def _nothing_left_error(reports: Sequence[SourceReport], setting: str) -> DataError:
     lines = [
-        f"  {report.path}: {report.rows_read} rows read"
-        + "".join(
-            f"\n    {count} dropped: {reason}; first: {report.first_places[reason]}"
-            for reason, count in report.dropped.items()
-        )
-        for report in reports
+        f"  {one.path}: {one.rows_read} rows read"
+        + "".join(f"\n    {count} dropped, first {one.first_places[why]}" for why, count in one.dropped.items())
+        for one in reports
     ]
     what = "pair is left to train on" if setting == "data.train" else f"held-out pair is left ({setting})"
-    return DataError(
-        f"no {what}\n"
-        + "\n".join(lines)
-        + "\nmend the data, or for lengths raise the limit or choose another data.truncation"
-    )
+    reasons = {reason for one in reports for reason in one.dropped}
+    remedies = ["mend the data"] * bool(reasons - TOO_LONG) if reasons else ["name files with rows"]
+    remedies += ["raise the limit, or choose another data.truncation"] * bool(reasons & TOO_LONG)
+    return DataError("\n".join([f"no {what}", *lines, ", or ".join(remedies)]))

@@ -30,6 +30,7 @@ _AFTER_A_VALUE = frozenset(",] \t\n\r")
 Numbered = tuple[int, Any, int]
 """Line or row, content, and about how many bytes it takes."""
 
+JSON_ARRAY = "a JSON array in a file of one object a line; name the file .json"
 DAMAGED = "the file is damaged from here on"
 _DAMAGE = (EOFError, zlib.error, OSError)
 
@@ -125,6 +126,9 @@ def _lines(stream: IO[bytes]) -> Iterator[Numbered]:
             return
         if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")
+            if line.lstrip().startswith(b"["):
+                yield number, Unreadable(JSON_ARRAY), 0
+                continue
         if not line.isspace() and line:
             yield number, line, len(line)
 

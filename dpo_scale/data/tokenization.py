@@ -38,6 +38,7 @@ COMPLETION_TOO_LONG = "completion longer than the limit"
 PAIR_TOO_LONG = "prompt and completion longer than data.max_length"
 TEMPLATE_FAILED = "chat template failed"
 NO_PREFERENCE = frozenset({EQUAL, JUDGED_EQUAL, EMPTY_CHOSEN, EMPTY_REJECTED, EQUAL_AFTER_CUT})
+TOO_LONG = frozenset({PROMPT_TOO_LONG, COMPLETION_TOO_LONG, PAIR_TOO_LONG, EQUAL_AFTER_CUT})
 # What was cut from a pair that stays.
 PROMPT_START_CUT = "start of the prompt cut"
 PROMPT_END_CUT = "end of the prompt cut"

@@ -385,8 +385,8 @@ def _check_error(message: str, path: Path, case: Case, tally: Tally) -> None:
     assert str(path) in message, message
     if message.startswith("no pair is left"):
         rows_read = int(re.search(r": (\d+) rows read", message)[1])  # type: ignore[index]
-        entries = re.findall(r"^    (\d+) dropped: (.*?); first: (.*)$", message, re.MULTILINE | re.DOTALL)
-        counts = re.findall(r"^    (\d+) dropped: ", message, re.MULTILINE)
+        entries = re.findall(r"^    (\d+) dropped, first (.*?): (.*)$", message, re.MULTILINE | re.DOTALL)
+        counts = re.findall(r"^    (\d+) dropped, first ", message, re.MULTILINE)
         assert sum(map(int, counts)) == rows_read, message
         assert entries or not rows_read, message
         assert case.rows is None or rows_read == case.rows, message

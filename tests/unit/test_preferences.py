@@ -368,7 +368,11 @@ def test_the_same_chat_twice_is_two_equal_answers():
             "no field 'prompt', and chosen and rejected have .*; the row has 'question', 'chosen', 'rejected'",
         ),
         ({"chosen": "\n\nHuman: a", "rejected": "\n\nHuman: b"}, "no 'Assistant:' turn in common"),
-        ({"chosen": [user("a")], "rejected": [user("b")]}, "begin with different messages"),
+        ({"chosen": [user("a")], "rejected": [user("b")]}, "begin with different messages: there is no prompt$"),
+        (
+            {"id": [1], "conversations": [user("Q")], "chosen": [assistant("a")], "rejected": [assistant("b")]},
+            "no prompt; field 'conversations' was not read, data columns {prompt: conversations} reads it$",
+        ),
         ({"chosen": [{"content": "a"}], "rejected": [user("b")]}, "'chosen' has no 'role'"),
         ({"chosen": [{"role": "user"}], "rejected": [user("b")]}, "'chosen' has no 'content'"),
         ({"prompt": "Q", "chosen": "a\ud800", "rejected": "b"}, "lone surrogate at character 2"),

@@ -390,9 +390,41 @@ def test_data_of_which_nothing_is_left_names_reason_place_and_fix(tmp_path, prep
     path = write(tmp_path / "rows.jsonl", row("word " * 40))
     with pytest.raises(DataError, match="no pair is left") as caught:
         prepare(path, max_length=20)
-    place = f"first: {path}:1: prompt longer than the limit"
+    place = f"1 dropped, first {path}:1: prompt longer than the limit"
     assert re.search(rf"{place} \(\d+ tokens, data\.max_length is 20\)", str(caught.value))
-    assert "raise the limit" in str(caught.value)
+    assert str(caught.value).endswith("\nraise the limit, or choose another data.truncation")
+
+
+@pytest.mark.parametrize(
+    ("rows", "remedy"),
+    [
+        ([], "name files with rows"),
+        ([row(rejected=" yes")], "mend the data"),
+        (
+            [row(rejected=" yes"), row("word " * 30)],
+            "mend the data, or raise the limit, or choose another data.truncation",
+        ),
+    ],
+    ids=["nothing", "equal", "equal and long"],
+)
+def test_where_nothing_is_left_the_remedy_is_that_of_the_reasons(rows, remedy, tmp_path, prepare):
+    path = write(tmp_path / "rows.jsonl", *rows)
+    with pytest.raises(DataError) as caught:
+        prepare(path, max_length=20)
+    lines = str(caught.value).splitlines()
+    assert lines[:2] == ["no pair is left to train on", f"  {path}: {len(rows)} rows read"]
+    assert lines[-1] == remedy
+    if rows:
+        assert lines[2] == f"    1 dropped, first {path}:1: chosen and rejected are equal"
+
+
+@pytest.mark.parametrize("indent", [None, 1], ids=["one line", "many lines"])
+def test_an_array_in_a_file_of_lines_is_named_so(indent, tmp_path, prepare):
+    path = write(tmp_path / "rows.jsonl", json.dumps([row()], indent=indent))
+    with pytest.raises(DataError) as caught:
+        prepare(path)
+    assert f"\n  {path}:1: a JSON array in a file of one object a line; name the file .json" in str(caught.value)
+    assert "skip" not in str(caught.value)  # which would leave none
 
 
 def test_held_out_data_of_which_nothing_is_left_are_named_so(tmp_path):
