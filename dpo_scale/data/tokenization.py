@@ -96,7 +96,7 @@ class _Texts:
     prompt: str
     chosen: str
     rejected: str
-    add_bos: bool
+    add_prefix: bool
     add_end: tuple[bool, bool]
 
 
@@ -117,7 +117,7 @@ class PairTokenizer:
         self.data = data
         templates = chat_templates(tokenizer, data.chat_template)
         self._templates = {name: _dated(template) for name, template in templates.items()}
-        self._adds_bos = _adds_bos(tokenizer)
+        self._prefix = _prefix(tokenizer)
         self._special = tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
 
     @property
@@ -169,12 +169,12 @@ class PairTokenizer:
         assert isinstance(pair.prompt, str)
         assert isinstance(pair.chosen, str)
         assert isinstance(pair.rejected, str)
-        bos = self.tokenizer.bos_token
+        written = "".join(self.tokenizer.convert_ids_to_tokens(self._prefix.tolist()))
         return _Texts(
             prompt=pair.prompt,
             chosen=pair.prompt + pair.chosen,
             rejected=pair.prompt + pair.rejected,
-            add_bos=self._adds_bos and not pair.prompt.startswith(str(bos)),
+            add_prefix=bool(written) and not pair.prompt.startswith(written),
             add_end=(True, True),
         )
 
@@ -205,7 +205,7 @@ class PairTokenizer:
             prompt=prompt,
             chosen=chosen,
             rejected=rejected,
-            add_bos=False,
+            add_prefix=False,
             add_end=(self._ends_open(chosen, pair.chosen), self._ends_open(rejected, pair.rejected)),
         )
 
@@ -242,8 +242,10 @@ class PairTokenizer:
         boundary = min(_common_prefix(prompt, chosen), _common_prefix(prompt, rejected))
         moved = boundary < len(prompt)
         head, chosen, rejected = prompt[:boundary], chosen[boundary:], rejected[boundary:]
-        if text.add_bos or (not len(head) and self.tokenizer.bos_token_id is not None):
-            head = _with(np.zeros(0, np.int32), self.tokenizer.bos_token_id, head)
+        if text.add_prefix:
+            head = np.concatenate([self._prefix, head])
+        elif not len(head) and self.tokenizer.bos_token_id is not None:
+            head = _with(head, self.tokenizer.bos_token_id)
         if not len(head):
             return Dropped(row, EMPTY_PROMPT)
         end = self.tokenizer.eos_token_id
@@ -255,10 +257,12 @@ class PairTokenizer:
             return Dropped(row, EQUAL)
         if not len(chosen) or not len(rejected):
             return Dropped(row, EMPTY_REJECTED if len(chosen) else EMPTY_CHOSEN)
-        return _truncate(TokenPair(head, chosen, rejected, row), self.data, moved, self._keeps_bos(head))
+        return _truncate(TokenPair(head, chosen, rejected, row), self.data, moved, self._prefix_length(head))
 
-    def _keeps_bos(self, prompt: TokenIds) -> bool:
-        return bool(prompt[0] == self.tokenizer.bos_token_id)
+    def _prefix_length(self, prompt: TokenIds) -> int:
+        """Tokens in front of a prompt that no cut takes away."""
+        begins_so = len(self._prefix) and np.array_equal(prompt[: len(self._prefix)], self._prefix)
+        return len(self._prefix) if begins_so else int(prompt[0] == self.tokenizer.bos_token_id)
 
 
 def chat_templates(tokenizer: PreTrainedTokenizerBase, wanted: str | None) -> Mapping[str, str]:
@@ -310,10 +314,11 @@ def _is_empty(completion: str | tuple[Message, ...]) -> bool:
     )
 
 
-def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer puts BOS in front of a plain text."""
-    ids = tokenizer("a")["input_ids"]
-    return tokenizer.bos_token_id is not None and bool(ids) and ids[0] == tokenizer.bos_token_id
+def _prefix(tokenizer: PreTrainedTokenizerBase) -> TokenIds:
+    """What the tokenizer puts in front of a plain text: BOS, several tokens, or nothing."""
+    ids, bare = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+    starts = (start for start in range(len(ids)) if ids[start : start + len(bare)] == bare)
+    return np.array(ids[: next(starts, 0)], np.int32)
 
 
 def _common_prefix(left: TokenIds, right: TokenIds) -> int:
@@ -322,15 +327,14 @@ def _common_prefix(left: TokenIds, right: TokenIds) -> int:
     return int(differs.argmax()) if differs.any() else size
 
 
-def _with(ids: TokenIds, token: int, tail: TokenIds | None = None) -> TokenIds:
-    parts = [ids, np.array([token], np.int32)]
-    return np.concatenate(parts if tail is None else [*parts, tail])
+def _with(ids: TokenIds, token: int) -> TokenIds:
+    return np.concatenate([ids, np.array([token], np.int32)])
 
 
 # --- truncation --------------------------------------------------------------------------------
 
 
-def _truncate(pair: TokenPair, data: DataSection, moved: bool, keeps_bos: bool) -> Kept | Dropped:
+def _truncate(pair: TokenPair, data: DataSection, moved: bool, prefix: int) -> Kept | Dropped:
     """The pair within the limits of the recipe, or the limit that drops it."""
     longest = max(len(pair.chosen), len(pair.rejected))
     fits_prompt = data.max_prompt_length is None or len(pair.prompt) <= data.max_prompt_length
@@ -346,7 +350,7 @@ def _truncate(pair: TokenPair, data: DataSection, moved: bool, keeps_bos: bool) 
         return _over(pair, PAIR_TOO_LONG, len(pair.prompt) + longest, data, "max_length")
     if data.truncation == "keep_start":
         return _cut_completions(pair, data, moved, fits_prompt)
-    return _cut_prompt(pair, data, moved, keeps_bos, fits_completion)
+    return _cut_prompt(pair, data, moved, prefix, fits_completion)
 
 
 def _over(pair: TokenPair, reason: str, tokens: int, data: DataSection, limit: str) -> Dropped:
@@ -371,23 +375,21 @@ def _cut_completions(pair: TokenPair, data: DataSection, moved: bool, fits_promp
     return Kept(TokenPair(pair.prompt, chosen, rejected, pair.row), cuts, moved)
 
 
-def _cut_prompt(
-    pair: TokenPair, data: DataSection, moved: bool, keeps_bos: bool, fits_completion: bool
-) -> Kept | Dropped:
-    """The prompt loses one end until the longer completion fits; BOS stays in front."""
+def _cut_prompt(pair: TokenPair, data: DataSection, moved: bool, prefix: int, fits_completion: bool) -> Kept | Dropped:
+    """The prompt loses one end until the longer completion fits; its first `prefix` tokens (BOS) stay in front."""
     longest = max(len(pair.chosen), len(pair.rejected))
     room = data.max_length - longest
     if data.max_prompt_length is not None:
         room = min(room, data.max_prompt_length)
     if not fits_completion:
         return _over(pair, COMPLETION_TOO_LONG, longest, data, "max_completion_length")
-    if room < 1 + keeps_bos:
-        if room == data.max_prompt_length:  # the one token of BOS
+    if room < 1 + prefix:
+        if room == data.max_prompt_length:  # no more than the prefix
             return _over(pair, PROMPT_TOO_LONG, len(pair.prompt), data, "max_prompt_length")
         return _over(pair, COMPLETION_TOO_LONG, longest, data, "max_length")
     if data.truncation == "keep_start_of_prompt":
         prompt, cut = pair.prompt[:room], PROMPT_END_CUT
     else:
-        tail = pair.prompt[len(pair.prompt) - (room - keeps_bos) :]
-        prompt, cut = np.concatenate([pair.prompt[: int(keeps_bos)], tail]), PROMPT_START_CUT
+        tail = pair.prompt[len(pair.prompt) - (room - prefix) :]
+        prompt, cut = np.concatenate([pair.prompt[:prefix], tail]), PROMPT_START_CUT
     return Kept(TokenPair(prompt, pair.chosen, pair.rejected, pair.row), (cut,), moved)

@@ -151,6 +151,23 @@ def test_a_token_across_the_boundary_is_scored_whole_and_counted(hand):
     )
 
 
+def test_all_that_the_tokenizer_puts_in_front_of_a_text_stays_there():
+    """GLM's texts begin with `[gMASK]<sop>`, and it has no BOS."""
+    tokenizer = byte_level()
+    backend = tokenizer.backend_tokenizer
+    backend.add_special_tokens(["[gMASK]", "<sop>"])
+    prefix = [(name, backend.token_to_id(name)) for name in ("[gMASK]", "<sop>")]
+    backend.post_processor = TemplateProcessing(single="[gMASK] <sop> $A", special_tokens=prefix)
+    for prompt in ("the river", "[gMASK]<sop>the river"):
+        pair = PreferencePair(prompt, " yes", " no", "rows.jsonl:1", "")
+        actual = kept(tokenizer, pair).pair.prompt.tolist()
+        assert actual == [*(id_ for _, id_ in prefix), *tokenizer("the river", add_special_tokens=False)["input_ids"]]
+    long = PreferencePair("the river is behind the mill", " yes", " no", "rows.jsonl:1", "")
+    cut = kept(tokenizer, long, max_prompt_length=3, truncation="keep_end_of_prompt").pair.prompt.tolist()
+    assert cut == [*(id_ for _, id_ in prefix), tokenizer(" mill")["input_ids"][-1]]
+    assert "prompt longer" in dropped(tokenizer, long, max_prompt_length=2, truncation="keep_end_of_prompt")
+
+
 def test_a_prompt_that_vanishes_into_the_completion_needs_bos(hand):
     pair = strings("sa", "y", " no")
     assert dropped(hand["byte_level"], pair) == tokenization.EMPTY_PROMPT
