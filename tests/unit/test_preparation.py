@@ -296,6 +296,7 @@ def test_a_character_that_is_cut_off_does_not_hide_what_follows():
     (sample,) = sample_pairs(TokenPairs.from_pairs([pair]), tokenizer, seed=0)
     assert "".join(sample.chosen.tokens).lstrip("\ufffd") == "yes"
     assert sample.rejected.tokens[-1].endswith("\ufffd")
+    assert not all(token == "" for token in sample.chosen.tokens[:5]), "bytes of no character wait for no end"
 
 
 def test_sources_have_a_table_with_their_shares(tmp_path, prepare):
