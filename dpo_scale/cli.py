@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dpo_scale import __version__
+from dpo_scale.console import counted
 from dpo_scale.errors import UserError
 from dpo_scale.recipe import cache_root, load_recipe
 
@@ -44,13 +47,17 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     demo = commands.add_parser("demo", help="the embedded default, start to finish")
-    demo.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder of the run")
+    demo.add_argument("--output", type=_path, default=Path("runs/demo"), help="folder of the run")
     demo.set_defaults(run=_demo)
 
     check = commands.add_parser("check", help="recipe, data, tokenizer and paths, without loading weights")
     _add_recipe(check)
     check.add_argument("--rows", type=_count, help="read only this many rows of each source (default: all)")
-    check.add_argument("--config_file", help="as given to accelerate launch; default: what it would take by itself")
+    check.add_argument(
+        "--config_file",
+        type=os.path.expanduser,
+        help="as given to accelerate launch; default: what it would take by itself",
+    )
     check.set_defaults(run=_check)
 
     _add_plan_command(commands.add_parser("plan", help="memory, steps and hours of a run, before anything is booked"))
@@ -59,11 +66,15 @@ def _parser() -> argparse.ArgumentParser:
         "doctor",
         help="what this machine has, and what is missing; under srun, all nodes of a job",
         epilog="srun --ntasks-per-node=1 dpo-scale doctor RECIPE looks at every node, their clocks and shared folders. "
-        "exit codes: 0 training would start; 1 it would not; 2 a mistake in the recipe or the arguments",
+        "exit codes: 0 this machine is ready; 1 it is not; 2 a mistake in the recipe or the arguments",
     )
-    doctor.add_argument("recipe", type=Path, nargs="?", help="also look at the folders and the precision it names")
+    doctor.add_argument("recipe", type=_path, nargs="?", help="also look at the folders and the precision it names")
     _add_overrides(doctor)
-    doctor.add_argument("--config_file", help="as given to accelerate launch; default: what it would take by itself")
+    doctor.add_argument(
+        "--config_file",
+        type=os.path.expanduser,
+        help="as given to accelerate launch; default: what it would take by itself",
+    )
     doctor.set_defaults(run=_doctor)
 
     export = commands.add_parser("export", help="checkpoint -> Hugging Face folder")
@@ -73,22 +84,30 @@ def _parser() -> argparse.ArgumentParser:
     export.set_defaults(run=_export)
 
     report = commands.add_parser("report", help="plots and tables of a run, or of several, as one HTML file")
-    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder; several are overlaid")
-    report.add_argument("--out", type=Path, help="default: RUN/report.html, for several runs report.html here")
+    report.add_argument("runs", nargs="+", type=_path, metavar="RUN", help="a run's folder; several are overlaid")
+    report.add_argument("--out", type=_path, help="default: RUN/report.html, for several runs report.html here")
     report.set_defaults(run=_report)
 
     _add_cache_commands(commands.add_parser("cache", help="the stores of reference log-probs"))
+    for stage in ("train", "score", "evaluate"):  # not listed: they only say who starts them
+        launched = commands.add_parser(stage)
+        launched.add_argument("words", nargs="*")
+        launched.set_defaults(run=_launched, stage=stage)
     return parser
 
 
 def _add_recipe(command: argparse.ArgumentParser) -> None:
-    command.add_argument("recipe", type=Path)
+    command.add_argument("recipe", type=_path, metavar="RECIPE", help="YAML file")
     _add_overrides(command)
 
 
-def _add_overrides(command: argparse.ArgumentParser, note: str | None = None) -> None:
+def _add_overrides(command: argparse.ArgumentParser, note: str = "a setting in place of the recipe's") -> None:
     # With a default, or argparse calls them required where the argument before them is missing.
     command.add_argument("overrides", nargs="*", default=[], metavar="section.field=value", help=note)
+
+
+def _path(text: str) -> Path:
+    return Path(os.path.expanduser(text))
 
 
 def _number(kind: type[int] | type[float], allowed: Callable[[float], bool], wanted: str) -> Callable[[str], float]:
@@ -114,16 +133,16 @@ _days = _number(float, lambda value: 0 <= value < math.inf, "a number of days fr
 
 def _add_plan_command(plan: argparse.ArgumentParser) -> None:
     _add_recipe(plan)
-    plan.add_argument("--nodes", type=_count, default=1)
-    plan.add_argument("--gpus-per-node", type=_count, default=8)
+    plan.add_argument("--nodes", type=_count, default=1, help="to be booked (default: 1)")
+    plan.add_argument("--gpus-per-node", type=_count, default=8, help="ranks of a node (default: 8)")
     plan.add_argument("--gpu-memory", type=_positive, default=80.0, metavar="GIB", help="of each GPU (default: 80)")
     plan.add_argument(
         "--host-memory", type=_positive, default=1024.0, metavar="GIB", help="of each node (default: 1024)"
     )
-    plan.add_argument("--ds-config", type=Path, metavar="FILE", help="DeepSpeed JSON (default: ds_configs/zero3.json)")
+    plan.add_argument("--ds-config", type=_path, metavar="FILE", help="DeepSpeed JSON (default: ds_configs/zero3.json)")
     plan.add_argument("--pairs", type=_count, help="plan without data: this many pairs, with the two means below")
-    plan.add_argument("--prompt-tokens", type=_count, metavar="MEAN")
-    plan.add_argument("--completion-tokens", type=_count, metavar="MEAN")
+    plan.add_argument("--prompt-tokens", type=_count, metavar="MEAN", help="of the prompts")
+    plan.add_argument("--completion-tokens", type=_count, metavar="MEAN", help="of the answers, two a pair")
     plan.add_argument("--mfu", type=_share, default=0.4, help="share of the peak while computing (default: 0.4)")
     plan.add_argument(
         "--peak-tflops", type=_positive, default=989.0, help="dense bf16 peak of a GPU (default: 989, an H100)"
@@ -155,8 +174,8 @@ def _add_status_command(commands: argparse._SubParsersAction[argparse.ArgumentPa
 def _add_cache_commands(cache: argparse.ArgumentParser) -> None:
     folder = argparse.ArgumentParser(add_help=False)  # --dir may stand before the action and behind it
     note = "default: the recipe's default cache_dir"
-    folder.add_argument("--dir", type=Path, default=argparse.SUPPRESS, help=note)
-    cache.add_argument("--dir", type=Path, help=note)
+    folder.add_argument("--dir", type=_path, default=argparse.SUPPRESS, help=note)
+    cache.add_argument("--dir", type=_path, help=note)
     actions = cache.add_subparsers(required=True, metavar="ACTION")
 
     every = actions.add_parser("list", parents=[folder], help="every store: rows, size, precision")
@@ -170,14 +189,14 @@ def _add_cache_commands(cache: argparse.ArgumentParser) -> None:
     note = "check every part's checksum, and with --recipe some rows' values"
     verify = actions.add_parser("verify", parents=[folder], help=note)
     verify.add_argument("store", help=named)
-    verify.add_argument("--recipe", type=Path, help="score rows of its data anew, on one process, and compare")
+    verify.add_argument("--recipe", type=_path, help="score rows of its data anew, on one process, and compare")
     _add_overrides(verify, "as given with the recipe")
     verify.add_argument("--rows", type=_count, default=100, help="rows to score anew (default: 100)")
     verify.set_defaults(run=_cache_verify)
 
     prune = actions.add_parser("prune", parents=[folder], help="delete stores, or what is useless in them")
     prune.add_argument("stores", nargs="*", default=[], metavar="STORE", help=named)
-    prune.add_argument("--older-than", type=_days, metavar="DAYS")
+    prune.add_argument("--older-than", type=_days, metavar="DAYS", help="stores last written before that")
     prune.add_argument("--waste", metavar="STORE", help="only repeated, damaged and unfinished parts of a store")
     prune.set_defaults(run=_cache_prune)
 
@@ -186,6 +205,12 @@ def _demo(options: argparse.Namespace) -> int:
     from dpo_scale.demo.run import run_demo
 
     return run_demo(options.output)
+
+
+def _launched(options: argparse.Namespace) -> int:
+    words = shlex.join(options.words) or "RECIPE"
+    launch = "accelerate launch --config_file launch/zero3.yaml -m"
+    raise UserError(f"{options.stage} is started by: {launch} dpo_scale.{options.stage} {words}")
 
 
 def _check(options: argparse.Namespace) -> int:
@@ -238,7 +263,7 @@ def _is_run(folder: Path) -> bool:
     """Whether a run is in a folder, or may have died before it wrote more than logs."""
     from dpo_scale.training.status import FILES
 
-    marks = {"recipe.yaml", "logs", *(name for names in FILES.values() for name in names)}
+    marks = {"logs", "checkpoints", *(name for names in FILES.values() for name in names)}
     found = {path.name for path in folder.iterdir()}
     return not found or bool(found & marks)
 
@@ -331,12 +356,15 @@ def _cache_verify(options: argparse.Namespace) -> int:
     print(f"{len(wrong)} damaged" if wrong else "every part is whole")
     if recipe is None:
         return 1 if wrong else 0
+    from transformers.utils import logging
+
     from dpo_scale.reference.rescoring import rescore, tolerance
 
+    logging.disable_progress_bar()  # of transformers' own, while it loads weights
     found, largest = rescore(recipe, store, options.rows), tolerance(recipe)
     print(
-        f"{found.rows:,} rows ({found.tokens:,} tokens) scored anew: largest gap {found.largest_gap:.2g} nats a token, "
-        f"tolerance {largest}"
+        f"{counted(found.rows, 'row')} ({counted(found.tokens, 'token')}) scored anew: "
+        f"largest gap {found.largest_gap:.2g} nats a token, tolerance {largest}"
     )
     return 1 if wrong or not found.largest_gap <= largest else 0
 
@@ -350,7 +378,7 @@ def _cache_prune(options: argparse.Namespace) -> int:
         pruned = prune_stores(_cache_dir(options), options.stores, options.older_than)
     for path in pruned.paths:
         print(f"removed {path}")
-    print(f"{pruned.bytes:,} bytes freed")
+    print(f"{counted(pruned.bytes, 'byte')} freed")
     return 0
 
 

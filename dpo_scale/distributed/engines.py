@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from dpo_scale.console import counted
 from dpo_scale.data.layouts import MicroBatch
 from dpo_scale.distributed.zero_config import pinning_fits
 from dpo_scale.model.fused import takes_weights_of_children
@@ -125,7 +126,7 @@ class PolicyEngine:
         """One line on how the model is sharded."""
         own = sum(parameter.ds_tensor.numel() for parameter in self.engine.module.parameters())
         return (
-            f"ZeRO stage {self.engine.zero_optimization_stage()} on {self._world_size} ranks: "
+            f"ZeRO stage {self.engine.zero_optimization_stage()} on {counted(self._world_size, 'rank')}: "
             f"each holds {own:,} of {self.num_parameters:,} parameters"
         )
 

@@ -9,6 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import RenderableType
 from rich.table import Table
 
+from dpo_scale.console import counted
 from dpo_scale.operations.fit import GIB, Fit, Setting
 from dpo_scale.operations.memory import Moment
 from dpo_scale.operations.plan import STEPS_LOOKED_AT, Plan
@@ -45,7 +46,7 @@ def render(plan: Plan) -> Iterator[RenderableType]:
 
 def verdict(plan: Plan) -> str:
     """Fits, or does not fit as it is, and what would."""
-    where = f"{plan.cluster.nodes} node{'s' * (plan.cluster.nodes > 1)} of {plan.cluster.gpus_per_node} GPUs"
+    where = f"{counted(plan.cluster.nodes, 'node')} of {counted(plan.cluster.gpus_per_node, 'GPU')}"
     lines = []
     if plan.fit.fits:
         lines.append(f"Fits on {where}")
@@ -89,20 +90,22 @@ def _run_table(plan: Plan) -> Table:
     table.add_row(
         "tokens an epoch", f"{tokens:,} in the {workload.layout} layout, longest pair {workload.longest_pair:,}"
     )
-    epochs = schedule.num_steps / schedule.steps_per_epoch  # the last step of an epoch may be smaller
-    table.add_row("steps", f"{schedule.num_steps:,} of {schedule.global_pairs} pairs, {epochs:.3g} epochs")
+    epochs = f"{schedule.num_steps / schedule.steps_per_epoch:.3g}"  # the last step of an epoch may be smaller
+    epochs += " epoch" if epochs == "1" else " epochs"
+    table.add_row("steps", f"{schedule.num_steps:,} of {counted(schedule.global_pairs, 'pair')}, {epochs}")
     looked = min(STEPS_LOOKED_AT, schedule.num_steps)
     table.add_row(
         "micro-batches a step",
-        f"{step.micro_batches:.1f} on each of {step.ranks} ranks, {step.rank_tokens:,.0f} of "
-        f"{workload.recipe.batch.rank_tokens:,} tokens filled (means of {looked} steps)",
+        f"{step.micro_batches:.1f} on each of {counted(step.ranks, 'rank')}, {step.rank_tokens:,.0f} of "
+        f"{workload.recipe.batch.rank_tokens:,} tokens filled (means of {counted(looked, 'step')})",
     )
     table.add_row("ranks idle", f"{step.idle:.0%} of their time, waiting for the one with the most work")
     table.add_row("seconds a step", f"{step.seconds:.3g} ({_parts(step)}); MFU {step.mfu:.0%} of the whole")
     reference = plan.reference
     table.add_row(
         "reference pass",
-        f"{_time(reference.seconds)}, once: {reference.tokens:,} tokens in {reference.micro_batches:,} micro-batches",
+        f"{_time(reference.seconds)}, once: {counted(reference.tokens, 'token')} in "
+        f"{counted(reference.micro_batches, 'micro-batch', 'micro-batches')}",
     )
     table.add_row("training", _time(plan.train_seconds))
     if plan.evaluations:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dpo_scale.console import Console
+from dpo_scale.console import Console, counted
 from dpo_scale.data.layouts import Layout
 from dpo_scale.data.planning import CostModel, Costs, Schedule, Work, layout_costs
 from dpo_scale.data.token_pairs import Lengths
@@ -59,8 +59,8 @@ class AssumedData:
 
     def __str__(self) -> str:
         return (
-            f"{self.pairs:,} pairs, prompts of {self.prompt_tokens} and completions of {self.completion_tokens} tokens "
-            "on average, log-normal: assumed, not read"
+            f"{counted(self.pairs, 'pair')}, prompts of {self.prompt_tokens} and completions of "
+            f"{counted(self.completion_tokens, 'token')} on average, log-normal: assumed, not read"
         )
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from dpo_scale.console import counted
 from dpo_scale.errors import UserError
 from dpo_scale.files import fsync_folder, leftovers, sha256_of_file
 from dpo_scale.reference.cache import ReferenceStore, part_paths, store_folders
@@ -252,7 +253,7 @@ def format_store(store: StoreSummary) -> str:
     """All that is known of one store."""
     lines = [
         f"store        {store.folder}",
-        f"rows         {store.rows:,} in {store.parts:,} parts",
+        f"rows         {store.rows:,} in {counted(store.parts, 'part')}",
         f"tokens       {store.tokens:,}",
         f"size         {_size(store.bytes)}",
         f"last write   {_time(store.last_write)}",

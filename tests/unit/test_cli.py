@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import shutil
 from pathlib import Path
 
 import pytest
+from transformers.utils import logging
 
 from dpo_scale import cli
 from dpo_scale.cli import main
@@ -49,6 +51,28 @@ def test_a_wrong_argument_is_refused(arguments: list[str], said: str, capsys: py
     assert said in refused(arguments, capsys)
 
 
+@pytest.mark.parametrize("stage", ["train", "score", "evaluate"])
+def test_a_stage_says_who_starts_it(stage: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([stage, "my recipe.yaml", "loss.beta=5.0"]) == 2
+    line = f"accelerate launch --config_file launch/zero3.yaml -m dpo_scale.{stage} 'my recipe.yaml' loss.beta=5.0\n"
+    assert capsys.readouterr().err.endswith(line)
+
+
+def test_a_tilde_behind_an_option_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ada")
+    parse = cli._parser().parse_args
+    assert parse(["demo", "--output=~/demo"]).output == Path("/home/ada/demo")
+    assert parse(["report", "run", "--out=~/report.html"]).out == Path("/home/ada/report.html")
+    assert parse(["cache", "list", "--dir=~/stores"]).dir == Path("/home/ada/stores")
+    assert parse(["check", "r.yaml", "--config_file=~/mine.yaml"]).config_file == "/home/ada/mine.yaml"
+
+
+def test_every_argument_of_the_plan_is_explained() -> None:
+    parser = argparse.ArgumentParser()
+    cli._add_plan_command(parser)
+    assert [action.dest for action in parser._actions if not action.help] == []
+
+
 def test_all_stores_outlive_a_negative_age(tmp_path: Path) -> None:
     store = tmp_path / "0123"
     store.mkdir()
@@ -76,15 +100,16 @@ def test_the_stores_folder_may_stand_before_the_action_and_behind_it(
     ],
 )
 def test_a_recipe_to_verify_with_leaves_the_store_its_place(
-    order: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    order: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(logging, "_tqdm_active", True)
     Path("r.yaml").write_text(RECIPE)
     rescored = []
 
     def rescore(recipe: object, store: Path, rows: int) -> commands.RowComparison:
         rescored.append((recipe, store, rows))
-        return commands.RowComparison(rows, 1, 0.0)
+        return commands.RowComparison(1, 1, 0.0)
 
     monkeypatch.setattr(rescoring, "rescore", rescore)
     monkeypatch.setattr(commands, "find_store", lambda _, name: Path(name))
@@ -92,6 +117,8 @@ def test_a_recipe_to_verify_with_leaves_the_store_its_place(
     assert main(["cache", "verify", *order]) == 0
     ((recipe, store, _),) = rescored
     assert (store, recipe.loss.beta) == (Path("abc"), 5.0)
+    assert "1 row (1 token) scored anew" in capsys.readouterr().out
+    assert not logging.is_progress_bar_enabled()
 
 
 def test_a_setting_without_its_recipe_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -159,7 +186,13 @@ def test_a_folder_that_holds_something_else_is_no_run(tmp_path: Path, capsys: py
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
-@pytest.mark.parametrize("left", ["logs", "recipe.yaml", "status-score.json"])
+def test_a_recipe_alone_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    assert main(["status", str(tmp_path)]) == USER_ERROR
+    assert "no run's folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("left", ["logs", "checkpoints", "status-score.json"])
 def test_a_run_that_died_early_is_one(left: str, tmp_path: Path) -> None:
     (tmp_path / left).mkdir()
     assert main(["status", str(tmp_path)]) == UNFINISHED

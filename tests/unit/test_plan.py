@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -174,7 +175,20 @@ def test_a_smaller_last_step_makes_no_more_epochs(one_node: Plan) -> None:
     console = Console()
     with console.rich.capture() as capture:
         console.show(next(iter(render(plan))))
-    assert "3 of 128 pairs, 1 epochs" in capture.get()
+    assert re.search(r"3 of 128 pairs, 1 epoch\s", capture.get())
+
+
+def test_one_of_each_is_told_in_the_singular(one_node: Plan) -> None:
+    workload = replace(one_node.workload, train=one_node.workload.train[:128])
+    plan = replace(one_node, workload=workload, step=replace(one_node.step, ranks=1), cluster=Cluster(1, 1, GIB, GIB))
+    console = Console()
+    with console.rich.capture() as capture:
+        console.show(next(iter(render(plan))))
+    said = " ".join(capture.get().split())
+    assert "on each of 1 rank, " in said
+    assert "(means of 1 step)" in said
+    assert verdict(plan).startswith("Fits on 1 node of 1 GPU\n")
+    assert str(AssumedData(1, 200, 330)).startswith("1 pair, prompts of 200 and completions of 330 tokens on average")
 
 
 def test_the_references_deepspeed_file_is_not_planned_with() -> None:

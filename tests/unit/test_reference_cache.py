@@ -586,6 +586,7 @@ def test_list_shows_what_each_store_holds(tmp_path: Path) -> None:
     assert "1 damaged" in table
     text = commands.format_store(summary)
     assert FINGERPRINT.key in text
+    assert "10 in 1 part\n" in text
     assert path.name in text
     assert commands.format_stores(commands.list_stores(tmp_path / "nowhere")) == "no stores"
 
