@@ -1,9 +1,9 @@
 """Norms, gated feed-forwards, rotary embeddings and projections as one autograd function each: less is kept for the
 backward pass, fewer passes over memory are made, and the host has less to do, than with the library's code.
 
-No list of names decides what is replaced: a module is, if on random numbers it gives what ours gives. The plain form,
-which the start-up check compares with, runs the library's own code; see `library_code`. On a GPU each pass is one
-kernel of `triton_kernels`; what is written here is what they compute, and what runs everywhere else.
+Names only nominate what is replaced: a module is, if on random numbers it gives what ours gives; plain `nn.Linear` is
+by its type. The plain form, which the start-up check compares with, runs the library's own code; see `library_code`.
+On a GPU each pass is one kernel of `triton_kernels`; what is written here is what they compute, and runs elsewhere.
 """
 
 from __future__ import annotations

@@ -127,6 +127,14 @@ def test_a_script_parses(path: Path) -> None:
     subprocess.run(["bash", "-n", str(path)], check=True)
 
 
+@pytest.mark.parametrize("name", ["train.sbatch", "score.sbatch", "train_after_score.sh"])
+def test_a_batch_script_without_a_recipe_says_what_it_takes(name: str) -> None:
+    script = f"launch/slurm/{name}"
+    done = subprocess.run(["bash", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert f"{script} RECIPE [section.field=value ...]\n" in done.stderr
+
+
 @pytest.mark.parametrize("path", SCRIPTS, ids=named)
 def test_shellcheck_finds_nothing_in_a_script(path: Path) -> None:
     if shutil.which("shellcheck") is None:
