@@ -180,7 +180,7 @@ def run_demo(output: Path, seed: int = 1) -> int:
         f"   recipe.yaml      what was run; change it, run.output_dir too, and start the command above again"
         f"{environment_first()}\n"
         f"   run/             the run's folder: model/ (a Hugging Face folder), metrics.jsonl, checkpoints/, logs/\n"
-        f"Another dpo-scale demo replaces it, unless --output names another folder",
+        f"Another demo there replaces all of it",
         markup=False,
         soft_wrap=True,
     )

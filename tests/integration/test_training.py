@@ -249,6 +249,7 @@ def test_another_recipe_may_not_take_a_runs_folder(launcher: Launcher, undisturb
     run = launcher("undisturbed", ["loss.beta=0.5"])
     assert run.returncode != 0
     assert "loss.beta: was 2.0, is 0.5" in run.output
+    assert run.output.count("loss.beta is 0.5: 0.1 is usual for sums, 2 to 10 for means") == 1
     assert (undisturbed.folder / "metrics.jsonl").read_bytes() == before
 
 
