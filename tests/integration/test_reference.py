@@ -118,7 +118,14 @@ def one_rank(launcher: Launcher, folder: Path, two_ranks: list[dict[str, Any]]) 
     tilde = json.loads((folder / "moving" / "tokenizer.json").read_text())["model"]["vocab"]["~"]
     break_a_token(folder / "moving", folder / "broken", tilde)
     lines = (launcher.workspace / "train.jsonl").read_text()
-    odd = json.dumps({"prompt": "46: may I?", "chosen": " Yes.", "rejected": " ~ No!"})
+    # Of middle length: the start-up check looks at the longest and the shortest pair.
+    odd = json.dumps(
+        {
+            "prompt": "46: may I, please, or may I not?",
+            "chosen": " Yes, you may.",
+            "rejected": " ~ No, you may not, sorry!",
+        }
+    )
     (folder / "train.jsonl").write_text(lines + odd + "\n")
     return run_worker(launcher, folder, "one_rank", [f"train={folder / 'train.jsonl'}"], 1)[0]
 
