@@ -290,17 +290,8 @@ def _export(options: argparse.Namespace) -> int:
         )
     recipe, commit = load_recipe(stored), open_checkpoint(checkpoint).commit
     dtype = getattr(torch, options.dtype) if options.dtype else None
-    source = Path(commit.source_model)
-    with model_folder(recipe, source, commit.trajectory_digest, commit.run.step) as folder:
-        export_checkpoint(
-            checkpoint,
-            options.out,
-            source_model=source,
-            dtype=dtype,
-            tokenizer=folder.tokenizer,
-            chat_template=folder.chat_template,
-            provenance=folder.provenance,
-        )
+    with model_folder(recipe, Path(commit.source_model), commit.trajectory_digest) as folder:
+        export_checkpoint(checkpoint, options.out, folder, dtype=dtype)
     print(f"exported {checkpoint} to {options.out}")
     return 0
 

@@ -69,18 +69,13 @@ class Weights:
 def export_checkpoint(
     checkpoint: Path,
     out: Path,
+    folder: ModelFolder,
     *,
-    source_model: Path,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
-    tokenizer: Path | None = None,
-    chat_template: str | None = None,
-    provenance: Mapping[str, Any] | None = None,
-    progress: Callable[[int], None] | None = None,
 ) -> None:
     """Write a checkpoint's model to the folder `out`, in the precision of training or another.
 
-    `progress` is told of further elements that were written.
     Raises CheckpointError for a checkpoint that is not whole, its checksums included, ExportError
     if `out` cannot be written.
     """
@@ -89,7 +84,6 @@ def export_checkpoint(
     if damage:
         raise CheckpointError(f"{checkpoint}: damaged: {'; '.join(damage)}. Export another.")
     commit = found.commit
-    folder = ModelFolder(source_model, commit.trajectory_digest, tokenizer, chat_template, provenance or {})
     with StoredState(found) as stored:
         weights = Weights(
             architecture=commit.architecture,
@@ -97,7 +91,7 @@ def export_checkpoint(
             dtype=dtype or getattr(torch, commit.dtype),
             parameters=commit.parameters,
             buffers=stored.buffers(),
-            values=_watched(((name, stored.read_parameter(name)) for name in commit.parameters), progress),
+            values=((name, stored.read_parameter(name)) for name in commit.parameters),
         )
         _export(weights, folder, out, max_shard_bytes, OneProcess())
 

@@ -386,9 +386,8 @@ class Run:
         """Write RUN/model, a Hugging Face folder. Collective."""
         self.watch.rest()
         out, elements = Path(self.recipe.run.output_dir) / "model", self.policy.num_parameters
-        digest = digest_of(self.trajectory)
         with (
-            model_folder(self.recipe, self.data.model_folder, digest, self.state.step) as folder,
+            model_folder(self.recipe, self.data.model_folder, digest_of(self.trajectory)) as folder,
             self.console.progress("Exporting the model", elements, "parameters") as bar,
         ):
             export_engine(self.policy.engine, out, folder, self.ranks, step=self.state.step, progress=bar.advance)

@@ -15,7 +15,7 @@ from dpo_scale.training.export import ModelFolder
 
 
 @contextmanager
-def model_folder(recipe: Recipe, source_model: Path, trajectory_digest: str, step: int) -> Iterator[ModelFolder]:
+def model_folder(recipe: Recipe, source_model: Path, trajectory_digest: str) -> Iterator[ModelFolder]:
     """What an export of this run holds beside weights; valid inside the `with`.
 
     The tokenizer is written anew where plain transformers would misread the source's files.
@@ -32,8 +32,6 @@ def model_folder(recipe: Recipe, source_model: Path, trajectory_digest: str, ste
             chat_template=template and chat_templates(tokenizer, template)[DEFAULT_TEMPLATE],
             provenance={
                 "made_by": f"dpo_scale {__version__}",
-                "step": step,
-                "trajectory_digest": trajectory_digest,
                 "recipe": recipe.model_dump(mode="json"),
             },
         )

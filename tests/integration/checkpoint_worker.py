@@ -300,7 +300,7 @@ def export_memory(folder: Path, settings: dict[str, Any], ranks: GlooRanks) -> d
     live = ranks.gather_objects(min(peaks))  # what else a process takes meanwhile comes on top, not every time
     path = save(engine, folder, 1, ranks)
     if ranks.is_main:
-        export.export_checkpoint(path, folder / "offline", source_model=folder / "source", max_shard_bytes=SHARD_BYTES)
+        export.export_checkpoint(path, folder / "offline", model_folder, max_shard_bytes=SHARD_BYTES)
     dist.barrier()
     engine.destroy()
     return {"peak_in_shards": live, "shards": len(list((folder / "live").glob("*.safetensors")))}
@@ -337,7 +337,7 @@ def run(variant: str, root: Path, ranks: GlooRanks) -> dict[str, Any]:
             max_shard_bytes=8_000,
         )
         if ranks.is_main:
-            export.export_checkpoint(path, folder / "offline", source_model=folder / "source", max_shard_bytes=8_000)
+            export.export_checkpoint(path, folder / "offline", model_folder, max_shard_bytes=8_000)
         dist.barrier()
         report["losses"] = train(engine, CHECKPOINT_STEP, LAST_STEP)
         report["digest"] = digest(engine)

@@ -12,14 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from disks import Disk, small_disk
-from fake_engine import make_parameters, on_ranks, save
+from fake_engine import TRAJECTORY, make_parameters, on_ranks, save
 
 from dpo_scale.errors import UserError
 from dpo_scale.files import write_json
 from dpo_scale.reference.cache import ReferenceStore
 from dpo_scale.reference.fingerprint import ReferenceFingerprint
-from dpo_scale.training.checkpoints import CheckpointError, find_checkpoint, open_checkpoint
-from dpo_scale.training.export import ExportError, export_checkpoint
+from dpo_scale.training.checkpoints import CheckpointError, digest_of, find_checkpoint, open_checkpoint
+from dpo_scale.training.export import ExportError, ModelFolder, export_checkpoint
 from dpo_scale.training.metrics import MetricsFile
 from dpo_scale.training.status import read_status
 
@@ -69,7 +69,7 @@ def test_an_export_that_does_not_fit_leaves_nothing_behind(disk: Disk, tmp_path:
     checkpoint = save(tmp_path / "checkpoints", make_parameters(MATRIX), buffers={}, architecture="Unknown")[0]
     disk.fill(leave_kilobytes=100)
     with pytest.raises(ExportError, match=r"model: model not written\n.*No space left on device"):
-        export_checkpoint(checkpoint, disk.path / "model", source_model=source)
+        export_checkpoint(checkpoint, disk.path / "model", ModelFolder(source, digest_of(TRAJECTORY)))
     assert [path.name for path in disk.path.iterdir()] == ["filler"]
     open_checkpoint(checkpoint)
 

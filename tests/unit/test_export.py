@@ -24,7 +24,7 @@ from transformers import (
 
 from dpo_scale.training import export
 from dpo_scale.training.checkpoints import CheckpointError, digest_of
-from dpo_scale.training.export import ExportError, export_checkpoint, plan_shards
+from dpo_scale.training.export import ExportError, ModelFolder, export_checkpoint, plan_shards
 from dpo_scale.training.tensor_files import TensorEntry
 
 SIZES: dict[str, Any] = {
@@ -67,10 +67,15 @@ def checkpoint_of(model: Any, folder: Path, **fields: Any) -> Path:
     return path
 
 
+def beside(source: Path, **fields: Any) -> ModelFolder:
+    """What an export of the fake engine's run holds beside its weights."""
+    return ModelFolder(source, digest_of(TRAJECTORY), **fields)
+
+
 def exported(model: Any, tmp_path: Path, **arguments: Any) -> Path:
     source = source_folder(model, tmp_path / "source")
     path = checkpoint_of(model, tmp_path / "checkpoints")
-    export_checkpoint(path, tmp_path / "model", source_model=source, **arguments)
+    export_checkpoint(path, tmp_path / "model", beside(source), **arguments)
     return tmp_path / "model"
 
 
@@ -113,7 +118,7 @@ def test_buffers_are_stored_too_and_wide_types_come_first(tmp_path: Path) -> Non
     buffers = {"steps": torch.tensor(3), "mask": torch.tensor([True]), "scale": torch.rand(3)}
     path = checkpoint_of(model, tmp_path / "checkpoints", buffers=buffers)
     source = source_folder(model, tmp_path / "source")
-    export_checkpoint(path, tmp_path / "model", source_model=source)
+    export_checkpoint(path, tmp_path / "model", beside(source))
     loaded = load_file(tmp_path / "model/model.safetensors")
     for name, buffer in buffers.items():
         assert torch.equal(loaded[name], buffer)
@@ -183,10 +188,10 @@ def test_memory_stays_far_below_one_shard(tmp_path: Path) -> None:
     path = save(tmp_path / "checkpoints", parameters, architecture="Unknown", buffers={})[0]
     del parameters
     gc.collect()
-    export_checkpoint(path, tmp_path / "warm_up", source_model=source)
+    export_checkpoint(path, tmp_path / "warm_up", beside(source))
     peak.write_text("5")
     before = _memory("VmRSS")
-    export_checkpoint(path, tmp_path / "model", source_model=source, max_shard_bytes=24_000_000)
+    export_checkpoint(path, tmp_path / "model", beside(source), max_shard_bytes=24_000_000)
     assert len(list((tmp_path / "model").glob("*.safetensors"))) == 3
     assert _memory("VmHWM") - before < 12_000_000
 
@@ -209,7 +214,7 @@ def test_everything_but_the_weights_comes_from_the_source(tmp_path: Path) -> Non
     config |= {"torch_dtype": "float32", "architectures": ["LlamaModel"], "extra": 7}
     (source / "config.json").write_text(json.dumps(config))
     path = checkpoint_of(model, tmp_path / "checkpoints", step=9)
-    export_checkpoint(path, tmp_path / "out/model", source_model=source, provenance={"recipe": "r"})
+    export_checkpoint(path, tmp_path / "out/model", beside(source, provenance={"recipe": "r"}))
     out = tmp_path / "out/model"
     assert sorted(file.name for file in out.iterdir()) == [
         "LICENSE",
@@ -239,7 +244,9 @@ def test_a_tokenizer_of_its_own_replaces_the_source_s_and_a_template_replaces_bo
     tokenizer.mkdir()
     (tokenizer / "tokenizer.json").write_text("{}")
     (tokenizer / "generation_config.json").write_text("not this one")
-    out = exported(llama(), tmp_path, tokenizer=tokenizer, chat_template="{{ 1 }}")
+    model, out = llama(), tmp_path / "model"
+    folder = beside(source_folder(model, tmp_path / "source"), tokenizer=tokenizer, chat_template="{{ 1 }}")
+    export_checkpoint(checkpoint_of(model, tmp_path / "checkpoints"), out, folder)
     assert (out / "tokenizer.json").read_text() == "{}"
     assert not (out / "tokenizer_config.json").exists()
     assert (out / "generation_config.json").read_text() != "not this one"
@@ -250,16 +257,16 @@ def test_only_an_export_of_the_same_run_is_replaced(tmp_path: Path) -> None:
     model = llama()
     out = exported(model, tmp_path)
     path = checkpoint_of(model, tmp_path / "checkpoints", step=2)
-    export_checkpoint(path, out, source_model=tmp_path / "source")
+    export_checkpoint(path, out, beside(tmp_path / "source"))
     assert json.loads((out / "provenance.json").read_text())["step"] == 2
     other = checkpoint_of(model, tmp_path / "others", trajectory={"of": "another run"})
     with pytest.raises(ExportError, match="something else than an export of this run"):
-        export_checkpoint(other, out, source_model=tmp_path / "source")
+        export_checkpoint(other, out, ModelFolder(tmp_path / "source", digest_of({"of": "another run"})))
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "notes.txt").write_text("keep")
     with pytest.raises(ExportError, match="name another folder"):
-        export_checkpoint(path, mine, source_model=tmp_path / "source")
+        export_checkpoint(path, mine, beside(tmp_path / "source"))
     assert (mine / "notes.txt").read_text() == "keep"
 
 
@@ -280,7 +287,7 @@ def test_a_disk_that_fills_up_leaves_the_earlier_export_and_nothing_else(
     monkeypatch.setattr(export, "write_tensors", full)
     path = checkpoint_of(model, tmp_path / "checkpoints", step=2)
     with pytest.raises(ExportError, match="No space left on device"):
-        export_checkpoint(path, out, source_model=tmp_path / "source", max_shard_bytes=8000)
+        export_checkpoint(path, out, beside(tmp_path / "source"), max_shard_bytes=8000)
     assert (out / "model.safetensors").read_bytes() == before
     assert not list(tmp_path.glob(".*"))
 
@@ -295,7 +302,7 @@ def test_a_checkpoint_with_a_flipped_byte_is_not_exported(tmp_path: Path) -> Non
         file.seek(-40, os.SEEK_END)
         file.write(bytes([byte ^ 1]))
     with pytest.raises(CheckpointError, match=r"damaged: rank-00001-of-00002.safetensors: its contents changed"):
-        export_checkpoint(path, tmp_path / "model", source_model=source)
+        export_checkpoint(path, tmp_path / "model", beside(source))
     assert not (tmp_path / "model").exists()
 
 
@@ -311,7 +318,7 @@ def test_an_exported_tokenizer_can_be_loaded(tmp_path: Path) -> None:
     )
     fast.save_pretrained(source)
     path = checkpoint_of(model, tmp_path / "checkpoints")
-    export_checkpoint(path, tmp_path / "model", source_model=source)
+    export_checkpoint(path, tmp_path / "model", beside(source))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     assert tokenizer.encode("a") == [0]
     assert tokenizer.chat_template == "{{ messages[0] }}"
