@@ -1,7 +1,7 @@
 """A trained model as a Hugging Face folder, from a checkpoint or a live engine: the same bytes.
 
 Weights are written tensor by tensor, so memory holds the parameter at hand and never a whole shard.
-The folder appears whole: it is filled under a hidden name and renamed.
+The folder appears whole: it is filled under a hidden name, by one process at a time, and renamed.
 """
 
 from __future__ import annotations
@@ -10,21 +10,23 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
 from dpo_scale.distributed import engine_state
-from dpo_scale.distributed.lockstep import OneProcess, Ranks, on_main, together
-from dpo_scale.errors import UserError
+from dpo_scale.distributed.lockstep import OneProcess, Ranks, by_main, on_main, together
+from dpo_scale.errors import RecipeError, UserError
 from dpo_scale.files import fsync_folder, write_atomically, write_json
 from dpo_scale.model.tokenizer import tokenizer_files
 from dpo_scale.training.checkpoints import CheckpointError, open_checkpoint, verify
 from dpo_scale.training.hub_names import HubNames, hub_names
+from dpo_scale.training.locks import take
 from dpo_scale.training.stored_state import StoredState
 from dpo_scale.training.tensor_files import FileRecord, TensorEntry, aligned, write_tensors
 
@@ -134,17 +136,20 @@ def _watched(
 
 def _export(weights: Weights, folder: ModelFolder, out: Path, max_shard_bytes: int, ranks: Ranks) -> None:
     """Both ways of exporting, from the point on where they are one."""
-    hidden = out.with_name(f".{out.name}.partial")
+    out = out.resolve()  # what a link leads to is replaced, and not the link
+    hidden = out.parent / f".{out.name}.partial"
     names = hub_names(weights.architecture, folder.source_model, weights.parameters)
     shards = plan_shards(_entries(weights, names), max_shard_bytes)
-    try:
-        on_main(ranks, lambda: _prepare(hidden, out, folder), ExportError)
-        files = _write_shards(hidden, shards, _tensors(shards, weights, names, ranks), ranks)
-        on_main(ranks, lambda: _finish(hidden, out, weights, folder, shards, files), ExportError)
-    except ExportError as error:
-        if ranks.is_main:
-            shutil.rmtree(hidden, ignore_errors=True)
-        raise ExportError(f"{out}: model not written\n{error}") from error
+    with by_main(ranks, lambda: _reserve(out)) or nullcontext():
+        try:
+            on_main(ranks, lambda: _prepare(hidden, out, folder), ExportError)
+            files = _write_shards(hidden, shards, _tensors(shards, weights, names, ranks), ranks)
+            on_main(ranks, lambda: _finish(hidden, out, weights, folder, shards, files), ExportError)
+        except ExportError as error:
+            raise ExportError(f"{out}: model not written\n{error}") from error
+        finally:  # an interrupt leaves nothing behind either
+            if ranks.is_main:
+                shutil.rmtree(hidden, ignore_errors=True)
 
 
 # --- weights
@@ -227,6 +232,23 @@ def _shard_name(number: int, count: int) -> str:
 # --- the folder
 
 
+def _reserve(out: Path) -> TextIO:
+    """A lock for whoever writes to `out`, beside it: what is there is replaced meanwhile.
+
+    Raises ExportError where another process writes to it, or where nothing can be renamed to it.
+    """
+    if os.path.ismount(out):
+        raise ExportError(f"{out}: a file system is mounted there and cannot be replaced; name a folder in it")
+    path = out.with_name(f".{out.name}.lock")
+    try:
+        return take(path)
+    except RecipeError as error:
+        if isinstance(error.__cause__, OSError):
+            raise ExportError(f"{out}: no lock can be had at {path}: {error.__cause__.strerror}") from error
+        holder = path.read_text(encoding="utf-8").strip() or "another process"
+        raise ExportError(f"{out}: {holder} is exporting to it; wait for its end, or name another folder") from error
+
+
 def _prepare(hidden: Path, out: Path, folder: ModelFolder) -> None:
     check_replaceable(out, folder.trajectory_digest)
     if hidden.exists():
@@ -268,6 +290,9 @@ def _finish(
         "weights": {file.name: file.sha256 for file in files},
     }
     write_json(hidden / "provenance.json", provenance)
+    for file in files:
+        if not (hidden / file.name).is_file() or (hidden / file.name).stat().st_size != file.bytes:
+            raise ExportError(f"{hidden / file.name}: changed or removed by another process; export again")
     fsync_folder(hidden)
     replaced = out.with_name(f".{out.name}.replaced")
     shutil.rmtree(replaced, ignore_errors=True)

@@ -70,8 +70,18 @@ def test_an_export_that_does_not_fit_leaves_nothing_behind(disk: Disk, tmp_path:
     disk.fill(leave_kilobytes=100)
     with pytest.raises(ExportError, match=r"model: model not written\n.*No space left on device"):
         export_checkpoint(checkpoint, disk.path / "model", ModelFolder(source, digest_of(TRAJECTORY)))
-    assert [path.name for path in disk.path.iterdir()] == ["filler"]
+    assert {path.name for path in disk.path.iterdir()} == {".model.lock", "filler"}
     open_checkpoint(checkpoint)
+
+
+def test_a_mount_point_is_refused_before_anything_is_written_to_it(disk: Disk, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "config.json").write_text("{}")
+    checkpoint = save(tmp_path / "checkpoints", make_parameters(MATRIX), buffers={}, architecture="Unknown")[0]
+    with pytest.raises(ExportError, match="disk: a file system is mounted there and cannot be replaced"):
+        export_checkpoint(checkpoint, disk.path, ModelFolder(source, digest_of(TRAJECTORY)))
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_metrics_that_do_not_fit_name_their_file_and_keep_what_was_there(disk: Disk) -> None:

@@ -4,6 +4,7 @@ import errno
 import gc
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from transformers import (
 from dpo_scale.training import export
 from dpo_scale.training.checkpoints import CheckpointError, digest_of
 from dpo_scale.training.export import ExportError, ModelFolder, export_checkpoint, plan_shards
+from dpo_scale.training.locks import this_process
 from dpo_scale.training.tensor_files import TensorEntry
 
 SIZES: dict[str, Any] = {
@@ -234,7 +236,7 @@ def test_everything_but_the_weights_comes_from_the_source(tmp_path: Path) -> Non
     assert provenance["recipe"] == "r"
     assert provenance["step"] == 9
     assert provenance["trajectory_digest"] == digest_of(TRAJECTORY)
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["model"]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {".model.lock", "model"}
 
 
 def test_a_tokenizer_of_its_own_replaces_the_source_s_and_a_template_replaces_both(
@@ -289,7 +291,91 @@ def test_a_disk_that_fills_up_leaves_the_earlier_export_and_nothing_else(
     with pytest.raises(ExportError, match="No space left on device"):
         export_checkpoint(path, out, beside(tmp_path / "source"), max_shard_bytes=8000)
     assert (out / "model.safetensors").read_bytes() == before
-    assert not list(tmp_path.glob(".*"))
+    assert [path.name for path in tmp_path.glob(".*")] == [".model.lock"]
+
+
+def writing(monkeypatch: pytest.MonkeyPatch, then: Callable[[Path], None]) -> None:
+    """Let something happen each time that a file of weights was written."""
+
+    def write(path: Path, *arguments: Any) -> Any:
+        record = written(path, *arguments)
+        then(path)
+        return record
+
+    written = export.write_tensors
+    monkeypatch.setattr(export, "write_tensors", write)
+
+
+def test_a_second_export_to_a_folder_is_refused_and_the_first_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = []
+
+    def export_again(shard: Path) -> None:
+        monkeypatch.undo()
+        with pytest.raises(ExportError) as caught:
+            export_checkpoint(checkpoint_of(model, tmp_path / "again"), tmp_path / "model", beside(tmp_path / "source"))
+        refused.append(str(caught.value))
+
+    model = llama()
+    writing(monkeypatch, export_again)
+    out = exported(model, tmp_path)
+    assert refused == [f"{out}: {this_process()} is exporting to it; wait for its end, or name another folder"]
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(out).eval()), logits(model))
+
+
+def test_weights_that_are_gone_before_the_end_are_not_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writing(monkeypatch, Path.unlink)
+    with pytest.raises(ExportError, match=r"model\.safetensors: changed or removed by another process"):
+        exported(llama(), tmp_path)
+    assert not (tmp_path / "model").exists()
+
+
+def test_an_interrupted_export_leaves_the_earlier_one_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(shard: Path) -> None:
+        raise KeyboardInterrupt
+
+    model = llama()
+    out = exported(model, tmp_path)
+    writing(monkeypatch, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        export_checkpoint(checkpoint_of(model, tmp_path / "checkpoints"), out, beside(tmp_path / "source"))
+    assert (out / "model.safetensors").exists()
+    assert [path.name for path in tmp_path.glob(".*")] == [".model.lock"]
+
+
+def test_a_link_stays_and_what_it_leads_to_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "large disk").mkdir()
+    (tmp_path / "model").symlink_to(tmp_path / "large disk" / "kept")
+    model = llama()
+    out = exported(model, tmp_path)
+    export_checkpoint(checkpoint_of(model, tmp_path / "checkpoints", step=2), out, beside(tmp_path / "source"))
+    assert out.is_symlink()
+    assert json.loads((tmp_path / "large disk" / "kept" / "provenance.json").read_text())["step"] == 2
+    assert {path.name for path in (tmp_path / "large disk").iterdir()} == {".kept.lock", "kept"}
+
+
+def test_the_current_folder_is_one_like_any_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llama()
+    source, path = source_folder(model, tmp_path / "source"), checkpoint_of(model, tmp_path / "checkpoints")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    export_checkpoint(path, Path(), beside(source))
+    assert (tmp_path / "here" / "model.safetensors").exists()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ExportError, match=f"{tmp_path} holds something else"):
+        export_checkpoint(path, Path(), beside(source))
+
+
+def test_the_root_of_all_folders_is_refused_in_a_line(tmp_path: Path) -> None:
+    model = llama()
+    path = checkpoint_of(model, tmp_path / "checkpoints")
+    with pytest.raises(ExportError, match=r"\A/: a file system is mounted there and cannot be replaced; .*\Z"):
+        export_checkpoint(path, Path("/"), beside(source_folder(model, tmp_path / "source")))
 
 
 def test_a_checkpoint_with_a_flipped_byte_is_not_exported(tmp_path: Path) -> None:
