@@ -14,13 +14,15 @@ from pathlib import Path
 from dpo_scale import __version__
 from dpo_scale.console import counted
 from dpo_scale.errors import UserError
+from dpo_scale.files import named
 from dpo_scale.recipe import cache_root, load_recipe
 
 USER_ERROR = 2
+INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns its exit code: 0, or 2 for a mistake that the user can mend."""
+    """Run a command; returns its exit code: 0, 2 for a mistake that the user can mend, or 130 for an interrupt."""
     parser = _parser()
     if not (sys.argv[1:] if arguments is None else arguments):
         parser.print_help()
@@ -33,8 +35,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.overrides = [*options.overrides, *rest]
     try:
         code: int = options.run(options)
+        sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print("Stopped by SIGINT", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # whoever read the output has seen enough, and the interpreter would flush it once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {named(error)}", file=sys.stderr)
         return USER_ERROR
     return code
 

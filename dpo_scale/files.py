@@ -23,6 +23,13 @@ from dpo_scale.errors import UserError
 _READ_BYTES = 4 << 20
 
 
+def named(error: OSError) -> str:
+    """What is wrong with which file; of a copy or a renaming with both: a full disk is the second one's."""
+    return (
+        f"{' -> '.join(str(name) for name in (error.filename, error.filename2) if name is not None)}: {error.strerror}"
+    )
+
+
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a temporary file beside `path`, then put it in place.
 

@@ -18,6 +18,7 @@ from typing import NoReturn
 
 from dpo_scale.console import Console, route_output
 from dpo_scale.errors import UserError
+from dpo_scale.files import named
 from dpo_scale.recipe import Recipe, load_recipe
 from dpo_scale.training import status
 from dpo_scale.watch import Watch, died
@@ -76,7 +77,7 @@ def _end_of_rank(error: BaseException, rank: str, watch: Watch, words: LastWords
         words(died(gone), cause=True)
         return CRASH
     if isinstance(error, OSError) and error.filename is not None:
-        reason = f"rank {rank}: {error.filename}: {error.strerror}"
+        reason = f"rank {rank}: {named(error)}"
         words(f"error: {reason}", cause=True, reason=reason)
         return USER_ERROR
     words(f"rank {rank} failed:\n{report}", cause=True, reason=f"{type(error).__name__}: {_first_line(error)}")
@@ -182,5 +183,7 @@ class LastWords:
     def tell_launcher(self, message: str) -> None:
         """Put a message where the launcher looks for what to repeat at its end."""
         if self._error_file is not None:
-            with suppress(OSError):
+            try:
                 self._error_file.write_text(json.dumps({"message": message, "timestamp": int(time.time())}))
+            except OSError:  # a full disk: the launcher cannot do with half a file
+                self._error_file.unlink(missing_ok=True)

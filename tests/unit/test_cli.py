@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +15,7 @@ from transformers.utils import logging
 
 from dpo_scale import cli
 from dpo_scale.cli import main
+from dpo_scale.operations import report
 from dpo_scale.reference import commands, rescoring
 from dpo_scale.training.status import UNFINISHED, USER_ERROR
 
@@ -203,3 +208,35 @@ def test_a_recipes_run_need_not_be_there(tmp_path: Path, monkeypatch: pytest.Mon
     Path("r.yaml").write_text(RECIPE)
     assert main(["status", "--count-failure", "--", "r.yaml"]) == UNFINISHED
     assert main(["status", "--", "r.yaml"]) == UNFINISHED
+
+
+def failing(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> int:
+    """What a command returns whose work ends in an error."""
+
+    def fail(runs: object, out: object) -> None:
+        raise error
+
+    monkeypatch.setattr(report, "write_report", fail)
+    return main(["report", "run"])
+
+
+def test_what_stops_a_command_is_told_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert failing(KeyboardInterrupt(), monkeypatch) == 130
+    assert capsys.readouterr().err == "Stopped by SIGINT\n"
+    full = OSError(errno.ENOSPC, "No space left on device", "base/tokenizer.json", None, "/tmp/tokenizer.json")
+    assert failing(full, monkeypatch) == USER_ERROR
+    assert capsys.readouterr().err == "error: base/tokenizer.json -> /tmp/tokenizer.json: No space left on device\n"
+    with pytest.raises(OSError, match="of no file"):
+        failing(OSError(errno.EIO, "of no file"), monkeypatch)
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    """As `head` is; what is printed goes out at the end."""
+    command = [sys.executable, "-m", "dpo_scale.cli", "cache", "list"]
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import subprocess
 import sys
@@ -138,3 +140,21 @@ def test_a_crash_before_there_is_a_log_prints_its_traceback_once() -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
     assert done.stderr.count("RuntimeError: a fault of ours") == 1
+
+
+def test_half_a_message_is_none_for_the_launcher(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """On a full disk it would end with a traceback about its JSON, the last thing said."""
+    file = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+
+    def fill(path: Path, text: str) -> None:
+        with path.open("w") as stream:
+            stream.write(text[:5])
+        raise OSError(28, "No space left on device")
+
+    words = LastWords(Console(io.StringIO()))  # type: ignore[arg-type]
+    words.tell_launcher("over")
+    assert json.loads(file.read_text())["message"] == "over"
+    monkeypatch.setattr(Path, "write_text", fill)
+    words.tell_launcher("over")
+    assert not file.exists()
