@@ -29,7 +29,7 @@ from dpo_scale.watch import Watch
 
 def train(recipe: Recipe, console: Console, watch: Watch) -> int:
     """Reference scoring, training, evaluation, export."""
-    started = runtime.start(recipe, console.say)
+    started = _start(recipe, console, watch)
     if recipe.loss.doubt:
         console.say(recipe.loss.doubt)
     folder = _take_folder(recipe, started.ranks, console)
@@ -46,7 +46,7 @@ def train(recipe: Recipe, console: Console, watch: Watch) -> int:
 
 def score(recipe: Recipe, console: Console, watch: Watch) -> int:
     """Reference log-probs of training and held-out pairs, into the store; resumable."""
-    started = runtime.start(recipe, console.say)
+    started = _start(recipe, console, watch)
     run = Path(recipe.run.output_dir)
     lock = by_main(started.ranks, lambda: locks.take(run / ".score.lock"))
     status = StatusFile(run if started.ranks.is_main else None, "score")
@@ -82,11 +82,17 @@ def score(recipe: Recipe, console: Console, watch: Watch) -> int:
 
 def evaluate(recipe: Recipe, console: Console, watch: Watch) -> int:
     """Held-out metrics of the run's newest checkpoint, or of model.path where there is none."""
-    started = runtime.start(recipe, console.say)
+    started = _start(recipe, console, watch)
     if not recipe.data.evaluate:
         raise UserError("no held-out data to evaluate on: name files in data.evaluate")
     loop.evaluate_only(recipe, started, console, _take_folder(recipe, started.ranks, console), watch)
     return 0
+
+
+def _start(recipe: Recipe, console: Console, watch: Watch) -> runtime.Runtime:
+    started = runtime.start(recipe, console.say)
+    watch.met()
+    return started
 
 
 def _take_folder(recipe: Recipe, ranks: runtime.Ranks, console: Console) -> RunFolder | None:

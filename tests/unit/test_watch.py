@@ -35,6 +35,12 @@ what = sys.argv[3]
 if what == "ends well":
     mine.close()
     os._exit(0)
+if what == "has met":
+    mine.met()
+    print("met", flush=True)
+    time.sleep(2.0)
+    print("goes on", flush=True)
+    os._exit(0)
 mine.expect(0.5)
 if what != "waits":
     mine.moved("step 7")
@@ -130,3 +136,25 @@ def test_a_rank_is_gone_though_its_launcher_has_not_noticed(tmp_path: Path, monk
     zombie.wait()
     assert mine.gone() == {1: zombie.pid}
     mine.close()
+
+
+LAUNCHER = """
+import subprocess, sys
+rank = subprocess.Popen([sys.executable, "-c", *sys.argv[1:]], stdout=subprocess.PIPE, text=True)
+for _ in range(2 if sys.argv[-1] == "has met" else 1):
+    rank.stdout.readline()
+subprocess.Popen(["cat"], stdin=rank.stdout)  # the rank speaks on
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("waits", "CAUSE the launcher ended before the ranks had met; the same command starts again\n"),
+        ("has met", "goes on\n"),
+    ],
+)
+def test_a_rank_outlives_its_launcher_only_once_the_ranks_have_met(what: str, said: str, tmp_path: Path) -> None:
+    """Until then it would wait an hour for ranks of which some never come."""
+    command = [sys.executable, "-c", LAUNCHER, RANK, str(tmp_path), "0", what]
+    assert subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=30, check=True).stdout == said
