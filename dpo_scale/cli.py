@@ -94,6 +94,12 @@ def _parser() -> argparse.ArgumentParser:
     export = commands.add_parser("export", help="checkpoint -> Hugging Face folder")
     export.add_argument("checkpoint", type=Path, help="RUN/checkpoints/step-..., or RUN for its newest")
     export.add_argument("out", type=Path)
+    export.add_argument(
+        "--model",
+        type=_path,
+        metavar="FOLDER",
+        help="a copy of the model that training started from, if that is no longer where it was",
+    )
     export.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: as trained")
     export.set_defaults(run=_export)
 
@@ -291,11 +297,11 @@ def _doctor(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     import torch
 
-    from dpo_scale.training.checkpoints import open_checkpoint
+    from dpo_scale.training.checkpoints import named_checkpoint, open_checkpoint
     from dpo_scale.training.export import export_checkpoint
     from dpo_scale.training.provenance import model_folder
 
-    checkpoint = _checkpoint(options.checkpoint)
+    checkpoint = named_checkpoint(options.checkpoint)
     stored = checkpoint.resolve().parent.parent / "recipe.yaml"
     if not stored.is_file():
         raise UserError(
@@ -304,22 +310,16 @@ def _export(options: argparse.Namespace) -> int:
         )
     recipe, commit = load_recipe(stored), open_checkpoint(checkpoint).commit
     dtype = getattr(torch, options.dtype) if options.dtype else None
-    with model_folder(recipe, Path(commit.source_model), commit.trajectory_digest) as folder:
+    source = options.model or Path(commit.source_model)
+    if not source.is_dir():
+        raise UserError(
+            f"{source}: the model that training started from is not there, and an export takes its configuration and "
+            "tokenizer; name a copy with --model FOLDER"
+        )
+    with model_folder(recipe, source, commit.trajectory_digest) as folder:
         export_checkpoint(checkpoint, options.out, folder, dtype=dtype)
     print(f"exported {checkpoint} to {options.out}")
     return 0
-
-
-def _checkpoint(path: Path) -> Path:
-    """The checkpoint that a path means: itself, the one that `latest` names, or the newest of a run."""
-    if path.name == "latest" and path.is_file():
-        return path.with_name(path.read_text(encoding="utf-8").strip())
-    if (path / "commit.json").is_file():
-        return path
-    committed = [*path.glob("step-*/commit.json"), *path.glob("checkpoints/step-*/commit.json")]
-    if not committed:
-        raise UserError(f"{path}: no committed checkpoint; give RUN/checkpoints/step-..., or RUN for its newest")
-    return max(committed).parent
 
 
 def _report(options: argparse.Namespace) -> int:

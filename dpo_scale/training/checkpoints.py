@@ -263,6 +263,18 @@ def find_checkpoint(
     return None, [line for _, line in passed_over]
 
 
+def named_checkpoint(path: Path) -> Path:
+    """The checkpoint that a path means: itself, the one that `latest` names, or the newest of a run; else CheckpointError."""
+    if path.name == "latest" and path.is_file():
+        return path.with_name(path.read_text(encoding="utf-8").strip())
+    if (path / "commit.json").is_file():
+        return path
+    committed = [*path.glob("step-*/commit.json"), *path.glob("checkpoints/step-*/commit.json")]
+    if not committed:
+        raise CheckpointError(f"{path}: no committed checkpoint; give RUN/checkpoints/step-..., or RUN for its newest")
+    return max(committed).parent
+
+
 def open_checkpoint(path: Path) -> Checkpoint:
     """A commit whose files all have their sizes. Raises CheckpointError, naming what is wrong."""
     record_path = path / "commit.json"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from launching import Launched, Launcher
 from safetensors.torch import load_file
 
 from dpo_scale.cli import main
+from dpo_scale.files import write_json
+from dpo_scale.training.checkpoints import open_checkpoint
 from dpo_scale.training.status import FINISHED, UNFINISHED, USER_ERROR, committed_step
 
 pytestmark = pytest.mark.launch
@@ -151,6 +154,22 @@ def test_a_checkpoint_exports_the_same_bytes_offline(undisturbed: Launched, tmp_
     assert main(["export", str(checkpoint), str(tmp_path / "model")]) == 0
     for path in (undisturbed.folder / "model").iterdir():
         assert (tmp_path / "model" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_a_checkpoint_is_exported_with_a_copy_of_the_base_model_where_that_is_gone(
+    launcher: Launcher, undisturbed: Launched, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(undisturbed.folder, tmp_path / "run", ignore=shutil.ignore_patterns("model"))
+    checkpoint = tmp_path / "run" / "checkpoints" / f"step-{NUM_STEPS:08}"
+    moved = replace(open_checkpoint(checkpoint).commit, source_model=str(tmp_path / "gone"))
+    write_json(checkpoint / "commit.json", moved.to_json())
+    export = ["export", str(checkpoint), str(tmp_path / "model")]
+    assert main(export) == USER_ERROR
+    assert f"{tmp_path / 'gone'}: the model that training started from is not there" in capsys.readouterr().err
+    assert main([*export, "--model", launcher.base["model"]["path"]]) == 0
+    weights_of_run = (undisturbed.folder / "model" / "model.safetensors").read_bytes()
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == weights_of_run
+    assert (tmp_path / "model" / "tokenizer.json").exists()
 
 
 def test_evaluate_repeats_the_last_evaluation(launcher: Launcher, undisturbed: Launched) -> None:

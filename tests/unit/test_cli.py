@@ -17,6 +17,7 @@ from dpo_scale import cli
 from dpo_scale.cli import main
 from dpo_scale.operations import report
 from dpo_scale.reference import commands, rescoring
+from dpo_scale.training.checkpoints import named_checkpoint
 from dpo_scale.training.status import UNFINISHED, USER_ERROR
 
 RECIPE = """
@@ -156,7 +157,7 @@ def run(tmp_path: Path) -> Path:
     ],
 )
 def test_a_checkpoint_is_found_by_its_run_and_by_its_name(run: Path, given: str, step: int) -> None:
-    assert cli._checkpoint(run / given).resolve() == run / "checkpoints" / f"step-{step:08d}"
+    assert named_checkpoint(run / given).resolve() == run / "checkpoints" / f"step-{step:08d}"
 
 
 @pytest.mark.parametrize("given", ["checkpoints/step-00000011", "nowhere"])
