@@ -264,7 +264,10 @@ def find_checkpoint(
 
 
 def named_checkpoint(path: Path) -> Path:
-    """The checkpoint that a path means: itself, the one that `latest` names, or the newest of a run; else CheckpointError."""
+    """The checkpoint that a path means: itself, the one that `latest` names, or the newest of a run.
+
+    Raises CheckpointError where there is none.
+    """
     if path.name == "latest" and path.is_file():
         return path.with_name(path.read_text(encoding="utf-8").strip())
     if (path / "commit.json").is_file():
