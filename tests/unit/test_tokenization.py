@@ -611,3 +611,21 @@ def test_the_day_is_the_same_on_every_day():
     tokenizer = byte_level(ask + '{{ day }} {{ strftime_now("%Y-%m-%d") }}' + CHATML)
     prompt = kept(tokenizer, chat()).pair.prompt
     assert tokenizer.decode(prompt).startswith("26 Jul 2024 2024-07-26<|im_start|>user")
+
+
+@pytest.mark.parametrize("open_side", ["chosen", "rejected"])
+def test_an_end_is_added_to_the_completion_that_lacks_it(open_side):
+    tokenizer = byte_level(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+        "{% if not m.content.endswith('?') %}<|im_end|>{% endif %}\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    pair = kept(tokenizer, chat(**{open_side: "may I?"})).pair
+    added, own = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")
+    for side in ("chosen", "rejected"):
+        scored = getattr(pair, side)
+        assert (added in scored, own in scored) == (side == open_side, side != open_side)
+
+
+def test_completions_that_only_their_ends_told_apart_are_equal():
+    assert dropped(byte_level(), strings(chosen=" yes", rejected=" yes<|end|>")) == "chosen and rejected are equal"
