@@ -18,15 +18,16 @@ from fake_engine import on_ranks
 
 from dpo_scale.console import Console
 from dpo_scale.data.layouts import MicroBatch
-from dpo_scale.data.planning import CostModel, Schedule, layout_costs
+from dpo_scale.data.planning import CostModel, Schedule, layout_costs, plan_step
 from dpo_scale.data.token_pairs import TokenPair, TokenPairs
-from dpo_scale.recipe import Recipe
+from dpo_scale.recipe import LossSection, Recipe
 from dpo_scale.training.checkpoints import RunState
 from dpo_scale.training.guards import NumericalError, explain_non_finite
 from dpo_scale.training.loop import Run
+from dpo_scale.training.metrics import MetricSums
 from dpo_scale.training.optimizer import learning_rate
 from dpo_scale.training.status import StatusFile
-from dpo_scale.training.step import StepOutput
+from dpo_scale.training.step import StepOutput, pair_batches, run_step
 
 STEPS, PAIRS_A_STEP = 3, 2
 
@@ -56,6 +57,8 @@ class FakePolicy:
         self.param_groups: list[dict[str, Any]] = [{"lr": -1.0}]
         self.asked: list[tuple[float, int]] = []
         """Learning rate and completion tokens of each step that the engine saw."""
+        self.last: list[bool] = []
+        """Whether each micro-batch was the last one of its step."""
         self._tokens = 0
 
     def __call__(self, batch: MicroBatch) -> torch.Tensor:
@@ -63,7 +66,8 @@ class FakePolicy:
         self._tokens += tokens
         return torch.full((tokens,), self._losses, requires_grad=True)
 
-    def backward(self, loss_sum: torch.Tensor, *, global_pairs: int, is_last: bool) -> None: ...
+    def backward(self, loss_sum: torch.Tensor, *, global_pairs: int, is_last: bool) -> None:
+        self.last.append(is_last)
 
     def step(self) -> bool:
         self.asked.append((self.param_groups[0]["lr"], self._tokens))
@@ -147,6 +151,23 @@ def test_steps_that_overflow_float16_are_counted_and_move_nothing_else(
     assert (run.state.step, run.state.pairs) == (STEPS, STEPS * PAIRS_A_STEP)
     assert run.state.completion_tokens == STEPS * tokens
     assert commits == [STEPS]
+
+
+def test_only_the_last_micro_batch_of_a_step_is_called_the_last() -> None:
+    """There the engine reduces what it has summed: earlier, gradients would be exchanged for nothing."""
+    pairs, policy = make_pairs(3), FakePolicy([True])
+    costs = layout_costs(pairs.lengths, "packed", CostModel())
+    plan = plan_step(np.arange(3), costs, world_size=1, rank_tokens=int(costs.tokens[0]), step=0, epoch=0)
+    run_step(
+        policy,
+        list(pair_batches(plan, 0, pairs, "packed", 0)),
+        lambda indices: np.zeros((len(indices), 2)),
+        MetricSums(torch.device("cpu")),
+        LossSection(beta=0.1),
+        global_pairs=3,
+        device=torch.device("cpu"),
+    )
+    assert policy.last == [False, False, True]
 
 
 def test_float16_that_overflows_at_every_scale_stops_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
