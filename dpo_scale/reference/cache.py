@@ -206,7 +206,7 @@ class ReferenceStore:
     def append(self, keys: Keys, rows: Sequence[LogProbs]) -> list[Path]:
         """Store those rows that are not here yet, durably, and return the parts written.
 
-        None if nothing is new, one unless it is very large. Raises NonFiniteLogProbsError and then
+        There is none where nothing is new, else one, but for very much. Raises NonFiniteLogProbsError and then
         stores nothing.
         """
         assert keys.dtype == np.uint8

@@ -66,14 +66,16 @@ def evaluate(
     plan = plan_pass(costs, world_size=ranks.world_size, rank_tokens=rank_tokens)
     sums = MetricSums(ranks.device)
     policy.train(False)
-    with console.progress("Held-out pairs", len(plan.micro_batches), "micro-batches") as bar:
-        for item in pair_batches(plan, ranks.rank, pairs, layout, pad_id):
-            between_batches()
-            batch = item.batch.to(ranks.device)
-            logps = pair_log_probs(policy(batch), batch, reference_logps(item.pairs), loss)
-            add_metrics(sums, logps, pair_losses(logps, loss), item.weight, loss)
-            bar.advance(1)
-    policy.train(True)
+    try:
+        with console.progress("Held-out pairs", len(plan.micro_batches), "micro-batches") as bar:
+            for item in pair_batches(plan, ranks.rank, pairs, layout, pad_id):
+                between_batches()
+                batch = item.batch.to(ranks.device)
+                logps = pair_log_probs(policy(batch), batch, reference_logps(item.pairs), loss)
+                add_metrics(sums, logps, pair_losses(logps, loss), item.weight, loss)
+                bar.advance(1)
+    finally:  # a pass that is stopped half-way is followed by a commit
+        policy.train(True)
     return sums.reduce(ranks, prefix="eval/")
 
 

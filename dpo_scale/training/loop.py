@@ -1,4 +1,4 @@
-"""The run, on one screen: `train` is the story, `_steps` the loop."""
+"""The run, on one screen: `train` is the story, `Run.train` the loop."""
 
 from __future__ import annotations
 
