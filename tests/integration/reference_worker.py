@@ -288,6 +288,20 @@ def heaps(recipe: Recipe, runtime: Runtime, data: Data, folder: Path) -> int:
     return (text.value or b"").count(b"<heap nr=")
 
 
+def asks_for_huge_pages(recipe: Recipe, runtime: Runtime, data: Data, folder: Path) -> bool:
+    """Whether the memory of a large tensor is advised to be in huge pages (`hg` of Linux's smaps)."""
+    tensor = torch.ones(2**24)
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name, *values = line.split()
+        if not name.endswith(":"):
+            first, last = (int(end, 16) for end in name.split("-"))
+            inside = first <= tensor.data_ptr() < last
+        elif inside and name == "VmFlags:":
+            return "hg" in values
+    raise AssertionError("no mapping of this process holds the tensor")
+
+
 SCENARIOS: dict[str, Sequence[Any]] = {
     "two_ranks": (
         settings_and_data,
@@ -300,6 +314,7 @@ SCENARIOS: dict[str, Sequence[Any]] = {
         one_step,
         loaded_in_vain,
         heaps,
+        asks_for_huge_pages,
     ),
     "one_rank": (other_world, memory, not_finite),
 }

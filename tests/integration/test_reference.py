@@ -138,6 +138,13 @@ def test_threads_of_a_rank_on_cpus_share_one_heap(two_ranks: list[dict[str, Any]
     assert [rank["heaps"] for rank in two_ranks] == [1, 1]
 
 
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").is_dir(), reason="this kernel has no transparent huge pages"
+)
+def test_ranks_on_cpus_ask_for_huge_pages(two_ranks: list[dict[str, Any]]) -> None:
+    assert [rank["asks_for_huge_pages"] for rank in two_ranks] == [True, True]
+
+
 def test_only_rows_that_were_never_scored_are_scored(two_ranks: list[dict[str, Any]]) -> None:
     """Learning rate, folder, epochs, seed, batch, layout, loss, schedule, offload and order are not in the key."""
     for rank in two_ranks:
