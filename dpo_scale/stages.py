@@ -13,7 +13,7 @@ from dpo_scale.inputs import agreed_digest, prepare_data
 from dpo_scale.operations.conclusion import conclude
 from dpo_scale.recipe import Recipe
 from dpo_scale.reference.session import Reference
-from dpo_scale.training import locks, loop
+from dpo_scale.training import loop
 from dpo_scale.training.interruption import (
     STOPPED,
     Interruption,
@@ -22,7 +22,7 @@ from dpo_scale.training.interruption import (
     reason_of_any,
     unless_stopped,
 )
-from dpo_scale.training.run_folder import RunFolder
+from dpo_scale.training.run_folder import RunFolder, take_lock
 from dpo_scale.training.status import StatusFile
 from dpo_scale.watch import Watch
 
@@ -48,7 +48,7 @@ def score(recipe: Recipe, console: Console, watch: Watch) -> int:
     """Reference log-probs of training and held-out pairs, into the store; resumable."""
     started = _start(recipe, console, watch)
     run = Path(recipe.run.output_dir)
-    lock = by_main(started.ranks, lambda: locks.take(run / ".score.lock"))
+    lock = by_main(started.ranks, lambda: take_lock(run / ".score.lock"))
     status = StatusFile(run if started.ranks.is_main else None, "score")
     status.enter("preparing data")
     interruption = Interruption(run, None, watch.started)

@@ -21,12 +21,12 @@ import torch
 
 from dpo_scale.distributed import engine_state
 from dpo_scale.distributed.lockstep import OneProcess, Ranks, by_main, on_main, together
-from dpo_scale.errors import RecipeError, UserError
+from dpo_scale.errors import UserError
 from dpo_scale.files import fsync_folder, write_atomically, write_json
 from dpo_scale.model.tokenizer import tokenizer_files
 from dpo_scale.training.checkpoints import CheckpointError, open_checkpoint, verify
 from dpo_scale.training.hub_names import HubNames, hub_names
-from dpo_scale.training.locks import take
+from dpo_scale.training.locks import HeldError, take
 from dpo_scale.training.stored_state import StoredState
 from dpo_scale.training.tensor_files import FileRecord, TensorEntry, aligned, write_tensors
 
@@ -242,11 +242,12 @@ def _reserve(out: Path) -> TextIO:
     path = out.with_name(f".{out.name}.lock")
     try:
         return take(path)
-    except RecipeError as error:
-        if isinstance(error.__cause__, OSError):
-            raise ExportError(f"{out}: no lock can be had at {path}: {error.__cause__.strerror}") from error
-        holder = path.read_text(encoding="utf-8").strip() or "another process"
-        raise ExportError(f"{out}: {holder} is exporting to it; wait for its end, or name another folder") from error
+    except HeldError as error:
+        raise ExportError(
+            f"{out}: {error.holder} is exporting to it; wait for its end, or name another folder"
+        ) from error
+    except OSError as error:
+        raise ExportError(f"{out}: no lock can be had at {path}: {error.strerror}") from error
 
 
 def _prepare(hidden: Path, out: Path, folder: ModelFolder) -> None:

@@ -9,10 +9,21 @@ import time
 from pathlib import Path
 from typing import TextIO
 
-from dpo_scale.errors import RecipeError
-
 PATIENCE_S = 1.0
 """A reader that looks whether the lock is held has it for an instant."""
+
+
+class HeldError(Exception):
+    """Another process holds the lock."""
+
+    def __init__(self, holder: str) -> None:
+        super().__init__(f"held by {holder}")
+        self.holder = holder
+        """How it names itself."""
+
+
+class NoLocksError(OSError):
+    """The file system of a lock locks no files."""
 
 
 def this_process() -> str:
@@ -23,32 +34,27 @@ def this_process() -> str:
 def take(path: Path) -> TextIO:
     """Hold a lock until the returned file is closed or this process ends; parent folders are made.
 
-    Raises RecipeError naming the holder if there is one.
+    Raises HeldError if another process holds it, NoLocksError where none can be held, and OSError where its file
+    cannot be written.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (held)
-    except OSError as error:
-        raise RecipeError(f"run.output_dir: {path.parent}: {error.strerror}") from error
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (held)
     give_up = time.monotonic() + PATIENCE_S
-    try:
-        while not _try(file, fcntl.LOCK_EX):
-            if time.monotonic() > give_up:
-                holder = path.read_text(encoding="utf-8").strip()
-                raise RecipeError(
-                    f"run.output_dir: {path.parent} is in use by {holder or 'another process'}; "
-                    "stop that run, or choose another folder"
-                )
-            time.sleep(PATIENCE_S / 10)
-    except OSError as error:
-        raise RecipeError(
-            f"run.output_dir: {path.parent}: its file system locks no files ({error.strerror}); have it mounted with "
-            "locks (Lustre: -o flock; NFS: with its lock service), or choose another folder"
-        ) from error
+    while not _hold(file):
+        if time.monotonic() > give_up:
+            raise HeldError(path.read_text(encoding="utf-8").strip() or "another process")
+        time.sleep(PATIENCE_S / 10)
     file.truncate(0)
     file.write(f"{this_process()}\n")
     file.flush()
     return file
+
+
+def _hold(file: TextIO) -> bool:
+    try:
+        return _try(file, fcntl.LOCK_EX)
+    except OSError as error:
+        raise NoLocksError(error.errno, error.strerror) from error
 
 
 def is_held_by(path: Path, process: str) -> bool:

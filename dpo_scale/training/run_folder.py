@@ -13,7 +13,7 @@ from contextlib import suppress
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 
@@ -177,6 +177,27 @@ def _set_aside_unreadable(folder: Path) -> list[str]:
     return moved
 
 
+def take_lock(path: Path) -> TextIO:
+    """Hold a lock in a run's folder until the returned file is closed or this process ends; the folder is made.
+
+    Raises RecipeError if another process holds it, or nobody can.
+    """
+    folder = path.parent
+    try:
+        return locks.take(path)
+    except locks.HeldError as error:
+        raise RecipeError(
+            f"run.output_dir: {folder} is in use by {error.holder}; stop that run, or choose another folder"
+        ) from error
+    except locks.NoLocksError as error:
+        raise RecipeError(
+            f"run.output_dir: {folder}: its file system locks no files ({error.strerror}); have it mounted with locks "
+            "(Lustre: -o flock; NFS: with its lock service), or choose another folder"
+        ) from error
+    except OSError as error:
+        raise RecipeError(f"run.output_dir: {folder}: {error.strerror}") from error
+
+
 def _make_writable(folder: Path) -> None:
     """Make the folder of checkpoints, which may be on another disk. Raises RecipeError if no file can be made there."""
     try:
@@ -220,7 +241,7 @@ class RunFolder:
         Raises RecipeError if another process works in it, another recipe did, or no checkpoint could be written.
         """
         self.path, self._resume = Path(recipe.run.output_dir), recipe.run.resume
-        self._lock = locks.take(self.path / ".lock")
+        self._lock = take_lock(self.path / ".lock")
         self.harmless_changes = _set_aside_unreadable(self.path) + compare_with_stored(recipe)
         _make_writable(self.checkpoints)
         write_atomically(self.path / "recipe.yaml", lambda path: _write_text(path, dump_recipe(recipe)))

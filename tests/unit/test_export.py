@@ -23,7 +23,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from dpo_scale.training import export
+from dpo_scale.training import export, locks
 from dpo_scale.training.checkpoints import CheckpointError, digest_of
 from dpo_scale.training.export import ExportError, ModelFolder, export_checkpoint, plan_shards
 from dpo_scale.training.locks import this_process
@@ -322,6 +322,17 @@ def test_a_second_export_to_a_folder_is_refused_and_the_first_is_whole(
     out = exported(model, tmp_path)
     assert refused == [f"{out}: {this_process()} is exporting to it; wait for its end, or name another folder"]
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(out).eval()), logits(model))
+
+
+def test_a_folder_beside_which_no_lock_can_be_had_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(file: Any, kind: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(locks.fcntl, "flock", flock)
+    with pytest.raises(ExportError) as caught:
+        exported(llama(), tmp_path)
+    path = tmp_path / ".model.lock"
+    assert str(caught.value) == f"{tmp_path / 'model'}: no lock can be had at {path}: No locks available"
 
 
 def test_weights_that_are_gone_before_the_end_are_not_published(

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -87,8 +88,12 @@ def test_a_folder_in_use_is_refused_with_its_holder_until_that_is_killed(
     tmp_path: Path, holder: subprocess.Popen[str]
 ) -> None:
     recipe = _recipe(tmp_path / "run")
-    with pytest.raises(RecipeError, match=rf"run\.output_dir: .*/run is in use by process {holder.pid} on "):
+    with pytest.raises(RecipeError) as caught:
         RunFolder(recipe)
+    assert str(caught.value) == (
+        f"run.output_dir: {tmp_path / 'run'} is in use by process {holder.pid} on {socket.gethostname()}; "
+        "stop that run, or choose another folder"
+    )
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     assert RunFolder(recipe).path == tmp_path / "run"
@@ -353,9 +358,17 @@ def test_a_file_system_without_locks_is_named(code: int, tmp_path: Path, monkeyp
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(locks.fcntl, "flock", flock)
-    with pytest.raises(RecipeError, match=r"run\.output_dir: .*: its file system locks no files"):
+    with pytest.raises(
+        RecipeError, match=rf"run\.output_dir: {tmp_path}: its file system locks no files \({os.strerror(code)}\)"
+    ):
         RunFolder(_recipe(tmp_path))
     assert not locks.is_held_by(tmp_path / ".lock", locks.this_process())
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "runs").touch()
+    with pytest.raises(RecipeError, match=rf"run\.output_dir: {tmp_path}/runs/one: Not a directory\Z"):
+        RunFolder(_recipe(tmp_path / "runs" / "one"))
 
 
 def test_a_checkout_without_git_beside_it_has_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
