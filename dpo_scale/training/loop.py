@@ -204,7 +204,7 @@ class Run:
             return self._train(interruption, status)
         except StopRequestedError:  # in a held-out pass, or while a step's reference rows were scored
             if self.committed_step != self.state.step and self.state.step:
-                self.commit()
+                self.commit(status)
             return False
 
     def _train(self, interruption: Interruption, status: StatusFile) -> bool:
@@ -233,11 +233,11 @@ class Run:
                 stop, commit = agree(self.ranks, stop=ask, commit=overdue)
                 due = _is_due(self.state.step, recipe.checkpoint.every_steps)
                 if commit or stop or last or due:
-                    self.commit()
+                    self.commit(status)
                 if stop:
                     return False
         if self.committed_step is None:
-            self.commit()  # a plan without steps still leaves something to resume and export
+            self.commit(status)  # a plan without steps still leaves something to resume and export
         return True
 
     def _evaluate_if_due(self) -> None:
@@ -354,8 +354,8 @@ class Run:
         self.console.say(f"step {self.state.step:>5}  {describe(metrics)}")
         self.records.pause(time.monotonic() - started)
 
-    def commit(self) -> None:
-        """Write a checkpoint of the current state. Collective."""
+    def commit(self, status: StatusFile) -> None:
+        """Write a checkpoint of the current state, and note it. Collective."""
         self.watch.rest()  # a disk takes as long as it takes
         guards.check_weights(self.state.step, engine_state.non_finite(self.policy.engine), self.ranks)
         started = time.monotonic()
@@ -375,6 +375,7 @@ class Run:
                 keep_every=self.recipe.checkpoint.keep_every,
                 say=self.console.say,
             )
+        status.committed(self.state.step)
         seconds, self.committed_step = time.monotonic() - started, self.state.step
         self.stop_time.commit_took(seconds)
         self.records.pause(seconds)

@@ -95,14 +95,19 @@ class StatusFile:
 
     def enter(self, stage: str, step: int = 0) -> None:
         """Another stage begins, such as `training`."""
-        self._write(replace(self._status, stage=stage, step=step))
+        seen = None if self._folder is None else committed_step(self._folder)
+        known = self._status.committed_step if seen is None else seen
+        self._write(replace(self._status, stage=stage, step=step, committed_step=known))
 
     def advance(self, step: int) -> None:
-        """A step is done; noted at most every quarter of a minute, after the first commit, or with what comes next."""
+        """A step is done; noted at most every quarter of a minute, or with what comes next."""
         self._status = replace(self._status, step=step)
-        first_commit = self._status.committed_step is None and self._newest_commit() is not None
-        if first_commit or time.monotonic() - self._wrote > SECONDS_BETWEEN_STEPS:
+        if time.monotonic() - self._wrote > SECONDS_BETWEEN_STEPS:
             self._write(self._status)
+
+    def committed(self, step: int) -> None:
+        """A step was committed."""
+        self._write(replace(self._status, committed_step=step))
 
     def stop(self, reason: str) -> None:
         """The run ends before its plan does, as it was asked to."""
@@ -112,13 +117,8 @@ class StatusFile:
         """All is done."""
         self._write(replace(self._status, state="finished", failed_at=None, failures=0))
 
-    def _newest_commit(self) -> int | None:
-        return None if self._folder is None else committed_step(self._folder)
-
     def _write(self, status: Status) -> None:
-        newest = self._newest_commit()
-        self._status = status if newest is None else replace(status, committed_step=newest)
-        self._wrote = time.monotonic()
+        self._status, self._wrote = status, time.monotonic()
         if self._folder is not None:
             _write(self._folder, self._command, self._status)
 

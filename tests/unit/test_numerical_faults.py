@@ -126,7 +126,7 @@ def make_run(policy: FakePolicy, dtype: str, monkeypatch: pytest.MonkeyPatch, fo
     )
     commits: list[int] = []
 
-    def commit() -> None:
+    def commit(status: StatusFile) -> None:
         commits.append(run.state.step)
         run.committed_step = run.state.step
 

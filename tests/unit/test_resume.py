@@ -137,7 +137,7 @@ def test_checkpoints_that_are_away_are_no_reason_to_start_anew(tmp_path: Path) -
     assert found(tmp_path, "auto") is None  # nothing was committed
     status = StatusFile(tmp_path, "train")
     commit(tmp_path, step=3)
-    status.advance(4)
+    status.committed(3)
     (tmp_path / "checkpoints").rename(tmp_path / "away")
     StatusFile(tmp_path, "train")
     for make in (lambda: None, (tmp_path / "checkpoints").mkdir):

@@ -234,6 +234,30 @@ def test_steps_alone_are_noted_now_and_then(tmp_path: Path, monkeypatch: pytest.
     assert sorted(set(noted)) == [0, 16, 32]
 
 
+def test_a_commit_is_noted_at_once_and_no_step_lists_the_folder_of_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noted = StatusFile(tmp_path, "train")
+    noted.enter("training", 0)
+    monkeypatch.setattr(status, "SECONDS_BETWEEN_STEPS", -1.0)
+    monkeypatch.setattr(status, "committed_step", lambda folder: pytest.fail("listed"))
+    known = []
+    for step in range(1, 5):
+        noted.advance(step)
+        if step % 2 == 0:
+            noted.committed(step)
+        known.append(json.loads((tmp_path / "status.json").read_text())["committed_step"])
+    assert known == [None, 2, 2, 4]
+
+
+def test_a_commit_that_was_not_told_is_seen_when_a_stage_begins(tmp_path: Path) -> None:
+    """One that was given its name only when the run went on."""
+    noted = StatusFile(tmp_path, "train")
+    _commit(tmp_path, 4)
+    noted.enter("training", 4)
+    assert json.loads((tmp_path / "status.json").read_text())["committed_step"] == 4
+
+
 def test_a_recipe_stands_for_its_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
