@@ -74,6 +74,7 @@ def score(recipe: Recipe, console: Console, watch: Watch) -> int:
         started.ranks.barrier()  # a rank that leaves takes the launch down, the main one too
         return STOPPED
     status.finish()
+    interruption.consume_file()  # made too late to be heard
     console.say(f"Done: {counted(reference.rows_computed, 'row')} scored, in {reference.store.folder}")
     if lock is not None:
         lock.close()

@@ -83,7 +83,7 @@ class Interruption:
         return ""
 
     def consume_file(self) -> None:
-        """Remove the STOP file, so that the next start does not stop at once."""
+        """Remove the STOP file at the end, be it heard or not, so that the next start does not stop at once."""
         self._file.unlink(missing_ok=True)
 
 

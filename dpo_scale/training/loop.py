@@ -94,6 +94,7 @@ def train(
             run.export()
             run.records.end(run.state, "finished", console.clock.seconds)
             status.finish()
+            interruption.consume_file()  # made too late to be heard
             return 0
         run.records.end(run.state, "stopped", console.clock.seconds)
         if step := run.state.step:

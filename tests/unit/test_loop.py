@@ -7,9 +7,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from test_numerical_faults import FakePolicy, make_run
+from test_numerical_faults import FakePolicy, OneRank, make_run
 
-from dpo_scale.training import loop
+from dpo_scale import stages
+from dpo_scale.training import interruption, loop
 from dpo_scale.training.checkpoints import RunState
 from dpo_scale.training.loop import Run
 from dpo_scale.training.status import StatusFile, read_status
@@ -32,3 +33,45 @@ def test_a_commit_is_told_to_the_status_at_once(monkeypatch: pytest.MonkeyPatch,
     noted = read_status(tmp_path, "train")
     assert noted is not None
     assert noted.committed_step == 7
+
+
+@pytest.fixture
+def _no_signals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave those of this process alone."""
+    monkeypatch.setattr(interruption, "SIGNALS", ())
+    monkeypatch.setattr(interruption.signal, "set_wakeup_fd", lambda told, warn_on_full_buffer: None)
+
+
+@pytest.mark.usefixtures("_no_signals")
+def test_a_stop_file_that_comes_too_late_goes_with_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Else the next command in the folder would stop at once."""
+    made: Any = make_run(FakePolicy([]), "float32", monkeypatch, tmp_path)[0]
+    monkeypatch.setattr(made, "train", lambda interruption, status: True)
+    monkeypatch.setattr(made, "start_trackers", lambda: None)
+    monkeypatch.setattr(made, "export", (tmp_path / "STOP").touch)
+    for name in ("prepare_data", "Reference", "_trajectory", "check_budgets"):
+        monkeypatch.setattr(loop, name, lambda *arguments: made.reference)
+    made.reference.score_all = lambda *rows: None
+    monkeypatch.setattr(loop, "_start", lambda *arguments: made)
+    watch: Any = SimpleNamespace(started=0.0)
+    status = StatusFile(tmp_path, "train")
+    assert loop.train(made.recipe, made.runtime, made.console, None, status, watch) == 0
+    assert not (tmp_path / "STOP").exists()
+
+
+@pytest.mark.usefixtures("_no_signals")
+def test_a_stop_file_that_comes_too_late_goes_with_a_scoring(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    run: Any = make_run(FakePolicy([]), "float32", monkeypatch, tmp_path)[0]
+    scored: Any = SimpleNamespace(
+        train_rows=None,
+        evaluate_rows=None,
+        score_all=lambda *rows: (tmp_path / "STOP").touch(),
+        rows_computed=0,
+        store=SimpleNamespace(folder=tmp_path),
+    )
+    monkeypatch.setattr(stages, "_start", lambda *arguments: SimpleNamespace(ranks=OneRank()))
+    for name in ("prepare_data", "agreed_digest", "Reference"):
+        monkeypatch.setattr(stages, name, lambda *arguments: scored)
+    watch: Any = SimpleNamespace(started=0.0)
+    assert stages.score(run.recipe, run.console, watch) == 0
+    assert not (tmp_path / "STOP").exists()
