@@ -188,6 +188,9 @@ def _add_status_command(commands: argparse._SubParsersAction[argparse.ArgumentPa
     status.add_argument(
         "--count-failure", action="store_true", help="for a batch script whose launch has just failed: remember that"
     )
+    status.add_argument(
+        "--out-of-time", action="store_true", help="with --count-failure: the script stopped it, for want of time"
+    )
     status.set_defaults(run=_status)
 
 
@@ -260,7 +263,7 @@ def _status(options: argparse.Namespace) -> int:
 
         compare_with_stored(load_recipe(options.folder_or_recipe, options.overrides))  # else it tells of another run
     if options.count_failure:
-        status.count_failure(folder, options.of)
+        status.count_failure(folder, options.of, out_of_time=options.out_of_time)
     found, committed = status.read_status(folder, options.of), status.committed_step(folder)
     alive = found is not None and status.is_alive(folder, options.of, found)
     verdict = status.judge(found, alive=alive, committed=committed)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dpo_scale.errors import DataError
+from dpo_scale.training.status import TIME_IS_UP
 
 T = TypeVar("T")
 
@@ -77,7 +78,7 @@ class Interruption:
             return "the STOP file"
         if self._deadline is not None and time.monotonic() + needed_seconds > self._deadline:
             self._deadline = -math.inf  # it stays the reason when it is asked for again and less is needed
-            return "run.stop_after"
+            return TIME_IS_UP
         if os.getppid() != self._launcher:
             return "the end of its launcher"
         return ""

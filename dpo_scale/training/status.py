@@ -31,6 +31,9 @@ RUNNING = 3
 UNFINISHED = 85
 """Exit codes of `dpo-scale status`; the last one is also that of a rank whose run stopped on request."""
 
+TIME_IS_UP = "run.stop_after"
+"""The reason of a stop at the recipe's own limit."""
+
 SECONDS_BETWEEN_STEPS = 15.0
 """Pause between two notes of the step alone: on a network file system a note is not free."""
 
@@ -66,6 +69,8 @@ class Status:
     """Failures counted at that step, one after the other."""
     committed_step: int | None = None
     """Newest committed step as last seen: what is left to know of checkpoints that are on a disk that is away."""
+    found_step: int | None = None
+    """Newest committed step when the launch began."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,13 +87,15 @@ class StatusFile:
     def __init__(self, folder: Path | None, command: str) -> None:
         self._folder, self._command = folder, command
         before = None if folder is None else read_status(folder, command)
+        known = None if folder is None else last_known_commit(folder)
         self._status = Status(
             state="running",
             process=this_process(),
             launch=_this_launch(),
             failed_at=before.failed_at if before else None,
             failures=before.failures if before else 0,
-            committed_step=before.committed_step if before else None,
+            committed_step=known,
+            found_step=known,
         )
         self._wrote = 0.0
         self.enter("starting")
@@ -208,13 +215,20 @@ def judge(status: Status | None, *, alive: bool, committed: int | None) -> Verdi
     return Verdict(f"failed ({doing}): {status.reason}; {kept}; start it again to go on", UNFINISHED)
 
 
-def count_failure(folder: Path, command: str) -> None:
+def count_failure(folder: Path, command: str, *, out_of_time: bool = False) -> None:
     """Count that a launch of this run has failed, for a later verdict on whether another try is worth it.
 
-    For a script whose launch has just ended; does nothing if the run finished, stopped on request or is running.
+    For a script whose launch has just ended, `out_of_time` if the script asked it to stop for that. Does nothing if the
+    run finished, stopped on request or is running; but a stop for want of time that was in vain is a failure.
     Raises UserError if the folder cannot be written.
     """
     status, committed = read_status(folder, command), committed_step(folder)
+    if status is not None and _stopped_in_vain(status, out_of_time):
+        reason = (
+            f"stopped by {status.reason} in a held-out pass, no step further than before; give a launch more time, or "
+            "hold out fewer pairs (data.evaluate)"
+        )
+        status = replace(status, state="failed", reason=reason)
     if status is not None and (status.state in ("finished", "stopped") or is_alive(folder, command, status)):
         return
     status = status or Status(state="failed", reason="its launch ended before it began")
@@ -224,6 +238,13 @@ def count_failure(folder: Path, command: str) -> None:
         _write(folder, command, counted)
     except OSError as error:
         raise UserError(f"run.output_dir: {folder}: {error.strerror}") from error
+
+
+def _stopped_in_vain(status: Status, out_of_time: bool) -> bool:
+    """Whether want of time stopped training where its launch had found it, which only happens in a held-out pass."""
+    if status.state != "stopped" or status.stage != "training" or status.committed_step != status.found_step:
+        return False
+    return out_of_time or status.reason == TIME_IS_UP
 
 
 def as_json(status: Status | None, verdict: Verdict, committed: int | None) -> dict[str, Any]:

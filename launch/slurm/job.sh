@@ -21,7 +21,9 @@ is_ours_to_requeue() {                             # else it is cancelled, preem
         *" JobState=RUNNING "*" Restarts=${SLURM_RESTART_COUNT:-0} "* ]]
 }
 
+out_of_time=""
 stop_in_time() {
+    out_of_time=yes
     touch "$run/STOP"                              # after its current step the run commits a checkpoint and ends
     local end
     end="$(scontrol show job --oneliner "$SLURM_JOB_ID" | sed -n 's/.* EndTime=\([^ ]*\) .*/\1/p')"
@@ -41,7 +43,7 @@ done
 ours=""
 if is_ours_to_requeue; then ours=yes; fi
 code=0
-dpo-scale status --of "$stage" ${ours:+--count-failure} -- "$@" || code=$?
+dpo-scale status --of "$stage" ${ours:+--count-failure} ${out_of_time:+--out-of-time} -- "$@" || code=$?
 if [ "$ours$code" = yes85 ]; then
     scontrol requeue "$SLURM_JOB_ID"
 else

@@ -77,6 +77,17 @@ def test_a_failure_is_queued_again_until_it_comes_twice_without_progress(miniatu
     assert (miniature.folder / how / "logs" / f"job-{job}-start-1").is_dir()
 
 
+def test_a_held_out_pass_that_is_longer_than_a_job_is_queued_again_once(miniature: SubmitFolder) -> None:
+    job = miniature.train("held_out", MINIATURE="steps=100000 held_out")
+    until(lambda: miniature.state(job) == "RUNNING", 60, "the job runs")
+    miniature.cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=10")  # which is as far ahead as it is told
+    miniature.until_it_starts_again(job, 1)
+    assert miniature.until_it_ends(job) == "FAILED"
+    assert miniature.cluster.job(job)["ExitCode"] == f"{FAILED_TWICE}:0"
+    assert miniature.restarts(job) == 1
+    assert "stopped by the STOP file in a held-out pass, no step further than before" in miniature.said(job)
+
+
 def test_a_cancelled_job_does_not_come_back(miniature: SubmitFolder) -> None:
     job = miniature.train("cancelled", MINIATURE="steps=1000")
     miniature.until_committed("cancelled", 10, job)

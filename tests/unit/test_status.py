@@ -192,6 +192,47 @@ def test_a_stop_is_no_failure(tmp_path: Path) -> None:
     assert status.failures == 0
 
 
+@pytest.mark.parametrize(
+    ("reason", "options", "codes"),
+    [
+        ("the STOP file", ["--out-of-time"], [UNFINISHED, FAILED_TWICE]),
+        ("run.stop_after", [], [UNFINISHED, FAILED_TWICE]),
+        ("the STOP file", [], [UNFINISHED, UNFINISHED]),
+    ],
+)
+def test_a_held_out_pass_that_is_longer_than_two_launches_is_not_tried_again(
+    reason: str, options: list[str], codes: list[int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _commit(tmp_path, 4)
+    told = []
+    for _ in codes:
+        status = StatusFile(tmp_path, "train")
+        status.enter("training", 4)
+        status.stop(reason)
+        told.append(_code(tmp_path, "--count-failure", *options))
+    assert told == codes
+    hint = f"stopped by {reason} in a held-out pass, no step further than before; give a launch more time, or hold out"
+    assert (hint in capsys.readouterr().out) == (FAILED_TWICE in codes)
+
+
+def test_a_stop_for_want_of_time_is_no_failure_where_something_was_done(tmp_path: Path) -> None:
+    for step in (4, 8):
+        status = StatusFile(tmp_path, "train")
+        status.enter("training")
+        status.committed(step)
+        status.stop("the STOP file")
+        _commit(tmp_path, step)
+        assert _code(tmp_path, "--count-failure", "--out-of-time") == UNFINISHED
+    for stage in ("scoring", "preparing data"):  # rows that were scored are kept
+        status = StatusFile(tmp_path, "train")
+        status.enter(stage)
+        status.stop("the STOP file")
+        assert _code(tmp_path, "--count-failure", "--out-of-time") == UNFINISHED
+    noted = read_status(tmp_path, "train")
+    assert noted is not None
+    assert noted.failures == 0
+
+
 def test_a_launch_that_never_began_is_counted_too(tmp_path: Path) -> None:
     assert _code(tmp_path, "--count-failure") == UNFINISHED
     assert _code(tmp_path, "--count-failure") == FAILED_TWICE
