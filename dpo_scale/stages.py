@@ -29,7 +29,8 @@ from dpo_scale.watch import Watch
 
 def train(recipe: Recipe, console: Console, watch: Watch) -> int:
     """Reference scoring, training, evaluation, export."""
-    started = _start(recipe, console, watch)
+    started = runtime.start(recipe, console.say)
+    watch.outlive_launcher()
     if recipe.loss.doubt:
         console.say(recipe.loss.doubt)
     folder = _take_folder(recipe, started.ranks, console)
@@ -46,7 +47,8 @@ def train(recipe: Recipe, console: Console, watch: Watch) -> int:
 
 def score(recipe: Recipe, console: Console, watch: Watch) -> int:
     """Reference log-probs of training and held-out pairs, into the store; resumable."""
-    started = _start(recipe, console, watch)
+    started = runtime.start(recipe, console.say)
+    watch.outlive_launcher()
     run = Path(recipe.run.output_dir)
     lock = by_main(started.ranks, lambda: take_lock(run / ".score.lock"))
     status = StatusFile(run if started.ranks.is_main else None, "score")
@@ -82,18 +84,15 @@ def score(recipe: Recipe, console: Console, watch: Watch) -> int:
 
 
 def evaluate(recipe: Recipe, console: Console, watch: Watch) -> int:
-    """Held-out metrics of the run's newest checkpoint, or of model.path where there is none."""
-    started = _start(recipe, console, watch)
+    """Held-out metrics of the run's newest checkpoint, or of model.path where there is none.
+
+    It keeps nothing and listens for no request to stop: it ends with its launcher.
+    """
+    started = runtime.start(recipe, console.say)
     if not recipe.data.evaluate:
         raise UserError("no held-out data to evaluate on: name files in data.evaluate")
     loop.evaluate_only(recipe, started, console, _take_folder(recipe, started.ranks, console), watch)
     return 0
-
-
-def _start(recipe: Recipe, console: Console, watch: Watch) -> runtime.Runtime:
-    started = runtime.start(recipe, console.say)
-    watch.met()
-    return started
 
 
 def _take_folder(recipe: Recipe, ranks: runtime.Ranks, console: Console) -> RunFolder | None:

@@ -1,5 +1,5 @@
-"""Ends a rank that waits in vain: its launcher is gone before the ranks have met, another rank of its machine is gone,
-or nothing has moved for too long.
+"""Ends a rank that goes on in vain: its launcher is gone, another rank of its machine is gone, or nothing has moved for
+too long.
 
 The main thread cannot see to this, for it may sit in a collective of which nothing returns. A rank signs on with a file
 that holds its process id, in a folder that the launcher gives each attempt, and signs off when it ends well: a file
@@ -45,7 +45,7 @@ class Watch:
         self.started = time.monotonic()
         self._limit = 0.0
         self._moved: tuple[float, str] | None = None
-        self._launcher, self._have_met = os.getppid(), False
+        self._launcher, self._outlives_it = os.getppid(), False
         self._closed = threading.Event()
         if attempt is not None:
             _sign(attempt / f"{rank}.pid")
@@ -59,9 +59,9 @@ class Watch:
         """Note progress, and what begins now."""
         self._moved = time.monotonic(), doing
 
-    def met(self) -> None:
-        """Note that this rank has met all others: from now on it stops in its own time after its launcher's end."""
-        self._have_met = True
+    def outlive_launcher(self) -> None:
+        """From now on this rank stops in its own time after its launcher's end: it has met the others, and listens."""
+        self._outlives_it = True
 
     def rest(self) -> None:
         """Expect no progress until the next `moved`: what begins now takes as long as it takes."""
@@ -94,8 +94,8 @@ class Watch:
 
     def _watch(self) -> None:
         while not self._closed.wait(POLL_SECONDS):
-            if not self._have_met and os.getppid() != self._launcher:  # ranks of which one is missing wait for an hour
-                self._say("the launcher ended before the ranks had met; the same command starts again", cause=True)
+            if not self._outlives_it and os.getppid() != self._launcher:
+                self._say("the launcher ended, and this rank with it; the same command starts again", cause=True)
                 self._end(1)
             if gone := self._gone(unnoticed=True):
                 self._follow(gone)

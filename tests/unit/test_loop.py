@@ -1,7 +1,8 @@
-"""What a run leaves in its folder beside its checkpoints."""
+"""What a stage leaves in its folder beside its checkpoints, and whom it ends with."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -69,9 +70,23 @@ def test_a_stop_file_that_comes_too_late_goes_with_a_scoring(monkeypatch: pytest
         rows_computed=0,
         store=SimpleNamespace(folder=tmp_path),
     )
-    monkeypatch.setattr(stages, "_start", lambda *arguments: SimpleNamespace(ranks=OneRank()))
+    monkeypatch.setattr(stages.runtime, "start", lambda *arguments: SimpleNamespace(ranks=OneRank()))
     for name in ("prepare_data", "agreed_digest", "Reference"):
         monkeypatch.setattr(stages, name, lambda *arguments: scored)
-    watch: Any = SimpleNamespace(started=0.0)
+    watch: Any = SimpleNamespace(started=0.0, outlive_launcher=lambda: None)
     assert stages.score(run.recipe, run.console, watch) == 0
     assert not (tmp_path / "STOP").exists()
+
+
+def test_only_an_evaluation_ends_with_its_launcher(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The others hear of its end, and stop in their own time."""
+    run: Any = make_run(FakePolicy([]), "float32", monkeypatch, tmp_path)[0]
+    recipe = run.recipe.model_copy(update={"data": run.recipe.data.model_copy(update={"evaluate": ["held_out.jsonl"]})})
+    outliving: list[str] = []
+    for name in ("train", "score", "evaluate"):
+        watch: Any = SimpleNamespace(outlive_launcher=partial(outliving.append, name))
+        monkeypatch.setattr(stages.runtime, "start", lambda *arguments: SimpleNamespace(ranks=OneRank()))
+        monkeypatch.setattr(stages, "by_main", lambda *arguments: pytest.fail("begins"))
+        with pytest.raises(pytest.fail.Exception, match="begins"):
+            getattr(stages, name)(recipe, run.console, watch)
+    assert outliving == ["train", "score"]
