@@ -1,4 +1,7 @@
-"""The run's folder: its recipe, its lock, its records. One run, one folder, one recipe."""
+"""The run's folder: its recipe, its lock, its records. One run, one folder, one recipe.
+
+What needs torch is imported where it is used: `dpo-scale status` compares recipes without it.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from contextlib import suppress
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import yaml
 
@@ -22,9 +25,10 @@ from dpo_scale.files import make_folder, write_atomically, write_json
 from dpo_scale.recipe import Recipe, dump_recipe
 from dpo_scale.reference.fingerprint import ReferenceFingerprint, explain_difference, read_fingerprint
 from dpo_scale.training import locks
-from dpo_scale.training.checkpoints import Checkpoint, CheckpointError, digest_of, open_checkpoint
-from dpo_scale.training.export import check_replaceable
 from dpo_scale.training.status import committed_step, last_known_commit, read_status
+
+if TYPE_CHECKING:
+    from dpo_scale.training.checkpoints import Checkpoint
 
 HASHED = ("model.path", "model.revision")
 """Where a policy lies that starts as the reference, whose files are hashed. Nobody hashes the weights of another."""
@@ -252,6 +256,9 @@ class RunFolder:
         Raises UserError where it was trained against another reference or on other pairs, holds another model, or
         lost its checkpoints.
         """
+        from dpo_scale.training.checkpoints import digest_of
+        from dpo_scale.training.export import check_replaceable
+
         self.keep_reference(reference)
         newest = self._newest_checkpoint()
         if self._resume == "auto":
@@ -262,6 +269,8 @@ class RunFolder:
 
     def _newest_checkpoint(self) -> Checkpoint | None:
         """By its commit record alone: whether its contents are whole is looked at when it is read."""
+        from dpo_scale.training.checkpoints import CheckpointError, open_checkpoint
+
         for path in sorted(self.checkpoints.glob("step-*"), reverse=True):
             with suppress(CheckpointError):
                 return open_checkpoint(path)

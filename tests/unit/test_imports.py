@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import dpo_scale
+from dpo_scale.recipe import dump_recipe, load_recipe
+from dpo_scale.training.status import StatusFile
 
 ROOT = Path(dpo_scale.__file__).parent
 
@@ -112,3 +116,26 @@ def test_no_module_is_a_drawer() -> None:
 def test_objectives_know_tensors_only() -> None:
     names = {name.split(".")[0] for _, name in _imports(ROOT / "objectives.py")}
     assert names <= {"__future__", "typing", "torch"}
+
+
+WITHOUT_TORCH = """
+import sys
+from dpo_scale.cli import main
+
+assert main(sys.argv[1:]) == 0
+assert "torch" not in sys.modules
+"""
+
+
+@pytest.mark.parametrize("name", ["run", "recipe.yaml"])
+def test_a_status_is_told_without_torch(name: str, tmp_path: Path) -> None:
+    """It takes seconds to load, and a script asks again and again."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        f"model: {{path: base}}\ndata: {{train: [pairs.jsonl]}}\nbatch: {{global_pairs: 8}}\nloss: {{beta: 0.1}}\n"
+        f"run: {{output_dir: {tmp_path / 'run'}}}\n"
+    )
+    StatusFile(tmp_path / "run", "train").finish()
+    (tmp_path / "run" / "recipe.yaml").write_text(dump_recipe(load_recipe(path)))
+    (tmp_path / "run" / "model").mkdir()
+    subprocess.run([sys.executable, "-c", WITHOUT_TORCH, "status", str(tmp_path / name)], check=True)
