@@ -19,8 +19,8 @@ from dpo_scale.training.status import StatusFile, read_status
 
 def test_a_commit_is_told_to_the_status_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The checkpoints may be on a disk that is away when the run is next looked at."""
-    run, _ = make_run(FakePolicy([]), "float32", monkeypatch, tmp_path)
-    run.policy, run.reference = SimpleNamespace(engine=None), SimpleNamespace(commit=lambda: None)  # type: ignore[assignment]
+    run: Any = make_run(FakePolicy([]), "float32", monkeypatch, tmp_path)[0]
+    run.policy, run.reference = SimpleNamespace(engine=None), SimpleNamespace(commit=lambda: None)
     run.state = RunState(step=7)
     run.records.go_on(run.state)
     snapshot: Any = SimpleNamespace(stored_bytes=0, watched=lambda progress: None)
@@ -28,7 +28,7 @@ def test_a_commit_is_told_to_the_status_at_once(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(loop.engine_state, "non_finite", lambda engine: {})
     monkeypatch.setattr(loop.guards, "check_weights", lambda *arguments: None)
     monkeypatch.setattr(loop, "save", lambda *arguments, **settings: tmp_path / "elsewhere")
-    monkeypatch.setattr(run.data, "model_folder", "base", raising=False)
+    run.data.model_folder = "base"
     status = StatusFile(tmp_path, "train")
     Run.commit(run, status)
     noted = read_status(tmp_path, "train")
