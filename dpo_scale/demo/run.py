@@ -24,6 +24,7 @@ from dpo_scale.shipped_files import shipped_file
 
 TRAIN_PAIRS = 1536
 HELD_OUT_PAIRS = 256
+SEED = 1
 CPU_PROCESSES = 2
 
 RECIPE = """\
@@ -145,7 +146,7 @@ class Machine:
         }
 
 
-def run_demo(output: Path, seed: int = 1) -> int:
+def run_demo(output: Path) -> int:
     """Run the embedded default, start to finish; returns the exit code."""
     started = time.monotonic()
     console, machine = Console(highlight=False, soft_wrap=True), Machine(torch.cuda.device_count())
@@ -153,14 +154,14 @@ def run_demo(output: Path, seed: int = 1) -> int:
     folder.clear()
     command = ["accelerate", "launch", *machine.launch_options, "-m", "dpo_scale.train", str(folder.recipe)]
 
-    world = make_world(seed, CORPUS_LINES, TRAIN_PAIRS, HELD_OUT_PAIRS)
+    world = make_world(SEED, CORPUS_LINES, TRAIN_PAIRS, HELD_OUT_PAIRS)
     _show_world(console, world)
     _write_pairs(folder.train, world.train)
     _write_pairs(folder.held_out, world.held_out)
-    folder.recipe.write_text(_recipe(folder, machine, seed, shlex.join(command)), encoding="utf-8")
+    folder.recipe.write_text(_recipe(folder, machine, shlex.join(command)), encoding="utf-8")
 
     console.print("\n[bold]2. A base model[/bold] that has read the talk of the village, and has no view on manners\n")
-    _make_base_model(console, world, folder.base_model, seed)
+    _make_base_model(console, world, folder.base_model)
 
     console.print(f"\n[bold]3. Direct Preference Optimization[/bold] on {_ranks(machine)}, started as you would:\n")
     console.print(f"   {shlex.join(command)}\n", style="cyan", soft_wrap=True, markup=False)
@@ -217,20 +218,20 @@ def _write_pairs(path: Path, pairs: Sequence[Pair]) -> None:
     path.write_text("".join(lines), encoding="utf-8")
 
 
-def _recipe(folder: DemoFolder, machine: Machine, seed: int, command: str) -> str:
+def _recipe(folder: DemoFolder, machine: Machine, command: str) -> str:
     paths = {
         name: json.dumps(str(getattr(folder, name)))  # a JSON string is a YAML string, whatever is in it
         for name in ("base_model", "cache", "train", "held_out", "run")
     }
-    return RECIPE.format(command=command, dtype=machine.dtype, seed=seed, **paths)
+    return RECIPE.format(command=command, dtype=machine.dtype, seed=SEED, **paths)
 
 
-def _make_base_model(console: Console, world: World, folder: Path, seed: int) -> None:
+def _make_base_model(console: Console, world: World, folder: Path) -> None:
     columns = TextColumn("   Reading"), BarColumn(), MofNCompleteColumn(), TextColumn("steps, loss {task.fields[loss]}")
     with Progress(*columns, TimeElapsedColumn(), console=console) as bar:
         task = bar.add_task("", total=STEPS, loss="")
         make_base_model(
-            world.corpus, folder, seed, on_step=lambda loss: bar.update(task, advance=1, loss=f"{loss:.2f}")
+            world.corpus, folder, SEED, on_step=lambda loss: bar.update(task, advance=1, loss=f"{loss:.2f}")
         )
 
 

@@ -56,7 +56,7 @@ _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
 _UNIGRAM, _BPE = 1, 2
 
 
-def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or of a hub model; UserError where there is none."""
     folder = Path(path)
     if folder.is_dir():
@@ -76,7 +76,7 @@ def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bo
     of_mistral = {"mistral_format": False} if (folder / "tekken.json").is_file() else {}
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            path, revision=revision, trust_remote_code=trust_remote_code, **of_mistral
+            path, trust_remote_code=trust_remote_code, **of_mistral
         )
     except Exception as error:  # the Rust code raises no narrower one, and a damaged file even a KeyError
         reason = " ".join([f"{type(error).__name__}:", *str(error).strip().splitlines()[:1]])

@@ -68,7 +68,7 @@ def check(recipe: Recipe, rows: int | None = None, config_file: str | None = Non
             with mistakes.noted():
                 check_data(recipe, data)
         console.show(show(sample_pairs(data.train, data.tokenizer, seed=recipe.run.seed, count=PAIRS_SHOWN)))
-        console.say(_summary(_plan(recipe, launches[0], console), launches[0]))
+        console.say(_summary(_plan(recipe, launches[0]), launches[0]))
     if recipe.loss.doubt:
         console.say(recipe.loss.doubt)
     mistakes.raise_all()
@@ -185,7 +185,7 @@ def _check_budgets(recipe: Recipe, data: Data) -> None:
     check_budgets(recipe, data, hoped_layout(recipe))
 
 
-def _plan(recipe: Recipe, launch: LaunchFile, console: Console) -> Plan:
+def _plan(recipe: Recipe, launch: LaunchFile) -> Plan:
     machines = launch.settings.get("num_machines") or 1
     processes = launch.settings.get("num_processes") or machines
     cluster = Cluster(machines, max(1, processes // machines), GPU_GIB * GIB, HOST_GIB * GIB)
