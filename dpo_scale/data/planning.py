@@ -77,7 +77,6 @@ class StepPlan:
     """The micro-batches of one optimizer step: `micro_batches[m][rank]` holds indices of pairs, maybe none."""
 
     step: int
-    epoch: int
     num_pairs: int
     micro_batches: tuple[tuple[Indices, ...], ...]
 
@@ -184,7 +183,7 @@ def check_budget(costs: Costs, rank_tokens: int, rows: Sequence[str], setting: s
         )
 
 
-def plan_step(pairs: Indices, costs: Costs, *, world_size: int, rank_tokens: int, step: int, epoch: int) -> StepPlan:
+def plan_step(pairs: Indices, costs: Costs, *, world_size: int, rank_tokens: int, step: int) -> StepPlan:
     """Spread a step's pairs over ranks and micro-batches.
 
     The number of micro-batches is the smallest that the packing finds under `rank_tokens`, equal on all ranks.
@@ -200,7 +199,7 @@ def plan_step(pairs: Indices, costs: Costs, *, world_size: int, rank_tokens: int
         if bins is not None:
             break
         count += 1
-    plan = StepPlan(step, epoch, len(pairs), arrange(bins, costs, world_size))
+    plan = StepPlan(step, len(pairs), arrange(bins, costs, world_size))
     assert np.array_equal(np.sort(plan.pairs()), np.sort(pairs)), "ranks share or lack a pair"
     return plan
 
@@ -208,7 +207,7 @@ def plan_step(pairs: Indices, costs: Costs, *, world_size: int, rank_tokens: int
 def plan_pass(costs: Costs, *, world_size: int, rank_tokens: int) -> StepPlan:
     """Spread all items over ranks and micro-batches for one forward pass over everything, in O(n log n)."""
     rounds = arrange(pack_pass(costs, rank_tokens=rank_tokens), costs, world_size)
-    return StepPlan(0, 0, len(costs.tokens), rounds)
+    return StepPlan(0, len(costs.tokens), rounds)
 
 
 def pack_pass(costs: Costs, *, rank_tokens: int) -> list[Indices]:

@@ -63,7 +63,6 @@ def snapshot(engine: Any) -> EngineSnapshot:
         architecture=type(module).__name__,
         dtype=next(iter(parameters.values())).dtype,
         parameters={name: tuple(parameter.ds_shape) for name, parameter in parameters.items()},
-        tied=_tied_names(module),
         buffers=_persistent_buffers(module),
         addresses=tuple(address for _, group in _addresses(engine, zero) for _, address in group),
         read_slices=lambda: _read_slices(engine, zero),
@@ -161,15 +160,6 @@ def _parameters(engine: Any) -> Iterator[tuple[str, Any]]:
     for name, parameter in engine.module.named_parameters():
         assert name.startswith(PREFIX), f"{name}: outside of {PREFIX}"
         yield name.removeprefix(PREFIX), parameter
-
-
-def _tied_names(module: torch.nn.Module) -> dict[str, str]:
-    first = {id(parameter): name for name, parameter in module.named_parameters()}
-    return {
-        name: first[id(parameter)]
-        for name, parameter in module.named_parameters(remove_duplicate=False)
-        if first[id(parameter)] != name
-    }
 
 
 def _persistent_buffers(module: torch.nn.Module) -> dict[str, torch.Tensor]:

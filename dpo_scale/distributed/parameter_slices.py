@@ -79,8 +79,6 @@ class EngineSnapshot:
     """Precision of forward and backward."""
     parameters: Mapping[str, tuple[int, ...]]
     """Hugging Face names and shapes in the order of the model, each tied weight once."""
-    tied: Mapping[str, str]
-    """Further name of a tied weight -> its name in `parameters`."""
     buffers: Mapping[str, torch.Tensor]
     """Persistent buffers; every rank has them whole."""
     addresses: tuple[SliceAddress, ...]

@@ -99,7 +99,6 @@ def plan_steps(costs: Costs, schedule: Schedule, *, ranks: int, rank_tokens: int
             world_size=ranks,
             rank_tokens=rank_tokens,
             step=step,
-            epoch=schedule.epoch_of(step),
         )
         for step in sample_steps(schedule, most)
     ]

@@ -38,6 +38,8 @@ _LOG = logging.getLogger(__name__)
 FORMAT = 2
 UNFINISHED = "writing it was not finished"
 """The reason for passing over a checkpoint that a kill cut short: harmless."""
+_NO_LONGER_NOTED = ("tied", "epoch", "seconds_trained")
+"""What earlier versions put into a commit record and nothing read."""
 _NAME = re.compile(r"(?P<partial>\.)?(?P<name>step-(?P<step>\d{8,}))(?(partial)\.partial)")
 
 
@@ -56,11 +58,9 @@ class RunState:
     """Where a run stands after `step` optimizer steps; counters go on across restarts."""
 
     step: int = 0
-    epoch: int = 0
     pairs: int = 0
     tokens: int = 0
     completion_tokens: int = 0
-    seconds_trained: float = 0.0
     reference_rows_cached: int = 0
     reference_rows_computed: int = 0
     skipped_steps: int = 0
@@ -88,7 +88,6 @@ class Commit:
     architecture: str
     dtype: str
     parameters: Mapping[str, tuple[int, ...]]
-    tied: Mapping[str, str]
     counters: EngineCounters
     files: tuple[FileRecord, ...]
 
@@ -111,11 +110,11 @@ class Commit:
         step = record["step"]
         if type(step) is not int or step != record["run"]["step"]:
             raise ValueError(f"its step is {step!r}")
-        fields = {key: value for key, value in digested.items() if key not in ("format", "step")}
+        fields = {key: value for key, value in digested.items() if key not in ("format", "step", *_NO_LONGER_NOTED)}
         counters = dict(fields["counters"])
         scale = counters.pop("loss_scale")
         fields["counters"] = EngineCounters(**counters, loss_scale=None if scale is None else LossScale(**scale))
-        run = fields["run"]
+        run = {key: value for key, value in fields["run"].items() if key not in _NO_LONGER_NOTED}
         fields["run"] = RunState(**{**run, "unlogged": tuple(run["unlogged"])})
         fields["parameters"] = {name: tuple(dims) for name, dims in fields["parameters"].items()}
         fields["files"] = tuple(FileRecord(**file) for file in fields["files"])
@@ -172,7 +171,6 @@ def save(
             architecture=snapshot.architecture,
             dtype=str(snapshot.dtype).removeprefix("torch."),
             parameters=snapshot.parameters,
-            tied=snapshot.tied,
             counters=snapshot.counters,
             files=tuple(record for records in files for record in records),
         )

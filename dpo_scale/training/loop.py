@@ -259,7 +259,6 @@ class Run:
                 world_size=self.ranks.world_size,
                 rank_tokens=self.recipe.batch.rank_tokens,
                 step=step,
-                epoch=self.schedule.epoch_of(step),
             )
             batches = pair_batches(plan, self.ranks.rank, self.data.train, self.layout, self.data.pad_id)
             return plan, list(batches)
@@ -314,7 +313,6 @@ class Run:
         self.state = replace(
             self.state,
             step=plan.step + 1,
-            epoch=plan.epoch,
             pairs=self.state.pairs + plan.num_pairs,
             tokens=self.state.tokens + int(lengths.sum()),
             completion_tokens=self.state.completion_tokens + int(lengths[:, 1:].sum()),
@@ -323,10 +321,9 @@ class Run:
         )
 
     def _record(self, rate: float, grad_norm: float) -> None:
-        """Close the log interval and count its time."""
+        """Close the log interval."""
         schedule = self.schedule
-        seconds = self.records.close_interval(self.state, schedule.num_steps, schedule.steps_per_epoch, rate, grad_norm)
-        self.state = replace(self.state, seconds_trained=self.state.seconds_trained + seconds)
+        self.records.close_interval(self.state, schedule.num_steps, schedule.steps_per_epoch, rate, grad_norm)
 
     def evaluate(self) -> None:
         """The held-out pass, logged under `eval/...`; nothing where there are no held-out pairs."""

@@ -68,8 +68,8 @@ class Records:
 
     def close_interval(
         self, state: RunState, num_steps: int, steps_per_epoch: int, learning_rate: float, grad_norm: float
-    ) -> float:
-        """Write the interval that ends at a state; returns its seconds. Collective."""
+    ) -> None:
+        """Write the interval that ends at a state. Collective."""
         means = self._sums.reduce(self._ranks)
         seconds = time.monotonic() - self._started
         before = self._before
@@ -98,7 +98,6 @@ class Records:
             f"{pairs_per_second:.1f} pairs/s{f'  {left} left' if state.step < num_steps else ''}"
         )
         self.restart(state)
-        return seconds
 
     def unlogged(self) -> tuple[float, ...]:
         """The sums of the interval so far, for a checkpoint. Collective."""

@@ -45,7 +45,7 @@ def main(count: int) -> None:
     for step in range(STEPS):
         members = order[step * STEP_PAIRS : (step + 1) * STEP_PAIRS]
         if len(members):
-            plan_step(members, costs, world_size=RANKS, rank_tokens=RANK_TOKENS, step=step, epoch=0)
+            plan_step(members, costs, world_size=RANKS, rank_tokens=RANK_TOKENS, step=step)
     figures["plan of a step"] = (time.perf_counter() - started) / min(STEPS, -(-count // STEP_PAIRS))
     started = time.perf_counter()
     plan_pass(costs, world_size=RANKS, rank_tokens=RANK_TOKENS)

@@ -237,7 +237,7 @@ def _planned_mib(model: Path, layout: Layout, lengths: np.ndarray, settings: Set
     meta = build_meta_model(config, getattr(torch, settings.dtype), "varlen")
     costs = layout_costs(lengths, layout, cost_model(config))
     plans = [
-        plan_step(pairs, costs, world_size=processes, rank_tokens=settings.rank_tokens, step=step, epoch=0)
+        plan_step(pairs, costs, world_size=processes, rank_tokens=settings.rank_tokens, step=step)
         for step, pairs in enumerate(np.array_split(np.arange(len(lengths)), settings.steps))
     ]
     micro_batches = [indices for plan in plans for round_ in plan.micro_batches for indices in round_]

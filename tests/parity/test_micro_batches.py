@@ -83,7 +83,6 @@ def test_ranks_and_token_budgets_give_the_mean_over_the_steps_true_pairs(
         world_size=world_size,
         rank_tokens=rank_tokens,
         step=step,
-        epoch=0,
     )
     by_rank = [list(pair_batches(plan, rank, pairs, "shared", pad_id=0)) for rank in range(world_size)]
     assert len({len(batches) for batches in by_rank}) == 1, "ranks in lockstep"

@@ -94,7 +94,6 @@ def plans(pairs: TokenPairs, rank_tokens: int) -> Iterator[StepPlan]:
             world_size=2,
             rank_tokens=rank_tokens,
             step=step,
-            epoch=schedule.epoch_of(step),
         )
 
 

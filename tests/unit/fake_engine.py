@@ -91,7 +91,6 @@ def snapshot_of(
         "architecture": "LlamaForCausalLM",
         "dtype": torch.float32,
         "parameters": shapes,
-        "tied": {},
         "buffers": {"flag": torch.tensor([True, False, True]), "scale": torch.tensor(2.5)},
         "addresses": tuple(addresses),
         "read_slices": read_slices,

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from dpo_scale.distributed.parameter_slices import SliceAddress, slice_bounds
 from dpo_scale.training import checkpoints
-from dpo_scale.training.checkpoints import CheckpointError, RunState, find_checkpoint
+from dpo_scale.training.checkpoints import CheckpointError, RunState, digest_of, find_checkpoint
 from dpo_scale.training.stored_state import StoredState, check_fits
 
 SHAPES = {"embed.weight": (7, 5), "norm.weight": (3,), "head.bias": (1,), "head.weight": (4, 2)}
@@ -249,6 +249,19 @@ def test_a_record_of_an_earlier_version_without_a_checksum_is_one(tmp_path: Path
     path = damaged(tmp_path)
     rewrite_the_record(path, lambda record: None, of_an_earlier_version=True)
     assert find(tmp_path)[0].step == 2
+
+
+def test_what_an_earlier_version_noted_and_nothing_reads_is_no_matter(tmp_path: Path) -> None:
+    path = damaged(tmp_path)
+    expected = find(tmp_path)[0].commit
+
+    def change(record: dict[str, Any]) -> None:
+        record["tied"] = {"lm_head.weight": "model.embed_tokens.weight"}
+        record["run"] |= {"epoch": 1, "seconds_trained": 12.5}
+        record["sha256"] = digest_of({key: value for key, value in record.items() if key != "sha256"})
+
+    rewrite_the_record(path, change, of_an_earlier_version=False)
+    assert find(tmp_path)[0].commit == expected
 
 
 def test_a_checkpoint_may_have_another_name_where_it_is_named(tmp_path: Path) -> None:

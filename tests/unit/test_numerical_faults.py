@@ -157,7 +157,7 @@ def test_only_the_last_micro_batch_of_a_step_is_called_the_last() -> None:
     """There the engine reduces what it has summed: earlier, gradients would be exchanged for nothing."""
     pairs, policy = make_pairs(3), FakePolicy([True])
     costs = layout_costs(pairs.lengths, "packed", CostModel())
-    plan = plan_step(np.arange(3), costs, world_size=1, rank_tokens=int(costs.tokens[0]), step=0, epoch=0)
+    plan = plan_step(np.arange(3), costs, world_size=1, rank_tokens=int(costs.tokens[0]), step=0)
     run_step(
         policy,
         list(pair_batches(plan, 0, pairs, "packed", 0)),

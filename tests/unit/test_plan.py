@@ -118,7 +118,7 @@ def test_scaling_counts_what_the_planner_gives_each_rank(one_node: Plan) -> None
     work, computed = [], 0.0
     for step in sample_steps(workload.schedule, STEPS_LOOKED_AT_A_SCALE):
         pairs = workload.schedule.pairs_of(step)
-        plan = plan_step(pairs, costs, world_size=512, rank_tokens=16384, step=step, epoch=0)
+        plan = plan_step(pairs, costs, world_size=512, rank_tokens=16384, step=step)
         work += [[float(costs.work[indices].sum()) for indices in round_] for round_ in plan.micro_batches]
         computed += float(layout_costs(workload.train[pairs], "shared", workload.cost).work.sum())
     waited = sum(max(round_) - mine for round_ in work for mine in round_)

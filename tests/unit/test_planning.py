@@ -56,7 +56,7 @@ def _all_pairs(plan: StepPlan) -> list[int]:
 
 def _plan(costs: Costs, world_size: int, rank_tokens: int, pairs: np.ndarray | None = None) -> StepPlan:
     pairs = np.arange(len(costs.tokens)) if pairs is None else pairs
-    return plan_step(pairs, costs, world_size=world_size, rank_tokens=rank_tokens, step=3, epoch=1)
+    return plan_step(pairs, costs, world_size=world_size, rank_tokens=rank_tokens, step=3)
 
 
 def _smallest_budget(lengths: list[tuple[int, int, int]], layout: str) -> int:
@@ -193,7 +193,7 @@ def test_eight_ranks_get_similar_work(global_pairs: int, most_over_mean: float) 
     lengths = _real_like_lengths(global_pairs)
     cost = CostModel(per_token=6.5e9, per_scored_token=5e8, per_attended_position=2.6e5)  # of a 7B model
     costs = layout_costs(lengths, "shared", cost)
-    plan = plan_step(np.arange(global_pairs), costs, world_size=8, rank_tokens=16384, step=0, epoch=0)
+    plan = plan_step(np.arange(global_pairs), costs, world_size=8, rank_tokens=16384, step=0)
     work = np.array([[costs.work[part].sum() for part in round_] for round_ in plan.micro_batches])
     ratio = work.sum(0).max() / work.sum(0).mean()
     waited = work.max(1).sum() / work.mean(1).sum()  # ranks wait for each other in every micro-batch
@@ -287,7 +287,7 @@ def test_a_long_pair_is_planned_by_the_time_its_attention_takes() -> None:
     assert np.allclose(by_time.work, by_macs.work + (ATTENTION_SLOWNESS - 1) * attention)
 
     def pairs_beside_the_long_one(costs: Costs) -> int:
-        plan = plan_step(np.arange(32), costs, world_size=2, rank_tokens=16384, step=0, epoch=0)
+        plan = plan_step(np.arange(32), costs, world_size=2, rank_tokens=16384, step=0)
         return next(len(indices) for indices in plan.micro_batches[0] if 0 in indices) - 1
 
     assert pairs_beside_the_long_one(by_time) < pairs_beside_the_long_one(by_macs)

@@ -223,7 +223,7 @@ def test_the_mix_of_a_step_is_that_of_the_sources_and_the_same_for_every_world_s
         shares = Counter(pairs[index].row.rpartition(":")[0] for index in members.tolist())
         assert abs(shares[small] - 50) < 25  # 5 standard deviations
         for world_size in (1, 3, 8):
-            plan = plan_step(members, costs, world_size=world_size, rank_tokens=200, step=step, epoch=0)
+            plan = plan_step(members, costs, world_size=world_size, rank_tokens=200, step=step)
             assert sorted(plan.pairs().tolist()) == sorted(members.tolist())
 
 
