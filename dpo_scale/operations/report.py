@@ -17,7 +17,7 @@ from plotly.offline import get_plotlyjs
 from dpo_scale import __version__
 from dpo_scale.console import duration
 from dpo_scale.errors import UserError
-from dpo_scale.files import write_atomically
+from dpo_scale.files import write_whole
 from dpo_scale.operations.figures import DASHES, FIGURES, RUNS, figure_json, lengths_json, x_values
 from dpo_scale.operations.run_records import RunRecords, column, read_run
 
@@ -43,13 +43,9 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
     """
     runs = [read_run(folder) for folder in folders]
     target = out or (folders[0] / "report.html" if len(runs) == 1 else Path("report.html"))
-    page = render(runs).encode()
-
-    def write(temporary: Path) -> None:
-        temporary.write_bytes(page)
-
+    page = render(runs)
     try:
-        write_atomically(target, write)
+        write_whole(target, page)
     except OSError as error:
         raise UserError(f"{target}: {error.strerror}; name another file with --out") from error
     return target

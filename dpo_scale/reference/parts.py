@@ -22,7 +22,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from dpo_scale.files import fsync_folder, write_atomically
+from dpo_scale.files import fsync_folder, write_whole
 
 Keys = npt.NDArray[np.uint8]
 LogProbs = npt.NDArray[np.float32]
@@ -47,7 +47,7 @@ def write_part(folder: Path, reference_key: str, keys: Keys, rows: Sequence[LogP
         metadata={"reference": reference_key},
     )
     path = folder / _part_name(hashlib.sha256(content).hexdigest())
-    write_atomically(path, lambda temporary: _write_bytes(temporary, content))
+    write_whole(path, content)
     return path
 
 
@@ -118,7 +118,3 @@ class Part:
 
 def _part_name(sha256: str) -> str:
     return f"part-{sha256[:_DIGEST_DIGITS]}.safetensors"
-
-
-def _write_bytes(path: Path, content: bytes) -> None:
-    path.write_bytes(content)

@@ -29,7 +29,7 @@ from typing import Any, Literal
 from dpo_scale.distributed.lockstep import Ranks, on_main, together
 from dpo_scale.distributed.parameter_slices import EngineCounters, EngineSnapshot, LossScale
 from dpo_scale.errors import UserError
-from dpo_scale.files import fsync_folder, make_folder, sha256_of_file, write_atomically, write_json
+from dpo_scale.files import fsync_folder, make_folder, sha256_of_file, write_json, write_whole
 from dpo_scale.training.rank_files import rank_file, write_rank
 from dpo_scale.training.retention import remove, remove_superseded
 from dpo_scale.training.tensor_files import FileRecord
@@ -220,11 +220,7 @@ def _put_in_place(partial: Path, target: Path) -> None:
         remove(target)
     os.replace(partial, target)
     fsync_folder(target.parent)
-    write_atomically(target.parent / "latest", lambda path: _write_line(path, target.name))
-
-
-def _write_line(path: Path, line: str) -> None:
-    path.write_text(f"{line}\n", encoding="utf-8")
+    write_whole(target.parent / "latest", f"{target.name}\n")
 
 
 # --- find

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dpo_scale.files import naming, write_atomically
+from dpo_scale.files import naming, write_whole
 from dpo_scale.objectives import implicit_reward, preference_accuracy
 
 AVERAGES = (
@@ -141,7 +141,7 @@ class MetricsFile:
 
     def _keep(self, wanted: Callable[[float], bool]) -> None:
         text = "".join(line + "\n" for line in _lines(self._path) if wanted(_step_of(line)))
-        write_atomically(self._path, lambda temporary: _write_text(temporary, text))
+        write_whole(self._path, text)
 
     def write(self, values: Mapping[str, float]) -> None:
         with naming(self._path), open(self._path, "a", encoding="utf-8") as file:
@@ -151,10 +151,6 @@ class MetricsFile:
         """Bring what was written to the disk: a checkpoint must not outlive the lines before it in a power cut."""
         with naming(self._path), open(self._path, "rb") as file:
             os.fsync(file.fileno())
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 def _lines(path: Path) -> list[str]:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import yaml
 
 from dpo_scale.errors import RecipeError, UserError
-from dpo_scale.files import make_folder, write_atomically, write_json
+from dpo_scale.files import make_folder, write_json, write_whole
 from dpo_scale.recipe import Recipe, dump_recipe
 from dpo_scale.reference.fingerprint import ReferenceFingerprint, explain_difference, read_fingerprint
 from dpo_scale.training import locks
@@ -248,7 +248,7 @@ class RunFolder:
         self._lock = take_lock(self.path / ".lock")
         self.harmless_changes = _set_aside_unreadable(self.path) + compare_with_stored(recipe)
         _make_writable(self.checkpoints)
-        write_atomically(self.path / "recipe.yaml", lambda path: _write_text(path, dump_recipe(recipe)))
+        write_whole(self.path / "recipe.yaml", dump_recipe(recipe))
 
     def claim(self, reference: ReferenceFingerprint, trajectory: Mapping[str, Any]) -> None:
         """See that the folder is free for what is to be trained, before anything is computed for it.
@@ -311,10 +311,6 @@ class RunFolder:
                 "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
             },
         )
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 def _commit() -> str | None:
