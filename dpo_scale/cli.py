@@ -13,11 +13,10 @@ from pathlib import Path
 
 from dpo_scale import __version__
 from dpo_scale.console import counted
-from dpo_scale.errors import UserError
+from dpo_scale.errors import USER_ERROR, UserError
 from dpo_scale.files import named
 from dpo_scale.recipe import cache_root, load_recipe
 
-USER_ERROR = 2
 INTERRUPTED = 130
 
 

@@ -1,5 +1,8 @@
 """Errors that a user can mend. The commands print their message without a traceback and exit with 2."""
 
+USER_ERROR = 2
+"""Exit code of a command or a rank that ends over one."""
+
 
 class UserError(ValueError):
     """Something outside the program is wrong: a file, a row, a setting. The message says what, where and the fix."""

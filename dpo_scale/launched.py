@@ -17,13 +17,12 @@ from pathlib import Path
 from typing import NoReturn
 
 from dpo_scale.console import Console, route_output
-from dpo_scale.errors import UserError
+from dpo_scale.errors import USER_ERROR, UserError
 from dpo_scale.files import named
 from dpo_scale.recipe import Recipe, load_recipe
 from dpo_scale.training import status
 from dpo_scale.watch import Watch, died
 
-USER_ERROR = 2
 CRASH = 1
 SECONDS_TO_SEE_ANOTHER_DIE = 1.0
 """A collective fails at once when a peer dies, which the system then tells within a tenth of this."""

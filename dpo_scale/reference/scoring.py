@@ -131,6 +131,11 @@ class Groups:
         return lengths
 
 
+def row_numbers(pairs: Indices) -> Indices:
+    """Numbers of the rows of pairs, int64 [2 * pairs], chosen and rejected in turn."""
+    return np.stack([2 * pairs, 2 * pairs + 1], axis=1).ravel()
+
+
 def join(first: Groups, second: Groups) -> Groups:
     """The groups of both; those of the second come after those of the first."""
     starts = np.concatenate([first.starts[:-1], first.starts[-1] + second.starts])
@@ -194,7 +199,7 @@ def plan_scoring(
 
     Raises DataError if one row alone is over the token budget.
     """
-    rows = np.stack([2 * indices, 2 * indices + 1], axis=1).ravel()
+    rows = row_numbers(indices)
     first = first_positions(needed.keys[rows // 2, rows % 2])
     is_wanted = np.zeros(2 * len(needed.pairs), np.bool_)
     is_wanted[rows[first[missing]]] = True

@@ -27,6 +27,7 @@ from dpo_scale.reference.scoring import (
     Presence,
     ReferenceRows,
     plan_scoring,
+    row_numbers,
     score,
 )
 from dpo_scale.reference.source import find_reference, reference_cache_dir
@@ -113,7 +114,7 @@ class Reference:
         self._announced.append(rows.pairs)
         keys = rows.of(np.arange(len(rows.pairs)))
         presence = self._presence(keys)
-        read = _row_numbers(self._read(rows))
+        read = row_numbers(self._read(rows))
         is_first = first_positions(keys[read]) == np.arange(len(read))
         needed, to_score = int(is_first.sum()), int((is_first & presence.missing[read]).sum())
         name = "training" if rows.pairs is self._data.train else "held-out"
@@ -121,7 +122,7 @@ class Reference:
         if to_score == needed and self._ranks.is_main:
             for reason in near_misses(self.store.folder.parent, self._source.fingerprint)[:NEAR_MISSES_SHOWN]:
                 self._console.say(f"  a similar store does not serve: {reason}")
-        mine = _row_numbers(indices)
+        mine = row_numbers(indices)
         return Presence(presence.missing[mine], presence.lacking[mine])
 
     def _score(self, rows: ReferenceRows, indices: Indices, missing: npt.NDArray[np.bool_]) -> None:
@@ -200,8 +201,3 @@ class Reference:
     def token_logps(self, rows: ReferenceRows, indices: Indices) -> npt.NDArray[np.float32]:
         """Log-probs of every completion token of pairs, float32 [tokens], in the order of a micro-batch."""
         return np.concatenate(self.store.lookup(rows.of(indices)))
-
-
-def _row_numbers(pairs: Indices) -> Indices:
-    """Numbers of the rows of pairs, int64 [2 * pairs], chosen and rejected in turn."""
-    return np.stack([2 * pairs, 2 * pairs + 1], axis=1).ravel()
