@@ -18,12 +18,12 @@ from dpo_scale.distributed.zero_config import read_policy_config
 from dpo_scale.errors import UserError
 from dpo_scale.inputs import Data, check_budgets, hoped_layout, prepare_data
 from dpo_scale.model.loading import load_config, resolve_folder, stored_elements
+from dpo_scale.operations.cluster import GPU_GIB, HOST_GIB, Assumptions, Cluster
 from dpo_scale.operations.findings import LaunchFile
 from dpo_scale.operations.fit import GIB
 from dpo_scale.operations.machine import launch_file, why_not_writable
 from dpo_scale.operations.plan import Plan, make_plan
 from dpo_scale.operations.plan_report import verdict
-from dpo_scale.operations.scaling import Assumptions, Cluster
 from dpo_scale.recipe import DataSource, Recipe
 from dpo_scale.reference.fingerprint import weight_files
 from dpo_scale.reference.source import check_same_tokens, reference_cache_dir
@@ -32,8 +32,6 @@ from dpo_scale.training.run_folder import compare_with_stored
 from dpo_scale.training.status import committed_step
 
 PAIRS_SHOWN = 3
-GPU_GIB, HOST_GIB = 80, 1024
-"""Of the cluster that the summary plans for."""
 
 
 def check(recipe: Recipe, rows: int | None = None, config_file: str | None = None) -> None:

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from dpo_scale.distributed.zero_config import read_policy_config
+from dpo_scale.operations.cluster import Cluster
 from dpo_scale.operations.memory import MicroBatchShape, Moment, peak, scoring_moments, training_moments
-from dpo_scale.operations.scaling import Cluster
 from dpo_scale.operations.workload import Workload
 from dpo_scale.operations.zero_memory import ZeroSettings, parameters_of, states
 from dpo_scale.shipped_files import shipped_file

@@ -15,8 +15,9 @@ from dpo_scale.console import Console
 from dpo_scale.data.planning import check_budget, layout_costs, plan_pass
 from dpo_scale.distributed.zero_config import read_policy_config, read_reference_config
 from dpo_scale.errors import UserError
+from dpo_scale.operations.cluster import Assumptions, Cluster
 from dpo_scale.operations.fit import Fit, MemoryPlan, Setting
-from dpo_scale.operations.scaling import Assumptions, Cluster, StepCost, Traffic, plan_steps, step_cost
+from dpo_scale.operations.scaling import StepCost, Traffic, plan_steps, step_cost
 from dpo_scale.operations.workload import AssumedData, Workload, read_workload
 from dpo_scale.operations.zero_memory import ZeroSettings, gathered
 from dpo_scale.recipe import Recipe
