@@ -113,6 +113,32 @@ def test_a_rank_that_moves_again_in_time_goes_on(tmp_path: Path) -> None:
     assert "CAUSE" not in output
 
 
+@pytest.mark.parametrize("meanwhile", ["nothing", "it moves", "it signs off"])
+def test_a_rank_ends_only_if_nothing_moved_while_others_gave_their_account(
+    meanwhile: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "GRACE_SECONDS", 0.01)
+    causes: list[str] = []
+    ends: list[int] = []
+
+    def say(message: str, *, cause: bool) -> None:
+        if cause:
+            causes.append(message)
+        elif meanwhile == "it moves":
+            mine.moved("step 8")
+        elif meanwhile == "it signs off":
+            mine.close()
+
+    mine = Watch(tmp_path, 0, say, end=ends.append)
+    mine.moved("step 7")
+    assert mine._moved is not None
+    mine._report_stall(*mine._moved)
+    mine.close()
+    stalled = meanwhile == "nothing"
+    assert ends == [1] * stalled
+    assert causes == ["stalled since: step 7; the stack of each rank stands above and in its log"] * stalled
+
+
 def test_no_progress_is_expected_of_a_rank_that_rests(tmp_path: Path) -> None:
     process = start(tmp_path, 0, "rests")
     time.sleep(2.0)
