@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fake_engine import on_ranks
+from fake_engine import on_ranks, snapshot_of
 
 from dpo_scale.console import Console
 from dpo_scale.data.layouts import MicroBatch
 from dpo_scale.data.planning import CostModel, Schedule, layout_costs, plan_step
 from dpo_scale.data.token_pairs import TokenPair, TokenPairs
 from dpo_scale.recipe import LossSection, Recipe
+from dpo_scale.training import loop
 from dpo_scale.training.checkpoints import RunState
 from dpo_scale.training.guards import NumericalError, explain_non_finite
 from dpo_scale.training.loop import Run
@@ -132,6 +133,21 @@ def make_run(policy: FakePolicy, dtype: str, monkeypatch: pytest.MonkeyPatch, fo
 
     monkeypatch.setattr(run, "commit", commit)
     return run, commits
+
+
+def test_no_progress_is_expected_while_a_checkpoint_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    happened: list[str] = []
+    policy: Any = FakePolicy([])
+    run: Any = make_run(policy, "float32", monkeypatch, tmp_path)[0]
+    policy.engine, run.data.model_folder = None, tmp_path
+    run.reference.commit = lambda: happened.append("reference rows")
+    run.watch.rest = lambda: happened.append("rest")
+    monkeypatch.setattr(loop.guards, "check_weights", lambda *arguments: None)
+    monkeypatch.setattr(loop.engine_state, "non_finite", lambda engine: {})
+    monkeypatch.setattr(loop.engine_state, "snapshot", lambda engine: snapshot_of({}, 0, 1))
+    monkeypatch.setattr(loop, "save", lambda *arguments, **settings: happened.append("checkpoint"))
+    Run.commit(run)
+    assert happened == ["rest", "reference rows", "checkpoint"]
 
 
 UNDISTURBED: Any = SimpleNamespace(reason=lambda needed_seconds=0.0: "")
