@@ -673,6 +673,14 @@ def test_prune_deletes_only_what_it_was_asked_to(tmp_path: Path) -> None:
     _assert_holds(ReferenceStore.open(tmp_path, kept.fingerprint), range(4))
 
 
+def test_a_store_that_no_row_was_written_to_is_as_old_as_its_folder(tmp_path: Path) -> None:
+    old, fresh = [ReferenceStore.open(tmp_path, replace(FINGERPRINT, dtype=dtype)) for dtype in "ab"]
+    for store in (old, fresh):
+        store.ensure_writable()
+    os.utime(old.folder, (time.time() - 10 * 86400,) * 2)
+    assert commands.prune_stores(tmp_path, older_than_days=9).paths == (old.folder,)
+
+
 def test_what_is_no_store_is_neither_listed_nor_pruned(tmp_path: Path) -> None:
     """A run's folder has a reference.json too, and tokenized data lie under names like a store's."""
     run, tokens = tmp_path / "llama-8b", tmp_path / ("0" * 32)
