@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import deepspeed
 import pytest
@@ -60,6 +61,20 @@ def test_the_dynamic_loss_scaler_has_every_name_that_checkpoints_keep() -> None:
     used = used_after("scaler", "engine_state.py")
     assert "cur_scale" in used, "the pattern finds nothing"
     assert used <= names_of(DynamicLossScaler)
+
+
+def test_the_dynamic_loss_scaler_goes_on_where_it_was() -> None:
+    def engine_of(scaler: DynamicLossScaler, steps: int) -> tuple[SimpleNamespace, SimpleNamespace]:
+        zero = SimpleNamespace(optimizer=SimpleNamespace(state={}), loss_scaler=scaler)
+        return SimpleNamespace(global_steps=steps, skipped_steps=steps // 2), zero
+
+    before, after = (DynamicLossScaler(2.0**16, 2.0, 1000, 1.0, 4, False) for _ in range(2))
+    before.cur_scale, before.cur_iter, before.last_overflow_iter, before.cur_hysteresis = 2.0**9, 31, 17, 3
+    assert all(vars(before)[name] != value for name, value in vars(after).items() if name.startswith("cur_"))
+    stored, restored = engine_of(before, 8), engine_of(after, 0)
+    engine_state._write_counters(*restored, engine_state._read_counters(*stored))
+    assert vars(after) == vars(before)
+    assert vars(restored[0]) == vars(stored[0])
 
 
 def test_a_sharded_parameter_has_the_names_that_release_and_checkpoints_use() -> None:
