@@ -1,10 +1,11 @@
-"""Small disks that fill up, for those who may mount one."""
+"""Small disks that fill up, for those who may mount one; and what reaches a disk in which order."""
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,33 @@ class Disk:
 
     def _remount(self, option: str) -> None:
         subprocess.run(["mount", "-o", f"remount,{option}", str(self.path)], check=True)
+
+
+def note_order(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is brought to the disk and what gets its name from now on, as `sync NAME` and `name NAME`."""
+    events: list[str] = []
+    fsync, replace, rename = os.fsync, os.replace, os.rename
+
+    def noting_fsync(descriptor: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        events.append(f"sync {_without_random_part(path.name)}{'/' * path.is_dir()}")
+        fsync(descriptor)
+
+    def noting(operation: Callable[[Path, Path], None]) -> Callable[[Path, Path], None]:
+        def call(old: Path, new: Path) -> None:
+            events.append(f"name {Path(new).name}")
+            operation(old, new)
+
+        return call
+
+    monkeypatch.setattr(os, "fsync", noting_fsync)
+    monkeypatch.setattr(os, "replace", noting(replace))
+    monkeypatch.setattr(os, "rename", noting(rename))
+    return events
+
+
+def _without_random_part(name: str) -> str:
+    return re.sub(r"\.[0-9a-f]{12,}(\.tmp)?$", "", name)
 
 
 @contextmanager

@@ -210,7 +210,6 @@ def _commit(partial: Path, target: Path, commit: Commit) -> None:
     if problems:
         raise CheckpointError(f"{problems[0]}; the run folder must be on a file system that all nodes share")
     write_json(partial / "commit.json", commit.to_json())
-    fsync_folder(partial)
     _put_in_place(partial, target)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from disks import note_order
 from fake_engine import COUNTERS, TRAJECTORY, make_parameters, on_ranks, save, snapshot_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -409,6 +410,32 @@ def test_a_kill_at_any_file_operation_leaves_the_old_or_the_new_checkpoint(
                 break
         assert not died
     assert set(steps_found) == {1, 2}
+
+
+def test_what_a_checkpoint_holds_reaches_the_disk_before_its_name_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events = note_order(monkeypatch)
+    save(tmp_path, make_parameters(SHAPES), step=7, world_size=1)
+    partial, folder = "sync .step-00000007.partial/", f"sync {tmp_path.name}/"
+
+    def small(name: str) -> list[str]:
+        return [f"sync .{name}", f"name {name}"]
+
+    rank = "rank-00000-of-00001"
+    assert events == [
+        folder,
+        f"sync {rank}.safetensors",
+        "sync buffers.safetensors",
+        *small(f"{rank}.json"),
+        partial,
+        *small("commit.json"),
+        partial,
+        "name step-00000007",
+        folder,
+        *small("latest"),
+        folder,
+    ]
 
 
 def _save_and_die(

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from disks import note_order
 
 from dpo_scale import files
 from dpo_scale.errors import UserError
@@ -83,22 +84,9 @@ def test_a_killed_write_leaves_the_old_file_and_a_leftover_that_is_found(tmp_pat
 def test_contents_reach_the_disk_before_the_name_and_the_name_before_the_return(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    events: list[str] = []
-    real_fsync, real_replace = os.fsync, os.replace
-
-    def fsync(descriptor: int) -> None:
-        name = os.readlink(f"/proc/self/fd/{descriptor}")
-        events.append("fsync folder" if Path(name).is_dir() else "fsync file")
-        real_fsync(descriptor)
-
-    def replace(old: Path, new: Path) -> None:
-        events.append("rename")
-        real_replace(old, new)
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr(os, "replace", replace)
+    events = note_order(monkeypatch)
     write_atomically(tmp_path / "value", lambda temporary: temporary.touch())
-    assert events == ["fsync file", "rename", "fsync folder"]
+    assert events == ["sync .value", "name value", f"sync {tmp_path.name}/"]
 
 
 def test_missing_parents_are_made_and_made_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

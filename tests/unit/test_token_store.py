@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from disks import note_order
 from small_tokenizers import byte_level
 from transformers import CTRLTokenizer, PreTrainedTokenizerBase
 
@@ -25,6 +26,22 @@ def data(tmp_path: Path) -> DataSection:
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return DataSection(train=[str(path)], cache_dir=str(tmp_path / "store"), workers=1)
+
+
+def test_a_store_reaches_the_disk_before_its_name_does(
+    data: DataSection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events = note_order(monkeypatch)
+    prepare_pairs(data.train, data, byte_level(), seed=0)
+    (store,) = (path.parent for path in tmp_path.rglob("report.json"))
+    columns = [f"sync {column.file}" for column in token_store._COLUMNS]
+    assert events[events.index(columns[0]) :] == [
+        *columns,
+        "sync report.json",
+        f"sync .{store.name}/",
+        f"name {store.name}",
+        f"sync {store.parent.name}/",
+    ]
 
 
 # --- the key -------------------------------------------------------------------------------------
