@@ -97,11 +97,12 @@ def choose_kernel(wanted: str, device: torch.device, dtype: torch.dtype) -> Kern
     Raises UserError where the one asked for is not there.
     """
     half_on_gpu = device.type == "cuda" and dtype != torch.float32
+    is_ampere = half_on_gpu and torch.cuda.get_device_capability(device) >= (8, 0)
     has_varlen = importlib.util.find_spec("torch.nn.attention.varlen") is not None
     has_flash = importlib.util.find_spec("flash_attn") is not None
     available: dict[str, bool] = {
-        "varlen": half_on_gpu and has_varlen and torch.cuda.get_device_capability(device) >= (8, 0),
-        "flash_attn": half_on_gpu and has_flash,
+        "varlen": is_ampere and has_varlen,
+        "flash_attn": is_ampere and has_flash,
         "flex": device.type == "cuda",
         "sdpa": True,
     }

@@ -327,3 +327,13 @@ def test_a_kernel_that_is_not_there_is_refused_with_those_that_are() -> None:
     assert choose_kernel("sdpa", CPU, torch.float32) == "sdpa"
     with pytest.raises(UserError, match=r"model\.attention: varlen does not run on cpu .* use auto or sdpa"):
         choose_kernel("varlen", CPU, torch.bfloat16)
+
+
+@pytest.mark.parametrize(("capability", "kernels"), [((7, 5), {"flex"}), ((8, 0), {"varlen", "flash_attn"})])
+def test_a_gpu_before_ampere_gets_no_kernel_that_refuses_it(
+    capability: tuple[int, int], kernels: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    for installed in ("torch.nn.attention.varlen", "flash_attn"):
+        monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name, only=installed: name == only or None)
+        assert choose_kernel("auto", torch.device("cuda"), torch.float16) in kernels
