@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -107,6 +108,7 @@ class PolicyEngine:
         mark_leaves(model)
         self.engine, _ = accelerator.prepare(model, optimizer)
         self._world_size = accelerator.num_processes
+        self._take_scaler(self.engine.optimizer.loss_scaler)
         self._check_what_arrived(recipe)
 
     def _check_what_arrived(self, recipe: Recipe) -> None:
@@ -173,6 +175,15 @@ class PolicyEngine:
         self.engine.step()
         applied: bool = self.engine.was_step_applied()
         return applied
+
+    def _take_scaler(self, scaler: Any) -> None:
+        """Ask this of DeepSpeed's scalers for the loss scale, and let it not end the process at the lowest."""
+        self._scaler = scaler
+        scaler.raise_error_at_min_scale = False  # who repeats the step says which one it was, and why
+
+    def loss_scales_left(self) -> int:
+        """How many loss scales a step may try, down from the present one; 1 in a precision that needs none."""
+        return 1 + int(math.log2(self._scaler.cur_scale / self._scaler.min_scale)) if self._scaler.dynamic else 1
 
     def grad_norm(self) -> float:
         """Global gradient norm of the last step, before clipping."""

@@ -182,10 +182,11 @@ def read_reference_config(path: Path) -> Config:
 
 
 def _precision(recipe: Recipe) -> Config:
-    # auto_cast would round every float input of a forward to half precision
+    # auto_cast would round every float input of a forward to half precision. A step that overflows is done again, at
+    # once with a lower loss scale: hysteresis would have it overflow once more.
     return {
         "bf16": {"enabled": recipe.model.dtype == "bfloat16"},
-        "fp16": {"enabled": recipe.model.dtype == "float16", "auto_cast": False},
+        "fp16": {"enabled": recipe.model.dtype == "float16", "auto_cast": False, "hysteresis": 1},
     }
 
 

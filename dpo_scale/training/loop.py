@@ -53,8 +53,6 @@ from dpo_scale.training.trackers import new_run_ids, start_trackers
 from dpo_scale.watch import Watch
 
 STEPS_PREPARED_AHEAD = 2
-MOST_OVERFLOWS_A_STEP = 40
-"""fp16 halves its loss scale at each overflow; 2**40 below the first scale nothing is left to try."""
 
 
 def train(
@@ -275,7 +273,7 @@ class Run:
         """One optimizer step that was applied; fp16 repeats it with a lower scale until it is."""
         if self.recipe.reference.schedule == "per_batch":
             self.reference.ensure(self.reference.train_rows, self.schedule.pairs_of(plan.step))
-        for _ in range(MOST_OVERFLOWS_A_STEP):
+        for _ in range(self.policy.loss_scales_left()):
             sums = MetricSums(self.ranks.device)
             output = run_step(
                 self.policy,

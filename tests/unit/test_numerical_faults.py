@@ -75,6 +75,9 @@ class FakePolicy:
         self._tokens = 0
         return next(self._applied)
 
+    def loss_scales_left(self) -> int:
+        return 17
+
     def grad_norm(self) -> float:
         return 1.0
 
@@ -146,7 +149,7 @@ def test_no_progress_is_expected_while_a_checkpoint_is_written(monkeypatch: pyte
     monkeypatch.setattr(loop.engine_state, "non_finite", lambda engine: {})
     monkeypatch.setattr(loop.engine_state, "snapshot", lambda engine: snapshot_of({}, 0, 1))
     monkeypatch.setattr(loop, "save", lambda *arguments, **settings: happened.append("checkpoint"))
-    Run.commit(run)
+    Run.commit(run, StatusFile(None, "train"))
     assert happened == ["rest", "reference rows", "checkpoint"]
 
 
@@ -192,6 +195,7 @@ def test_float16_that_overflows_at_every_scale_stops_the_run(monkeypatch: pytest
     with pytest.raises(NumericalError, match="step 2: the gradient overflows float16 at every loss scale"):
         run.train(UNDISTURBED, StatusFile(None, "train"))
     assert (run.state.step, commits) == (1, [])
+    assert len(policy.asked) == 1 + policy.loss_scales_left()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

@@ -9,19 +9,22 @@ import inspect
 import re
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import deepspeed
 import pytest
 import torch.distributed
 from deepspeed.comm.torch import TorchBackend
 from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+from deepspeed.runtime.fp16 import loss_scaler
+from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler, DynamicLossScaler
+from deepspeed.runtime.precision_config import get_float16_config
 from deepspeed.runtime.zero import parameter_offload, partition_parameters, stage3
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
 import dpo_scale
-from dpo_scale.distributed import engine_state
-from dpo_scale.distributed.engines import _clear_cache
+from dpo_scale.distributed import engine_state, zero_config
+from dpo_scale.distributed.engines import PolicyEngine, _clear_cache
 
 ZERO3 = stage3.DeepSpeedZeroOptimizer_Stage3
 SOURCES = Path(dpo_scale.__file__).parent / "distributed"
@@ -75,6 +78,23 @@ def test_the_dynamic_loss_scaler_goes_on_where_it_was() -> None:
     engine_state._write_counters(*restored, engine_state._read_counters(*stored))
     assert vars(after) == vars(before)
     assert vars(restored[0]) == vars(stored[0])
+
+
+def test_a_step_meets_every_loss_scale_before_the_scaler_could_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the settings of the engine; DeepSpeed's own end at the lowest scale would be a bare exception."""
+    recipe: Any = SimpleNamespace(model=SimpleNamespace(dtype="float16"))
+    settings = get_float16_config(zero_config._precision(recipe)).dynamic_loss_scale_args()
+    scaler = CreateLossScaler(torch.half, 0, True, settings)
+    monkeypatch.setattr(loss_scaler.dist, "get_rank", lambda: 1)
+    policy = PolicyEngine.__new__(PolicyEngine)
+    policy._take_scaler(scaler)
+    scales = []
+    for _ in range(policy.loss_scales_left()):
+        scales.append(scaler.cur_scale)
+        scaler.update_scale(overflow=True)
+    assert scales == [2.0**power for power in range(16, -1, -1)]
+    policy._take_scaler(CreateLossScaler(torch.bfloat16, 0, False, None))
+    assert policy.loss_scales_left() == 1
 
 
 def test_a_sharded_parameter_has_the_names_that_release_and_checkpoints_use() -> None:

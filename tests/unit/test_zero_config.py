@@ -106,7 +106,7 @@ def test_the_recipes_numbers_arrive(dtype: str, bf16: bool, fp16: bool) -> None:
     before = copy.deepcopy(BASE)
     config = policy_config(BASE, _recipe(dtype=dtype))
     assert config["bf16"] == {"enabled": bf16}
-    assert config["fp16"] == {"enabled": fp16, "auto_cast": False}
+    assert config["fp16"] == {"enabled": fp16, "auto_cast": False, "hysteresis": 1}
     assert config["gradient_clipping"] == 0.25
     assert config["train_micro_batch_size_per_gpu"] == config["gradient_accumulation_steps"] == 1
     assert config["data_types"] == {"grad_accum_dtype": "fp32"}
