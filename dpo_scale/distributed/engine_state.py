@@ -14,6 +14,7 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
+from packaging.version import Version
 
 from dpo_scale.distributed.parameter_slices import (
     EngineCounters,
@@ -135,10 +136,11 @@ def _zero3(engine: Any) -> Any:
     if type(zero).__name__ != "DeepSpeedZeroOptimizer_Stage3" or missing:
         raise UserError(
             f"deepspeed {installed}, {type(zero).__name__}: not the ZeRO-3 optimizer of 0.19 "
-            f"(lacks {missing}); use zero_optimization.stage 3 and deepspeed 0.19.x"
+            f"(lacks {missing}); use zero_optimization.stage 3 and deepspeed 0.19"
         )
-    if not installed.startswith("0.19."):
-        raise UserError(f"deepspeed {installed}: checkpoints are verified with 0.19.x; install that")
+    release = Version(installed).release
+    if release[:2] != (0, 19) or release < (0, 19, 8):  # an older one applies gradients that are not numbers
+        raise UserError(f"deepspeed {installed}: this is verified with 0.19 from 0.19.8 on; install that")
     if zero.master_weights_and_grads_dtype != torch.float32:
         raise UserError(
             f"master weights are {zero.master_weights_and_grads_dtype}, and checkpoints need fp32: "

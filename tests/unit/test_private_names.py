@@ -25,6 +25,7 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedPara
 import dpo_scale
 from dpo_scale.distributed import engine_state, zero_config
 from dpo_scale.distributed.engines import PolicyEngine, _clear_cache
+from dpo_scale.errors import UserError
 
 ZERO3 = stage3.DeepSpeedZeroOptimizer_Stage3
 SOURCES = Path(dpo_scale.__file__).parent / "distributed"
@@ -58,6 +59,16 @@ def test_the_engine_has_every_name_that_the_code_reads(file: str) -> None:
     used = used_after("engine", file)
     assert "module" in used, "the pattern finds nothing"
     assert used <= names_of(DeepSpeedEngine)
+
+
+@pytest.mark.parametrize("installed", ["0.18.9", "0.19.7", "0.20.0", "1.0"])
+def test_a_deepspeed_that_is_not_verified_is_refused(installed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until 0.19.7 a gradient that is no number has a finite norm, and is applied."""
+    zero = ZERO3.__new__(ZERO3)
+    vars(zero).update(dict.fromkeys(engine_state._PRIVATE_NAMES))
+    monkeypatch.setattr(engine_state, "version", lambda package: installed)
+    with pytest.raises(UserError, match=rf"deepspeed {installed}: .* from 0\.19\.8 on"):
+        engine_state._zero3(SimpleNamespace(optimizer=zero))
 
 
 def test_the_dynamic_loss_scaler_has_every_name_that_checkpoints_keep() -> None:
