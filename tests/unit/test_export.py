@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from disks import note_order
 from fake_engine import TRAJECTORY, make_parameters, save
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -85,6 +86,14 @@ def logits(model: Any) -> torch.Tensor:
     tokens = torch.randint(61, (2, 9), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         return model(tokens).logits
+
+
+def test_an_export_reaches_the_disk_before_its_name_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events = note_order(monkeypatch)
+    exported(llama(), tmp_path)
+    named = events.index("name model")
+    assert "sync model.safetensors" in events[:named]
+    assert events[named - 1 :] == ["sync .model.partial/", "name model", f"sync {tmp_path.name}/"]
 
 
 # --- weights

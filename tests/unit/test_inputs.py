@@ -14,6 +14,7 @@ from fake_engine import ThreadRanks, on_ranks
 from launching import make_model, make_pairs
 from transformers import AutoTokenizer
 
+from dpo_scale import inputs
 from dpo_scale.console import Console
 from dpo_scale.data.token_pairs import TokenPair, TokenPairs
 from dpo_scale.distributed.lockstep import OneProcess
@@ -44,6 +45,20 @@ def prepare(recipe: Recipe) -> tuple[Data, str]:
 def change_config(recipe: Recipe, **settings: Any) -> None:
     file = Path(recipe.model.path) / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
+
+
+def test_the_policy_is_asked_for_in_its_revision(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, str | None]] = []
+
+    def resolve(path: str, revision: str | None, *, weights: bool) -> Path:
+        seen.append((path, revision))
+        raise UserError("seen")
+
+    monkeypatch.setattr(inputs, "resolve_folder", resolve)
+    model = recipe.model.model_copy(update={"path": "someone/policy", "revision": "v2"})
+    with pytest.raises(UserError, match="seen"):
+        prepare(recipe.model_copy(update={"model": model}))
+    assert seen == [("someone/policy", "v2")]
 
 
 @pytest.mark.parametrize("held_out", [False, True])

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from disks import note_order
 from torch import Tensor
 
 from dpo_scale.console import Console
@@ -177,6 +178,14 @@ def test_damaged_lines_are_told(tmp_path: Path) -> None:
         path.write_text(text)
         Records(OneProcess(), Console(stream), MetricsFile(path), lambda values, step: None)  # type: ignore[arg-type]
     assert stream.getvalue() == "metrics.jsonl: lines that could not be read and are left out: 2\n"
+
+
+def test_lines_reach_the_disk_before_a_checkpoint_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    file.write({"step": 1})
+    events = note_order(monkeypatch)
+    file.settle()
+    assert events == ["sync metrics.jsonl"]
 
 
 def test_the_end_of_an_attempt_notes_the_counters_of_its_state(tmp_path: Path) -> None:
