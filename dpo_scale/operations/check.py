@@ -18,9 +18,8 @@ from dpo_scale.distributed.zero_config import read_policy_config
 from dpo_scale.errors import UserError
 from dpo_scale.inputs import Data, check_budgets, hoped_layout, prepare_data
 from dpo_scale.model.loading import load_config, resolve_folder, stored_elements
-from dpo_scale.operations.cluster import GPU_GIB, HOST_GIB, Assumptions, Cluster
+from dpo_scale.operations.cluster import GIB, GPU_GIB, HOST_GIB, Assumptions, Cluster
 from dpo_scale.operations.findings import LaunchFile
-from dpo_scale.operations.fit import GIB
 from dpo_scale.operations.machine import launch_file, why_not_writable
 from dpo_scale.operations.plan import Plan, make_plan
 from dpo_scale.operations.plan_report import verdict

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+GIB = 2**30
 GPU_GIB, HOST_GIB = 80, 1024
 """Memory of a GPU and of a node where nobody says."""
 

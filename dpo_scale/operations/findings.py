@@ -11,11 +11,11 @@ from packaging.specifiers import SpecifierSet
 
 from dpo_scale.console import counted
 from dpo_scale.distributed.ops import ASYNC_IO, CompiledOp
+from dpo_scale.operations.cluster import GIB
 
 Severity = Literal["ok", "warning", "error"]
 
 PYTHONS = ((3, 10), (3, 13))
-GIB = 2**30
 SMALLEST_SHARED_MEMORY = 1 * GIB
 """NCCL and DeepSpeed's CPU collectives exchange data through /dev/shm; containers often give it 64 MiB."""
 LEAST_FREE_BYTES, FEW_FREE_BYTES = 1 * GIB, 20 * GIB

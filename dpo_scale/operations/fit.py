@@ -6,13 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from dpo_scale.distributed.zero_config import read_policy_config
-from dpo_scale.operations.cluster import Cluster
+from dpo_scale.operations.cluster import GIB, Cluster
 from dpo_scale.operations.memory import MicroBatchShape, Moment, peak, scoring_moments, training_moments
 from dpo_scale.operations.workload import Workload
 from dpo_scale.operations.zero_memory import ZeroSettings, parameters_of, states
 from dpo_scale.shipped_files import shipped_file
 
-GIB = 2**30
 RESERVED = int(2.5 * GIB)
 """Of each GPU, for the CUDA context, NCCL's buffers and kernels."""
 FRAGMENTATION = 0.05

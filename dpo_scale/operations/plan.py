@@ -179,16 +179,12 @@ def _nodes_needed(memory: MemoryPlan, setting: Setting, cluster: Cluster) -> int
     return None
 
 
-def _traffic(workload: Workload, setting: Setting) -> Traffic:
-    whole = gathered(workload.meta.units, setting.zero, recompute=setting.checkpointing)
-    return Traffic(workload.meta.num_parameters, workload.dtype_bytes, whole, setting.zero)
-
-
 def _step(workload: Workload, setting: Setting, cluster: Cluster, given: Assumptions, most: int) -> StepCost:
     plans = plan_steps(
         workload.costs, workload.schedule, ranks=cluster.ranks, rank_tokens=setting.rank_tokens, most=most
     )
-    traffic = _traffic(workload, setting)
+    whole = gathered(workload.meta.units, setting.zero, recompute=setting.checkpointing)
+    traffic = Traffic(workload.meta.num_parameters, workload.dtype_bytes, whole, setting.zero)
     return step_cost(plans, workload.costs, workload.macs, traffic, cluster, given, checkpointing=setting.checkpointing)
 
 

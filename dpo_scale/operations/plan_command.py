@@ -6,8 +6,7 @@ import argparse
 
 from dpo_scale.console import Console
 from dpo_scale.errors import UserError
-from dpo_scale.operations.cluster import Assumptions, Cluster
-from dpo_scale.operations.fit import GIB
+from dpo_scale.operations.cluster import GIB, Assumptions, Cluster
 from dpo_scale.operations.plan import make_plan
 from dpo_scale.operations.plan_report import render
 from dpo_scale.operations.workload import AssumedData

@@ -10,7 +10,8 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from dpo_scale.console import counted
-from dpo_scale.operations.fit import GIB, Fit, Setting
+from dpo_scale.operations.cluster import GIB
+from dpo_scale.operations.fit import Fit, Setting
 from dpo_scale.operations.memory import Moment
 from dpo_scale.operations.plan import STEPS_LOOKED_AT, Plan
 from dpo_scale.operations.scaling import StepCost

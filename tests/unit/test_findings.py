@@ -11,9 +11,9 @@ from rich.console import Console
 
 from dpo_scale.distributed.ops import ASYNC_IO, CompiledOp, needed_ops
 from dpo_scale.operations import doctor
+from dpo_scale.operations.cluster import GIB
 from dpo_scale.operations.doctor import show
 from dpo_scale.operations.findings import (
-    GIB,
     Facts,
     Finding,
     Folder,

@@ -14,7 +14,7 @@ from dpo_scale.cli import main
 from dpo_scale.console import Console
 from dpo_scale.data.planning import layout_costs, plan_step
 from dpo_scale.errors import UserError
-from dpo_scale.operations.cluster import Assumptions, Cluster
+from dpo_scale.operations.cluster import GIB, Assumptions, Cluster
 from dpo_scale.operations.fit import Setting
 from dpo_scale.operations.plan import STEPS_LOOKED_AT_A_SCALE, Plan, make_plan, policy_zero
 from dpo_scale.operations.plan_report import render, verdict
@@ -23,7 +23,6 @@ from dpo_scale.operations.workload import AssumedData
 from dpo_scale.recipe import load_recipe
 
 ROOT = Path(__file__).parents[2]
-GIB = 2**30
 ASSUMED = AssumedData(2560, 200, 330)
 
 
