@@ -302,6 +302,7 @@ def _export(options: argparse.Namespace) -> int:
     from dpo_scale.training.checkpoints import named_checkpoint, open_checkpoint
     from dpo_scale.training.export import export_checkpoint
     from dpo_scale.training.provenance import model_folder
+    from dpo_scale.training.run_folder import refuse_another_start
 
     checkpoint = named_checkpoint(options.checkpoint)
     stored = checkpoint.resolve().parent.parent / "recipe.yaml"
@@ -318,6 +319,7 @@ def _export(options: argparse.Namespace) -> int:
             f"{source}: the model that training started from is not there, and an export takes its configuration and "
             "tokenizer; name a copy with --model FOLDER"
         )
+    refuse_another_start(stored.parent, commit.trajectory, source)
     with model_folder(recipe, source, commit.trajectory_digest) as folder:
         export_checkpoint(checkpoint, options.out, folder, dtype=dtype)
     print(f"exported {checkpoint} to {options.out}")

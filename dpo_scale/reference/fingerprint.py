@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -116,20 +116,23 @@ def fingerprint_model(
     """
     expected = {path.name for path in weight_files(folder)}
     assert set(weight_digests) == expected, f"digests for {set(weight_digests)}, files {expected}"
-    config = _read_json(folder / "config.json")
     code = {}
-    if trust_remote_code and "auto_map" in config:
+    if trust_remote_code and "auto_map" in _read_json(folder / "config.json"):
         code = {path.name: sha256_of_file(path) for path in sorted(folder.glob("*.py"))}
-    else:
-        config.pop("auto_map", None)  # nobody follows it
     return ReferenceFingerprint(
         scoring_version=SCORING_VERSION,
         dtype=dtype.removeprefix("torch."),
         weights=dict(sorted(weight_digests.items())),
-        config=_without_irrelevant_keys(config),
+        config=_settings(folder, has_code=bool(code)),
         code=code,
         source=_source_name(folder),
     )
+
+
+def explain_settings(folder: Path, reference: ReferenceFingerprint) -> list[str]:
+    """What a model's config.json says otherwise than that of the reference did, a line each."""
+    settings = _settings(folder, has_code=bool(reference.code))
+    return explain_difference(replace(reference, config=settings), reference)
 
 
 def settings_digest(folder: Path) -> str:
@@ -222,6 +225,14 @@ def _without_irrelevant_keys(config: Any) -> Any:
     if not isinstance(config, dict):
         return config
     return {key: _without_irrelevant_keys(value) for key, value in config.items() if key not in _IRRELEVANT_CONFIG_KEYS}
+
+
+def _settings(folder: Path, *, has_code: bool) -> dict[str, Any]:
+    """The settings in a model's config.json that shape the forward pass."""
+    config = _read_json(folder / "config.json")
+    if not has_code:
+        config.pop("auto_map", None)  # nobody follows it
+    return dict(_without_irrelevant_keys(config))
 
 
 def _source_name(folder: Path) -> str:

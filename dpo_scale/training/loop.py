@@ -73,13 +73,13 @@ def train(
     reached, reference = "before training", None
     try:
         data = unless_stopped(partial(prepare_data, recipe, ranks, console), interruption, ranks)
-        if folder is not None:
-            write_json(folder.path / "data_report.json", data.report)
-            folder.write_environment(ranks.world_size, str(ranks.device))
         reference = Reference(recipe, runtime, data, console, between_batches)
         trajectory = _trajectory(recipe, data, reference, ranks)
         check_budgets(recipe, data, hoped_layout(recipe))
         by_main(ranks, lambda: folder.claim(reference.fingerprint, trajectory) if folder else None)
+        if folder is not None:
+            write_json(folder.path / "data_report.json", data.report)
+            folder.write_environment(ranks.world_size, str(ranks.device))
         if recipe.reference.schedule == "upfront":
             status.enter("scoring")
             reference.score_all(reference.train_rows, reference.evaluate_rows)
@@ -123,6 +123,8 @@ def evaluate_only(recipe: Recipe, runtime: Runtime, console: Console, folder: Ru
     check_budgets(recipe, data, hoped_layout(recipe))
     reference.score_all(reference.evaluate_rows)
     run = _start(recipe, runtime, console, data, reference, trajectory, folder, watch, between_batches)
+    if folder is not None:
+        folder.note_recipe()
     if not run.state.step:
         console.say(f"Of no checkpoint of this run, but of {recipe.model.path}:")
     run.evaluate()

@@ -23,7 +23,13 @@ import yaml
 from dpo_scale.errors import RecipeError, UserError
 from dpo_scale.files import make_folder, write_json, write_whole
 from dpo_scale.recipe import Recipe, dump_recipe
-from dpo_scale.reference.fingerprint import ReferenceFingerprint, explain_difference, read_fingerprint
+from dpo_scale.reference.fingerprint import (
+    ReferenceFingerprint,
+    explain_difference,
+    explain_settings,
+    read_fingerprint,
+    settings_digest,
+)
 from dpo_scale.training import locks
 from dpo_scale.training.status import committed_step, last_known_commit, read_status
 
@@ -63,6 +69,10 @@ Files may move: what they hold is in the trajectory, not where they lie.
 """
 
 
+REFERENCE, POLICY_SETTINGS = "files of the reference", "config.json of the policy"
+"""Names in a trajectory, beside those of settings."""
+
+
 def trajectory_of(
     recipe: Recipe, train_digest: str, reference_key: str, policy_settings: str | None = None
 ) -> dict[str, Any]:
@@ -71,8 +81,24 @@ def trajectory_of(
     `policy_settings` is the digest of the policy's config.json where the reference is another model.
     """
     values = what_matters(flatten(recipe))
-    values |= {"tokens of the training pairs": train_digest, "files of the reference": reference_key}
-    return values if policy_settings is None else {**values, "config.json of the policy": policy_settings}
+    values |= {"tokens of the training pairs": train_digest, REFERENCE: reference_key}
+    return values if policy_settings is None else {**values, POLICY_SETTINGS: policy_settings}
+
+
+def refuse_another_start(run: Path, trajectory: Mapping[str, Any], folder: Path) -> None:
+    """Raise UserError if the config.json of a model folder is not the one that a run's trajectory began with."""
+    differing = []
+    if POLICY_SETTINGS in trajectory:
+        if trajectory[POLICY_SETTINGS] != settings_digest(folder):
+            differing = ["config.json is another"]
+    elif (reference := read_fingerprint(run)) is not None and reference.key == trajectory.get(REFERENCE):
+        differing = [line.replace("store", "the run") for line in explain_settings(folder, reference)]
+    if differing:
+        raise UserError(
+            f"{folder}: not the model that {run} started from\n"
+            + "\n".join(f"  {line}" for line in differing)
+            + "\nrestore it, or name a copy of that model with --model FOLDER"
+        )
 
 
 def what_matters(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -248,7 +274,9 @@ class RunFolder:
         self._lock = take_lock(self.path / ".lock")
         self.harmless_changes = _set_aside_unreadable(self.path) + compare_with_stored(recipe)
         _make_writable(self.checkpoints)
-        write_whole(self.path / "recipe.yaml", dump_recipe(recipe))
+        self._recipe = dump_recipe(recipe)
+        if last_known_commit(self.path) is None or not (self.path / "recipe.yaml").exists():
+            self.note_recipe()
 
     def claim(self, reference: ReferenceFingerprint, trajectory: Mapping[str, Any]) -> None:
         """See that the folder is free for what is to be trained, before anything is computed for it.
@@ -266,6 +294,14 @@ class RunFolder:
             if newest is not None:
                 refuse_another_run(newest, trajectory)
         check_replaceable(self.path / "model", digest_of(trajectory))
+        self.note_recipe()
+
+    def note_recipe(self) -> None:
+        """Write `recipe.yaml`, by which exports, reports and the next start go.
+
+        Over that of a run which has committed a step only once nothing is refused any more.
+        """
+        write_whole(self.path / "recipe.yaml", self._recipe)
 
     def _newest_checkpoint(self) -> Checkpoint | None:
         """By its commit record alone: whether its contents are whole is looked at when it is read."""

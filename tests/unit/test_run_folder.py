@@ -11,23 +11,26 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dpo_scale.distributed.parameter_slices import EngineCounters
 from dpo_scale.errors import RecipeError, UserError
 from dpo_scale.files import write_json
 from dpo_scale.recipe import Recipe, load_recipe
 from dpo_scale.reference.fingerprint import ReferenceFingerprint, read_fingerprint, settings_digest
 from dpo_scale.training import locks, run_folder
-from dpo_scale.training.checkpoints import digest_of
+from dpo_scale.training.checkpoints import Commit, RunState, digest_of
 from dpo_scale.training.run_folder import (
     RunFolder,
     changed_settings,
     compare_with_stored,
     differences,
     flatten,
+    refuse_another_start,
     trajectory_of,
     what_matters,
 )
@@ -57,6 +60,13 @@ def commit(folder: RunFolder, step: int = 4) -> Path:
     path = folder.checkpoints / f"step-{step:08d}"
     write_json(path / "commit.json", {})
     return path
+
+
+def commit_of(folder: RunFolder, trajectory: dict[str, Any]) -> None:
+    """A commit record that can be read."""
+    run, counters = RunState(step=4), EngineCounters(4, 4, 0, None)
+    record = Commit(run, 1, trajectory, "base", "LlamaForCausalLM", "float32", {}, counters, ())
+    write_json(folder.checkpoints / "step-00000004" / "commit.json", record.to_json())
 
 
 HOLDER = """
@@ -204,7 +214,48 @@ def test_harmless_changes_are_taken_and_told(tmp_path: Path) -> None:
         "batch.rank_tokens: was 16384, is 64",
         "checkpoint.keep_last: was 2, is 9",
     ]
+    shutil.rmtree(second.checkpoints / "step-00000004")
+    commit_of(second, {})
+    second.claim(_reference(), {})
     assert load_recipe(tmp_path / "recipe.yaml").batch.rank_tokens == 64
+
+
+def test_a_start_that_is_refused_late_leaves_the_recipe_of_the_run(tmp_path: Path) -> None:
+    """An export would take its tokenizer from there."""
+    first = RunFolder(_recipe(tmp_path))
+    commit_of(first, {"tokens of the training pairs": "a"})
+    first._lock.close()
+    before = (tmp_path / "recipe.yaml").read_bytes()
+    second = RunFolder(_recipe(tmp_path, model__tokenizer="another"))
+    assert second.harmless_changes == ["model.tokenizer: was None, is 'another'"]
+    with pytest.raises(UserError, match="the checkpoint of another run"):
+        second.claim(_reference(), {"tokens of the training pairs": "b"})
+    assert (tmp_path / "recipe.yaml").read_bytes() == before
+    second.claim(_reference(), {"tokens of the training pairs": "a"})
+    assert load_recipe(tmp_path / "recipe.yaml").model.tokenizer == "another"
+
+
+def test_an_export_takes_the_settings_of_the_model_that_training_started_from_or_none(tmp_path: Path) -> None:
+    start = {"rms_norm_eps": 1e-6, "vocab_size": 380, "architectures": ["LlamaForCausalLM"]}
+    reference = replace(_reference(), config={"rms_norm_eps": 1e-6, "vocab_size": 380})
+    write_json(tmp_path / "reference.json", reference.to_json())
+    of_start = {"files of the reference": reference.key}
+    write_json(tmp_path / "base" / "config.json", {**start, "auto_map": {}, "use_cache": False})
+    refuse_another_start(tmp_path, of_start, tmp_path / "base")
+    apart = {**of_start, "config.json of the policy": settings_digest(tmp_path / "base")}
+    refuse_another_start(tmp_path, apart, tmp_path / "base")
+    write_json(tmp_path / "base" / "config.json", {**start, "rms_norm_eps": 1e-3})
+    with pytest.raises(UserError) as caught:
+        refuse_another_start(tmp_path, of_start, tmp_path / "base")
+    assert str(caught.value).splitlines() == [
+        f"{tmp_path / 'base'}: not the model that {tmp_path} started from",
+        "  config.json rms_norm_eps 0.001, the run has 1e-06",
+        "restore it, or name a copy of that model with --model FOLDER",
+    ]
+    with pytest.raises(UserError, match=r"config\.json is another"):
+        refuse_another_start(tmp_path, apart, tmp_path / "base")
+    (tmp_path / "reference.json").unlink()  # nothing to compare with is no reason to keep a model from its owner
+    refuse_another_start(tmp_path, of_start, tmp_path / "base")
 
 
 TRAJECTORY = {
