@@ -74,6 +74,8 @@ class RunState:
     tracker_run_ids: Mapping[str, str] = field(default_factory=dict)
     best: Mapping[str, float] = field(default_factory=dict)
     """Metric name -> its best value so far."""
+    held_out: str = ""
+    """Digest of the held-out pairs that `best` is of; empty where it was not noted."""
 
 
 @dataclass(frozen=True, slots=True)

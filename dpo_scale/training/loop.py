@@ -346,8 +346,9 @@ class Run:
             between_batches=self.between_batches,
         )
         guards.check_held_out(self.state.step, metrics["eval/loss"])
-        best = best_of(self.state.best, metrics)
-        self.state = replace(self.state, best=best)
+        digest, state = self.data.evaluate.digest(), self.state
+        best = best_of(state.best if state.held_out in ("", digest) else {}, metrics)  # of other pairs: begun anew
+        self.state = replace(state, best=best, held_out=digest)
         self.records.write(self.state.step, {**metrics, **{f"best/{name}": value for name, value in best.items()}})
         self.console.say(f"step {self.state.step:>5}  {describe(metrics)}")
         self.records.pause(time.monotonic() - started)

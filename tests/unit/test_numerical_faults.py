@@ -6,7 +6,9 @@ The engine is a fake, because CPUs of today do not train in float16.
 from __future__ import annotations
 
 import io
+from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -151,6 +153,24 @@ def test_no_progress_is_expected_while_a_checkpoint_is_written(monkeypatch: pyte
     monkeypatch.setattr(loop, "save", lambda *arguments, **settings: happened.append("checkpoint"))
     Run.commit(run, StatusFile(None, "train"))
     assert happened == ["rest", "reference rows", "checkpoint"]
+
+
+def test_the_best_values_are_of_one_set_of_held_out_pairs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    run = make_run(FakePolicy([]), "float32", monkeypatch, tmp_path)[0]
+    held_out: Any = run.data
+
+    def best_after(loss: float, pairs: TokenPairs) -> float:
+        metrics = dict.fromkeys(loop.best_of({}, defaultdict(float)), loss) | {"eval/loss": loss}
+        monkeypatch.setattr(loop, "evaluate", lambda *arguments, **settings: metrics)
+        monkeypatch.setattr(loop, "describe", lambda metrics: "")
+        held_out.evaluate = pairs
+        run.evaluate()
+        return run.state.best["eval/loss"]
+
+    assert [best_after(loss, make_pairs(2)) for loss in (0.3, 0.5)] == [0.3, 0.3]
+    assert [best_after(loss, make_pairs(3)) for loss in (0.6, 0.4)] == [0.6, 0.4]
+    run.state = replace(run.state, held_out="")  # of a checkpoint that did not note it
+    assert best_after(0.5, make_pairs(3)) == 0.4
 
 
 UNDISTURBED: Any = SimpleNamespace(reason=lambda needed_seconds=0.0: "")
