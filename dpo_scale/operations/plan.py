@@ -24,7 +24,8 @@ from dpo_scale.recipe import Recipe
 from dpo_scale.shipped_files import shipped_file
 
 STEPS_LOOKED_AT = 32
-STEPS_LOOKED_AT_A_SCALE = 4
+PAIRS_LOOKED_AT_A_SCALE = 2**14
+"""In each line of the table of scaling, where large steps vary little and take long to lay out: four of 4,096 pairs."""
 SCALES = tuple(8 * 2**n for n in range(10))
 """Numbers of GPUs in the table of scaling: 8 to 4,096."""
 MOST_NODES = 512
@@ -188,11 +189,17 @@ def _step(workload: Workload, setting: Setting, cluster: Cluster, given: Assumpt
     return step_cost(plans, workload.costs, workload.macs, traffic, cluster, given, checkpointing=setting.checkpointing)
 
 
+def steps_looked_at_a_scale(global_pairs: int) -> int:
+    """How many steps a line of the table of scaling is a mean of, at most."""
+    return min(STEPS_LOOKED_AT, max(4, PAIRS_LOOKED_AT_A_SCALE // global_pairs))
+
+
 def _scale(memory: MemoryPlan, setting: Setting, cluster: Cluster, given: Assumptions, gpus: int) -> Scale:
     per_node = min(gpus, cluster.gpus_per_node)
     there = replace(cluster, nodes=-(-gpus // per_node), gpus_per_node=per_node)
     fit = memory.fit(setting, there)
-    step = _step(memory.workload, setting, there, given, STEPS_LOOKED_AT_A_SCALE)
+    most = steps_looked_at_a_scale(memory.workload.schedule.global_pairs)
+    step = _step(memory.workload, setting, there, given, most)
     return Scale(there, max(fit.gpu.total, fit.scoring.total), fit.fits, step)
 
 

@@ -14,7 +14,7 @@ from dpo_scale.operations.cluster import GIB
 from dpo_scale.operations.fit import Fit, Setting
 from dpo_scale.operations.memory import Moment
 from dpo_scale.operations.plan import STEPS_LOOKED_AT, Plan
-from dpo_scale.operations.scaling import StepCost
+from dpo_scale.operations.scaling import StepCost, sample_steps
 from dpo_scale.operations.zero_memory import states
 
 CHECKPOINT_BYTES = 12
@@ -94,7 +94,7 @@ def _run_table(plan: Plan) -> Table:
     epochs = f"{schedule.num_steps / schedule.steps_per_epoch:.3g}"  # the last step of an epoch may be smaller
     epochs += " epoch" if epochs == "1" else " epochs"
     table.add_row("steps", f"{schedule.num_steps:,} of {counted(schedule.global_pairs, 'pair')}, {epochs}")
-    looked = min(STEPS_LOOKED_AT, schedule.num_steps)
+    looked = len(sample_steps(schedule, STEPS_LOOKED_AT))
     table.add_row(
         "micro-batches a step",
         f"{step.micro_batches:.1f} on each of {counted(step.ranks, 'rank')}, {step.rank_tokens:,.0f} of "

@@ -34,9 +34,15 @@ class StepCost:
 
 
 def sample_steps(schedule: Schedule, most: int) -> list[int]:
-    """Steps spread evenly over the run, all of them if there are no more than `most`."""
-    count = min(schedule.num_steps, most)
-    return sorted({int(step) for step in np.linspace(0, schedule.num_steps - 1, count)})
+    """Full steps spread evenly over the run, all of them if there are no more than `most`.
+
+    The smaller last step of an epoch would weigh as much as hundreds of others; it counts where all are such steps.
+    """
+    epochs, rest = divmod(schedule.num_steps, schedule.steps_per_epoch)
+    of_an_epoch = max(1, schedule.num_pairs // schedule.global_pairs)
+    full = epochs * of_an_epoch + min(rest, of_an_epoch)
+    sampled = np.linspace(0, full - 1, min(full, most)).astype(np.int64)
+    return [int(n // of_an_epoch * schedule.steps_per_epoch + n % of_an_epoch) for n in sampled]
 
 
 def plan_steps(costs: Costs, schedule: Schedule, *, ranks: int, rank_tokens: int, most: int) -> list[StepPlan]:

@@ -12,11 +12,11 @@ from transformers import LlamaConfig
 
 from dpo_scale.cli import main
 from dpo_scale.console import Console
-from dpo_scale.data.planning import layout_costs, plan_step
+from dpo_scale.data.planning import Schedule, layout_costs, plan_step
 from dpo_scale.errors import UserError
 from dpo_scale.operations.cluster import GIB, Assumptions, Cluster
 from dpo_scale.operations.fit import Setting
-from dpo_scale.operations.plan import STEPS_LOOKED_AT_A_SCALE, Plan, make_plan, policy_zero
+from dpo_scale.operations.plan import STEPS_LOOKED_AT, Plan, make_plan, policy_zero, steps_looked_at_a_scale
 from dpo_scale.operations.plan_report import render, verdict
 from dpo_scale.operations.scaling import sample_steps
 from dpo_scale.operations.workload import AssumedData
@@ -41,10 +41,9 @@ def llama_8b(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def plan_of(model: Path, cluster: Cluster, *overrides: str, ds_config: str | None = None) -> Plan:
+def plan_of(model: Path, cluster: Cluster, *overrides: str, assumed: AssumedData = ASSUMED) -> Plan:
     recipe = load_recipe(ROOT / "launch/recipes/8b_one_node.yaml", [f"model.path={model}", *overrides])
-    deepspeed = None if ds_config is None else Path(ds_config)
-    return make_plan(recipe, cluster, Assumptions(), deepspeed, ASSUMED, Console(is_main=False))
+    return make_plan(recipe, cluster, Assumptions(), None, assumed, Console(is_main=False))
 
 
 NODE = Cluster(1, 8, 80 * GIB, 1024 * GIB)
@@ -116,14 +115,15 @@ def test_scaling_counts_what_the_planner_gives_each_rank(one_node: Plan) -> None
     workload = one_node.workload
     costs = layout_costs(workload.train, "shared", workload.cost.in_time())  # as the trainer balances its ranks
     work, computed = [], 0.0
-    for step in sample_steps(workload.schedule, STEPS_LOOKED_AT_A_SCALE):
+    steps = sample_steps(workload.schedule, steps_looked_at_a_scale(workload.schedule.global_pairs))
+    for step in steps:
         pairs = workload.schedule.pairs_of(step)
         plan = plan_step(pairs, costs, world_size=512, rank_tokens=16384, step=step)
         work += [[float(costs.work[indices].sum()) for indices in round_] for round_ in plan.micro_batches]
         computed += float(layout_costs(workload.train[pairs], "shared", workload.cost).work.sum())
     waited = sum(max(round_) - mine for round_ in work for mine in round_)
     assert scales[512].step.idle == pytest.approx(waited / (512 * sum(max(round_) for round_ in work)))
-    done = 6 * computed / len(sample_steps(workload.schedule, STEPS_LOOKED_AT_A_SCALE))
+    done = 6 * computed / len(steps)
     peak = scales[512].step.seconds * 512 * Assumptions().peak_flops
     assert scales[512].step.mfu == pytest.approx(done / peak)
     assert not scales[8].limits
@@ -134,6 +134,37 @@ def test_scaling_counts_what_the_planner_gives_each_rank(one_node: Plan) -> None
     # weights twice and gradients once, less what stays between forward and backward
     weights = 2 * 8_030_261_248
     assert 2 * weights < scales[8].step.traffic < 3 * weights
+
+
+@pytest.mark.parametrize(("global_pairs", "epochs"), [(128, 2), (4096, 1)])
+@pytest.mark.parametrize("more", [0, 1])
+def test_both_tables_agree_with_and_without_a_smaller_last_step(
+    more: int, global_pairs: int, epochs: int, llama_8b: Path
+) -> None:
+    run = f"batch.global_pairs={global_pairs}", f"run.epochs={epochs}"
+    assumed = AssumedData(20 * global_pairs + more, 200, 330)
+    for nodes in (1, 64):
+        plan = plan_of(llama_8b, Cluster(nodes, 8, 80 * GIB, 1024 * GIB), *LOAD, *run, assumed=assumed)
+        row = next(scale.step for scale in plan.scales if scale.cluster == plan.cluster)
+        assert row.pairs_a_rank == plan.step.pairs_a_rank == global_pairs / plan.cluster.ranks
+        assert row.micro_batches == pytest.approx(plan.step.micro_batches, rel=0.03)
+        assert row.seconds == pytest.approx(plan.step.seconds, rel=0.03)
+        assert row.mfu == pytest.approx(plan.step.mfu, rel=0.03)
+
+
+@pytest.mark.parametrize("most", [1, 4, STEPS_LOOKED_AT])
+@pytest.mark.parametrize(("pairs", "epochs", "last"), [(640, 1, 4), (641, 1, 4), (641, 3, 16), (641, 7, 40)])
+def test_full_steps_are_looked_at_from_the_first_to_the_last(most: int, pairs: int, epochs: int, last: int) -> None:
+    schedule = Schedule(pairs, 128, 0, epochs)
+    steps = sample_steps(schedule, most)
+    assert len(set(steps)) == len(steps) == min(most, 5 * epochs)
+    assert all(len(schedule.pairs_of(step)) == 128 for step in steps)
+    assert (steps[0], steps[-1]) == (0, 0 if most == 1 else last)
+
+
+def test_where_no_step_is_full_all_are_alike() -> None:
+    assert sample_steps(Schedule(100, 128, 0, 3), 4) == [0, 1, 2]
+    assert sample_steps(Schedule(300, 128, 0, 2, max_steps=4), 4) == [0, 1, 3]
 
 
 def test_assumed_lengths_have_their_means_and_their_limit() -> None:
