@@ -18,6 +18,11 @@ FRAGMENTATION = 0.05
 """Share of a GPU that torch's allocator cannot use well."""
 RANK_HOST_MEMORY = 4 * GIB
 """Python, CUDA and libraries in the host memory of each rank."""
+SCORING_BYTES_A_PAIR = 370
+"""Host memory in which every rank lays out the reference pass, whatever their number: prompts are compared and
+micro-batches filled as lists of Python integers. Measured with 0.5 to 2 million pairs that have a prompt each, in
+proportion to them: 352 MiB more for each million.
+"""
 OTHER_OFFLOADS = ("zero3_offload_optimizer.json", "zero3_offload_all.json")
 
 
@@ -105,7 +110,7 @@ class MemoryPlan:
         """Bytes of node 0 where they are most: while rank 0 reads the checkpoint, or in training."""
         own = states(self.parameters, setting.zero, cluster.ranks, self.workload.dtype_bytes, cpu=False).host
         gpus = cluster.gpus_per_node
-        processes = {"processes": gpus * RANK_HOST_MEMORY}
+        processes = {"processes": gpus * (RANK_HOST_MEMORY + SCORING_BYTES_A_PAIR * self.workload.most_pairs_scored)}
         offloaded = {name: gpus * size for name, size in own.items()}
         reference = gpus * self.reference_host(cluster.ranks)
         checkpoint = self.workload.meta.num_parameters * self.workload.dtype_bytes

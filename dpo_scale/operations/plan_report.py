@@ -11,7 +11,7 @@ from rich.table import Table
 
 from dpo_scale.console import counted
 from dpo_scale.operations.cluster import GIB
-from dpo_scale.operations.fit import Fit, Setting
+from dpo_scale.operations.fit import SCORING_BYTES_A_PAIR, Fit, Setting
 from dpo_scale.operations.memory import Moment
 from dpo_scale.operations.plan import STEPS_LOOKED_AT, Plan
 from dpo_scale.operations.scaling import StepCost, sample_steps
@@ -39,8 +39,9 @@ def render(plan: Plan) -> Iterator[RenderableType]:
     for line in plan.given.lines():
         yield f"  {line}"
     yield (
-        "  reserved: 2.5 GiB and 5% of each GPU for CUDA, NCCL and fragmentation, 4 GiB of host memory a rank; pinned "
-        "buffers take the next power of two"
+        "  reserved: 2.5 GiB and 5% of each GPU for CUDA, NCCL and fragmentation; 4 GiB of host memory a rank and "
+        f"{SCORING_BYTES_A_PAIR} bytes more for each pair of the reference pass; pinned buffers take the next power of "
+        "two"
     )
     yield verdict(plan)
 

@@ -104,6 +104,12 @@ class Workload:
         return schedule_of(self.recipe, len(self.train))
 
     @property
+    def most_pairs_scored(self) -> int:
+        """Pairs in the larger of the two reference passes: over the training pairs that a step takes, and held out."""
+        schedule = self.schedule
+        return max(min(schedule.num_pairs, schedule.num_steps * schedule.global_pairs), len(self.evaluate))
+
+    @property
     def longest_pair(self) -> int:
         """Tokens of the largest pair: no micro-batch can be smaller."""
         return int(self.costs.tokens_alone.max())

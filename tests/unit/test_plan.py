@@ -15,7 +15,7 @@ from dpo_scale.console import Console
 from dpo_scale.data.planning import Schedule, layout_costs, plan_step
 from dpo_scale.errors import UserError
 from dpo_scale.operations.cluster import GIB, Assumptions, Cluster
-from dpo_scale.operations.fit import Setting
+from dpo_scale.operations.fit import MemoryPlan, Setting
 from dpo_scale.operations.plan import STEPS_LOOKED_AT, Plan, make_plan, policy_zero, steps_looked_at_a_scale
 from dpo_scale.operations.plan_report import render, verdict
 from dpo_scale.operations.scaling import sample_steps
@@ -198,6 +198,22 @@ def test_a_run_that_ends_in_its_first_epoch_scores_less(one_node: Plan, llama_8b
     taken = np.concatenate([short.workload.schedule.pairs_of(step) for step in range(3)])
     assert len(taken) < len(short.workload.train)
     assert short.reference.tokens == short.workload.costs.tokens[taken].sum() < one_node.reference.tokens
+
+
+def test_each_rank_lays_out_the_reference_pass_over_all_pairs_of_it(one_node: Plan) -> None:
+    def processes(train: int, held_out: int, max_steps: int | None = None) -> int:
+        recipe, lengths = one_node.workload.recipe, np.ones((3, 3), np.int64)
+        recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"max_steps": max_steps})})
+        workload = replace(
+            one_node.workload, recipe=recipe, train=lengths.repeat(train, 0), evaluate=lengths.repeat(held_out, 0)
+        )
+        return MemoryPlan(workload, one_node.memory.reference_zero).host(one_node.fit.setting, NODE)["processes"]
+
+    none = 8 * 4 * GIB
+    assert processes(1_000_000, 0) == pytest.approx(none + 8 * 3_000_000 * 370)
+    assert processes(1_000_000, 500_000) == processes(1_000_000, 0)  # one after the other
+    assert processes(1_000_000, 0, max_steps=100) == pytest.approx(none + 8 * 12_800 * 370)
+    assert processes(1, 100_000) == pytest.approx(none + 8 * 300_000 * 370)
 
 
 def test_a_smaller_last_step_makes_no_more_epochs(one_node: Plan) -> None:
