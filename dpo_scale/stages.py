@@ -50,7 +50,7 @@ def score(recipe: Recipe, console: Console, watch: Watch) -> int:
     started = runtime.start(recipe, console.say)
     watch.outlive_launcher()
     run = Path(recipe.run.output_dir)
-    lock = by_main(started.ranks, lambda: take_lock(run / ".score.lock"))
+    lock = by_main(started.ranks, lambda: take_lock(run / ".score.lock", console.say))
     status = StatusFile(run if started.ranks.is_main else None, "score")
     status.enter("preparing data")
     interruption = Interruption(run, None, watch.started)
@@ -97,7 +97,7 @@ def evaluate(recipe: Recipe, console: Console, watch: Watch) -> int:
 
 def _take_folder(recipe: Recipe, ranks: runtime.Ranks, console: Console) -> RunFolder | None:
     """The run's folder, held by the main rank; what is wrong with it is raised on every rank."""
-    folder = by_main(ranks, lambda: RunFolder(recipe))
+    folder = by_main(ranks, lambda: RunFolder(recipe, console.say))
     for change in folder.harmless_changes if folder is not None else ():
         console.say(f"Changed since the last start: {change}")
     return folder

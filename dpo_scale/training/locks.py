@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
+logger = logging.getLogger(__name__)
+
 PATIENCE_S = 1.0
 """A reader that looks whether the lock is held has it for an instant."""
+LEASE_S = 300.0
+"""A file server keeps the locks of a host that was lost until their lease runs out: 90 s by default on Linux' NFS 4, a
+few minutes elsewhere. NFS 3 keeps them until that host is back.
+"""
 
 
 class HeldError(Exception):
@@ -20,6 +28,11 @@ class HeldError(Exception):
         super().__init__(f"held by {holder}")
         self.holder = holder
         """How it names itself."""
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether it is on another host, whose loss its lock may outlive; one of this host is named at once."""
+        return not self.holder.endswith(f" on {socket.gethostname()}")
 
 
 class NoLocksError(OSError):
@@ -31,23 +44,47 @@ def this_process() -> str:
     return f"process {os.getpid()} on {socket.gethostname()}"
 
 
-def take(path: Path) -> TextIO:
+def take(path: Path, say: Callable[[str], None] = logger.warning, *, lease_s: float = LEASE_S) -> TextIO:
     """Hold a lock until the returned file is closed or this process ends; parent folders are made.
+
+    A process on another host is waited for, since it may be gone with its host: `lease_s` seconds, told to `say`.
 
     Raises HeldError if another process holds it, NoLocksError where none can be held, and OSError where its file
     cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (held)
-    give_up = time.monotonic() + PATIENCE_S
-    while not _hold(file):
-        if time.monotonic() > give_up:
-            raise HeldError(path.read_text(encoding="utf-8").strip() or "another process")
-        time.sleep(PATIENCE_S / 10)
+    file = _hold_within(PATIENCE_S, path)
+    if file is None:
+        held = _held(path)
+        if held.is_elsewhere:
+            say(
+                f"{path} is held by {held.holder}: waiting up to {lease_s / 60:.3g} minutes, in which the lock of a "
+                "host that was lost runs out"
+            )
+            file = _hold_within(lease_s, path)
+        if file is None:
+            raise _held(path)
     file.truncate(0)
     file.write(f"{this_process()}\n")
     file.flush()
     return file
+
+
+def _held(path: Path) -> HeldError:
+    return HeldError(path.read_text(encoding="utf-8").strip() or "another process")
+
+
+def _hold_within(seconds: float, path: Path) -> TextIO | None:
+    """The file of a lock that is held now, or None. A person may have removed the one before meanwhile."""
+    give_up = time.monotonic() + seconds
+    while True:
+        file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (held)
+        if _hold(file):
+            return file
+        file.close()
+        if time.monotonic() > give_up:
+            return None
+        time.sleep(PATIENCE_S / 10)
 
 
 def _hold(file: TextIO) -> bool:

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from importlib import metadata
@@ -35,6 +35,8 @@ from dpo_scale.training.status import committed_step, last_known_commit, read_st
 
 if TYPE_CHECKING:
     from dpo_scale.training.checkpoints import Checkpoint
+
+Say = Callable[[str], None]
 
 HASHED = ("model.path", "model.revision")
 """Where a policy lies that starts as the reference, whose files are hashed. Nobody hashes the weights of another."""
@@ -207,18 +209,27 @@ def _set_aside_unreadable(folder: Path) -> list[str]:
     return moved
 
 
-def take_lock(path: Path) -> TextIO:
+class InUseElsewhereError(RecipeError):
+    """A process on another host holds a run's folder, or a lock that outlives its host does."""
+
+    may_pass = True
+
+
+def take_lock(path: Path, say: Say = locks.logger.warning, *, lease_s: float = locks.LEASE_S) -> TextIO:
     """Hold a lock in a run's folder until the returned file is closed or this process ends; the folder is made.
+
+    A process on another host is waited for (see `locks.take`).
 
     Raises RecipeError if another process holds it, or nobody can.
     """
     folder = path.parent
     try:
-        return locks.take(path)
+        return locks.take(path, say, lease_s=lease_s)
     except locks.HeldError as error:
-        raise RecipeError(
-            f"run.output_dir: {folder} is in use by {error.holder}; stop that run, or choose another folder"
-        ) from error
+        in_use = f"run.output_dir: {folder} is in use by {error.holder}; stop that run, or choose another folder"
+        if not error.is_elsewhere:
+            raise RecipeError(in_use) from error
+        raise InUseElsewhereError(f"{in_use}. If that host is lost and stays away, remove {path}") from error
     except locks.NoLocksError as error:
         raise RecipeError(
             f"run.output_dir: {folder}: its file system locks no files ({error.strerror}); have it mounted with locks "
@@ -265,13 +276,13 @@ def refuse_lost_checkpoints(folder: Path) -> None:
 class RunFolder:
     """The folder as the main rank sees it; holds the lock until the process ends."""
 
-    def __init__(self, recipe: Recipe) -> None:
-        """Take the folder for a recipe and note what differs from the recipe that is in it.
+    def __init__(self, recipe: Recipe, say: Say = locks.logger.warning) -> None:
+        """Take the folder for a recipe and note what differs from the recipe that is in it; `say` tells of a wait.
 
         Raises RecipeError if another process works in it, another recipe did, or no checkpoint could be written.
         """
         self.path, self._resume = Path(recipe.run.output_dir), recipe.run.resume
-        self._lock = take_lock(self.path / ".lock")
+        self._lock = take_lock(self.path / ".lock", say)
         self.harmless_changes = _set_aside_unreadable(self.path) + compare_with_stored(recipe)
         _make_writable(self.checkpoints)
         self._recipe = dump_recipe(recipe)

@@ -58,7 +58,7 @@ class Status:
     users_mistake: bool = False
     """Whether it failed over something that starting again cannot mend."""
     process: str = ""
-    """The main rank that wrote it, as it stands in the lock."""
+    """The main rank that wrote it, as it stands in the lock; of a launch that failed before that, the rank that did."""
     launch: str = ""
     """Which launch it was."""
     time: str = ""
@@ -146,7 +146,7 @@ def record_failure(folder: Path, command: str, reason: str, *, users_mistake: bo
     if before is not None and not own and (before.state == "finished" or is_alive(folder, command, before)):
         return
     if before is None or not own:
-        before = replace(before or Status(state="failed"), stage="starting", step=0)
+        before = replace(before or Status(state="failed"), stage="starting", step=0, process=this_process())
     failed = replace(before, state="failed", reason=reason, users_mistake=users_mistake, launch=_this_launch())
     try:
         _write(folder, command, failed)
@@ -168,8 +168,23 @@ def read_status(folder: Path, command: str) -> Status | None:
 
 
 def is_alive(folder: Path, command: str, status: Status) -> bool:
-    """Whether the process that wrote a status still works in the folder."""
-    return is_held_by(folder / FILES[command][1], status.process)
+    """Whether the process that wrote a status still works in the folder.
+
+    Not one of an earlier start of this SLURM job, which ended before this one began: the lock of a node that was lost
+    may outlive it.
+    """
+    return not _is_of_an_earlier_start(status) and is_held_by(folder / FILES[command][1], status.process)
+
+
+def _is_of_an_earlier_start(status: Status) -> bool:
+    (job, restarts), (this_job, this_restarts) = _slurm_start(status.launch), _slurm_start(_this_launch())
+    return job == this_job != "-" and restarts < this_restarts
+
+
+def _slurm_start(launch: str) -> tuple[str, int]:
+    """The SLURM job of a launch, `-` for none, and how often it had been queued again."""
+    job, restarts = (launch.split() or ["-", "-"])[-2:]
+    return job, 0 if restarts == "-" else int(restarts)
 
 
 def committed_step(folder: Path) -> int | None:

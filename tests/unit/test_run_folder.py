@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pytest
 
@@ -31,6 +31,7 @@ from dpo_scale.training.run_folder import (
     differences,
     flatten,
     refuse_another_start,
+    take_lock,
     trajectory_of,
     what_matters,
 )
@@ -107,6 +108,51 @@ def test_a_folder_in_use_is_refused_with_its_holder_until_that_is_killed(
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     assert RunFolder(recipe).path == tmp_path / "run"
+
+
+@pytest.fixture
+def lock_of_node17(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TextIO]:
+    """The lock of `run`, which a file server keeps for a process on another host."""
+    monkeypatch.setattr(locks, "PATIENCE_S", 0.01)
+    (tmp_path / "run").mkdir()
+    with open(tmp_path / "run" / ".lock", "w") as file:
+        locks.fcntl.flock(file, locks.fcntl.LOCK_EX)
+        file.write("process 4242 on node17\n")
+        file.flush()
+        yield file
+
+
+def test_a_holder_on_another_host_is_waited_for_and_may_be_gone_later(tmp_path: Path, lock_of_node17: TextIO) -> None:
+    said: list[str] = []
+    lock = tmp_path / "run" / ".lock"
+    with pytest.raises(RecipeError) as caught:
+        take_lock(lock, said.append, lease_s=0.06)
+    assert str(caught.value) == (
+        f"run.output_dir: {tmp_path / 'run'} is in use by process 4242 on node17; stop that run, or choose another "
+        f"folder. If that host is lost and stays away, remove {lock}"
+    )
+    assert caught.value.may_pass  # a batch script tries once more
+    assert said == [
+        f"{lock} is held by process 4242 on node17: waiting up to 0.001 minutes, in which the lock of a host that was "
+        "lost runs out"
+    ]
+
+
+@pytest.mark.parametrize("how", ["runs out", "is removed"])
+def test_a_lock_that_ends_while_it_is_waited_for_is_taken(how: str, tmp_path: Path, lock_of_node17: TextIO) -> None:
+    lock = tmp_path / "run" / ".lock"
+    end = lock_of_node17.close if how == "runs out" else lock.unlink
+    with take_lock(lock, lambda _: end(), lease_s=60):
+        assert locks.is_held_by(lock, locks.this_process())
+
+
+def test_a_holder_on_this_host_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locks, "PATIENCE_S", 0.01)
+    said: list[str] = []
+    with take_lock(tmp_path / ".lock"), pytest.raises(RecipeError, match="is in use by process") as caught:
+        take_lock(tmp_path / ".lock", said.append, lease_s=60)
+    assert not caught.value.may_pass
+    assert not said
 
 
 def test_the_resolved_recipe_is_written_and_reads_back(tmp_path: Path) -> None:

@@ -138,6 +138,38 @@ def test_a_launch_that_is_refused_leaves_the_status_of_the_one_that_works(
     assert _code(tmp_path) == USER_ERROR
 
 
+def test_a_lock_that_outlives_an_earlier_start_of_the_job_keeps_no_later_one_from_being_judged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The job lost its node, and the file server keeps the lock: SLURM starts it elsewhere."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    with locks.take(tmp_path / ".lock"):
+        StatusFile(tmp_path, "train").enter("training", 3)
+        assert _code(tmp_path, "--count-failure") == RUNNING  # its own start
+        monkeypatch.setattr(status, "this_process", lambda: "process 1 on node18")
+        codes = []
+        for restarts in ("1", "2"):
+            monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
+            record_failure(tmp_path, "train", "in use by process 4242 on node17")
+            codes.append(_code(tmp_path, "--count-failure"))
+        assert codes == [UNFINISHED, FAILED_TWICE]
+        assert "in use by process 4242 on node17" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("job", "restarts"), [("7", "1"), ("8", "3"), (None, None)])
+def test_a_run_at_work_is_running_for_its_own_start_an_outlived_one_and_others(
+    job: str | None, restarts: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    with locks.take(tmp_path / ".lock"):
+        StatusFile(tmp_path, "train").enter("training", 3)
+        assert _code(tmp_path) == RUNNING
+        for name, value in (("SLURM_JOB_ID", job), ("SLURM_RESTART_COUNT", restarts)):
+            monkeypatch.delenv(name) if value is None else monkeypatch.setenv(name, value)
+        assert _code(tmp_path, "--count-failure") == RUNNING
+
+
 def test_a_mistaken_start_leaves_a_finished_run_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     StatusFile(tmp_path, "train").finish()
     _another_launch(monkeypatch)
