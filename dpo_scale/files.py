@@ -15,6 +15,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,7 @@ def remembered_sha256(path: Path, memory_dir: Path, progress: Callable[[int], No
 
     A weight file that the Hugging Face hub client stored under its SHA-256 is not read at all.
     """
-    return _digest_in_name(path) or DigestMemory(memory_dir / "sha256.jsonl").sha256(path, progress)
+    return _digest_in_name(path) or _memory_in(memory_dir).sha256(path, progress)
 
 
 class DigestMemory:
@@ -180,6 +181,12 @@ class DigestMemory:
                 continue
             if re.fullmatch(r"[0-9a-f]{64}", digest):
                 self._digests[file_state] = digest
+
+
+@cache
+def _memory_in(folder: Path) -> DigestMemory:
+    """One in this process: a memory of thousands of files is read once, not once for each of them."""
+    return DigestMemory(folder / "sha256.jsonl")
 
 
 def _file_state(path: Path) -> str:

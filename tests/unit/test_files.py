@@ -38,6 +38,11 @@ def _settle() -> None:
     time.sleep(0.06)
 
 
+def _forget() -> None:
+    """Open memories anew, as a new process would."""
+    files._memory_in.cache_clear()
+
+
 @pytest.fixture
 def read_paths(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The files whose bytes were read for a digest."""
@@ -117,9 +122,25 @@ def test_a_file_is_read_once_for_all_processes(tmp_path: Path, read_paths: list[
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(b"weights")
     _settle()
-    for _ in range(3):  # each call opens the memory anew, as a new process would
+    for _ in range(3):
+        _forget()
         assert remembered_sha256(weights, tmp_path / "memory") == _sha256(b"weights")
     assert read_paths == [weights]
+
+
+def test_a_memory_of_many_files_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [tmp_path / str(number) for number in range(20)]
+    for path in paths:
+        path.write_text(path.name)
+    _settle()
+    for path in paths:
+        remembered_sha256(path, tmp_path / "memory")
+    _forget()
+    lines: list[bytes] = []
+    monkeypatch.setattr(files, "json", SimpleNamespace(loads=lambda line: lines.append(line) or json.loads(line)))
+    for path in paths:
+        assert remembered_sha256(path, tmp_path / "memory") == _sha256(path.name.encode())
+    assert sum(map(bool, lines)) == len(paths)
 
 
 def test_one_process_profits_from_what_another_remembered_meanwhile(tmp_path: Path, read_paths: list[Path]) -> None:
@@ -210,7 +231,9 @@ def test_torn_and_foreign_lines_of_the_memory_are_passed_over(tmp_path: Path, re
     remembered_sha256(tmp_path / "a", tmp_path)
     memory = tmp_path / "sha256.jsonl"
     memory.write_bytes(memory.read_bytes() + b'17\n[]\n\xff\n{"file": "x", "sha256": "short"}\n{"fi')
+    _forget()
     remembered_sha256(tmp_path / "b", tmp_path)  # its line must not join the torn one
+    _forget()
     for name in ("a", "b"):
         assert remembered_sha256(tmp_path / name, tmp_path) == _sha256(name.encode())
     assert read_paths == [tmp_path / "a", tmp_path / "b"]
