@@ -46,13 +46,12 @@ class PairLogProbs:
 
 def pair_batches(plan: StepPlan, rank: int, pairs: TokenPairs, layout: Layout, pad_id: int) -> Iterator[PairBatch]:
     """The micro-batches of one rank, equally many on every rank, on the CPU."""
-    totals = pairs.lengths.sum(axis=1)
     for round_ in plan.micro_batches:
         indices = round_[rank]
         filler = len(indices) == 0
         if filler:  # the shortest pair of this round: cheap, and not longer than what runs beside it
             others = np.concatenate(round_)
-            indices = others[[int(np.argmin(totals[others]))]]
+            indices = others[[int(np.argmin(pairs.lengths[others].sum(axis=1)))]]
         groups = [PromptCompletions.of_pair(pairs[int(index)]) for index in indices]
         yield PairBatch(collate(groups, layout, pad_id), indices, 0.0 if filler else 1.0)
 

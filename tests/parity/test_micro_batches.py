@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from tiny_llamas import LENGTHS, our_llama, plain_llama, random_pairs
 from torch import Tensor
 
 from dpo_scale.data.layouts import Layout, PromptCompletions, collate
-from dpo_scale.data.planning import CostModel, Schedule, layout_costs, plan_step
+from dpo_scale.data.planning import CostModel, Schedule, StepPlan, layout_costs, plan_step
 from dpo_scale.data.token_pairs import TokenPairs
 from dpo_scale.recipe import LossSection
 from dpo_scale.training.metrics import MetricSums
@@ -64,6 +65,25 @@ def test_a_filler_of_weight_zero_changes_nothing() -> None:
     actual_gradients, actual_metrics = gradients_of(pairs, [batches[0], filler, batches[1], filler], len(pairs))
     assert_same_gradients(actual_gradients, expected_gradients, 0.0)
     assert actual_metrics == expected_metrics
+
+
+def test_a_filler_is_the_shortest_pair_of_its_round_and_looked_for_in_that_alone() -> None:
+    """There may be millions of others."""
+    pairs = random_pairs()
+    plan = StepPlan(0, 3, (tuple(np.array(indices, np.int64) for indices in ([3, 1], [], [2], [])),))
+    totals = pairs.lengths.sum(axis=1)
+    looked_at: list[int] = []
+
+    class Lengths(np.ndarray):
+        def sum(self, *arguments: Any, **settings: Any) -> Any:
+            looked_at.append(len(self))
+            return super().sum(*arguments, **settings)
+
+    pairs.lengths = pairs.lengths.view(Lengths)
+    fillers = [item for rank in (1, 3) for item in pair_batches(plan, rank, pairs, "shared", pad_id=0)]
+    assert [item.weight for item in fillers] == [0.0, 0.0]
+    assert {int(index) for item in fillers for index in item.pairs} == {min((1, 2, 3), key=totals.__getitem__)}
+    assert max(looked_at) == 3
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
