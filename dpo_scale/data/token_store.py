@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.metadata
 import json
@@ -46,6 +47,8 @@ _CODE = (
     "token_store.py",
 )
 _SECONDS_BEFORE_ABANDONED = 24 * 3600.0
+_SECONDS_UNTIL_SHOWN = 60.0
+"""As long as NFS believes by default that a name is absent that was looked for in vain."""
 _TEMPORARY_NAME = re.compile(r"\.[0-9a-f]{32}\.[0-9a-f]{32}")
 _NOT_OF_CONTENT = frozenset({"train", "evaluate", "chat_template", "workers", "cache_dir"})
 """Settings that change no token, or whose content has a place of its own in the key: sources and template.
@@ -158,14 +161,22 @@ class TokenStore:
     def _put_in_place(self, temporary: Path) -> None:
         try:
             temporary.rename(self.folder)
-        except OSError:
-            if not self.folder.is_dir():
+        except OSError as error:
+            # These two prove that the folder is there; a network file system may still say that it is not.
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) and not self.folder.is_dir():
                 raise
+            self._wait_until_shown()
             if self.load() is None:  # else another process was first, with the same content
                 damaged = self._temporary()
                 self.folder.rename(damaged)
                 temporary.rename(self.folder)
                 shutil.rmtree(damaged, ignore_errors=True)
+
+    def _wait_until_shown(self) -> None:
+        """Bear with a network file system that does not show at once what another machine has put in place."""
+        give_up = time.monotonic() + _SECONDS_UNTIL_SHOWN
+        while not self.folder.is_dir() and time.monotonic() < give_up:
+            time.sleep(_SECONDS_UNTIL_SHOWN / 100)
 
     def _temporary(self) -> Path:
         """A name beside the store that nobody reads."""

@@ -178,3 +178,30 @@ def test_the_digest_of_a_loaded_store_is_remembered(data: DataSection, monkeypat
     pairs = prepared(data)
     monkeypatch.setattr(token_pairs, "hashlib", None)
     assert len(pairs.digest()) == 64
+
+
+# --- several processes at once -------------------------------------------------------------------
+
+
+def test_a_store_that_another_machine_was_first_to_make_is_taken_even_if_it_shows_late(
+    data: DataSection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS goes on for a while to say that a name is absent, and refuses to put another folder there."""
+    expected = list(map(str, prepared(data)))
+    (folder,) = (path for path in Path(str(data.cache_dir)).iterdir() if path.is_dir())
+    made = folder.stat().st_ino
+    looks = iter([False] * 3)
+
+    def load(store: TokenStore) -> Any:
+        return original_load(store) if is_shown() else None
+
+    def is_shown() -> bool:
+        return next(looks, True)
+
+    original_load, original_is_dir = TokenStore.load, Path.is_dir
+    monkeypatch.setattr(TokenStore, "load", load)
+    monkeypatch.setattr(Path, "is_dir", lambda path: (path != folder or is_shown()) and original_is_dir(path))
+    monkeypatch.setattr(token_store, "_SECONDS_UNTIL_SHOWN", 1.0)
+    assert list(map(str, prepared(data))) == expected
+    assert next(looks, None) is None
+    assert folder.stat().st_ino == made
