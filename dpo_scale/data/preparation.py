@@ -57,17 +57,18 @@ def prepare_pairs(
     *,
     seed: int,
     setting: str = "data.train",
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], None] = lambda rows: None,
 ) -> tuple[TokenPairs, DataReport]:
     """The pairs of all sources in order, from the store if they are there.
 
-    Call it in one process a machine first: that one fills the store, the others find it filled. The sources lie
-    one behind the other; the order of an epoch (planning.py) mixes them.
+    Call it in one process a machine first: that one fills the store, or waits for another machine that does, and the
+    others find it filled. The sources lie one behind the other; the order of an epoch (planning.py) mixes them.
 
     Args:
         seed: draws the rows of sources with `rows` or `weight`.
         setting: the list that the sources stand in, `data.train` or `data.evaluate`, for messages.
-        progress: called with the number of further rows that are done; never where the store is filled.
+        progress: called with the number of further rows that are done, with 0 about once a second while another
+            process fills the store, and never where it is filled; what it raises ends the work.
 
     Raises:
         DataError: rows that cannot be used (listed together), missing files, or no pair left.
@@ -75,13 +76,10 @@ def prepare_pairs(
     _check_sources(sources, setting)
     pair_tokenizer = PairTokenizer(tokenizer, data)
     store = TokenStore.for_content(sources, data, tokenizer, pair_tokenizer.template, seed=seed)
-    stored = store.load()
-    if stored is None:
-        with store.writer() as writer:
-            _tokenize_sources(sources, setting, pair_tokenizer, seed, writer, progress)
-        stored = store.load()
-        assert stored is not None
-    return stored
+    return store.load() or store.fill(
+        lambda writer: _tokenize_sources(sources, setting, pair_tokenizer, seed, writer, progress),
+        while_waiting=lambda: progress(0),
+    )
 
 
 def check_rows(data: DataSection, *, seed: int) -> None:
@@ -206,7 +204,7 @@ def _tokenize_sources(
     tokenizer: PairTokenizer,
     seed: int,
     writer: PairWriter,
-    progress: Callable[[int], None] | None,
+    progress: Callable[[int], None],
 ) -> None:
     reports: list[SourceReport] = []
     refused: list[_Refused] = []
@@ -215,8 +213,7 @@ def _tokenize_sources(
         refused.append(_Refused(source.path, setting))
         budget = LOOK_AHEAD_BLOCKS
         for chunk in _tokenized(read_blocks(source, seed), source.columns, tokenizer):
-            if progress is not None:
-                progress(chunk.counts.rows_read)
+            progress(chunk.counts.rows_read)
             refused[-1].add(chunk.counts.rows_read, chunk.bad_rows)
             num_refused = sum(len(one.rows) for one in refused)
             if num_refused:

@@ -12,7 +12,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from dpo_scale.data.hashing import Hashes
 from dpo_scale.data.report import DataReport, SourceReport, describe
 from dpo_scale.data.rows import Numbers
 from dpo_scale.data.sources import open_dataset, source_files
+from dpo_scale.data.store_lock import one_at_a_time
 from dpo_scale.data.token_pairs import Lengths, TokenIds, TokenPairs
 from dpo_scale.errors import UserError
 from dpo_scale.files import fsync_folder, remembered_sha256, sha256_of_file
@@ -136,6 +137,27 @@ class TokenStore:
             return (pairs, report) if pairs.digest() == document["digest"] else None
         except (FileNotFoundError, AttributeError, KeyError, TypeError, ValueError):
             return None
+
+    def fill(
+        self, make: Callable[[PairWriter], None], while_waiting: Callable[[], None]
+    ) -> tuple[TokenPairs, DataReport]:
+        """The pairs and their report, written by `make`, or by another process that is at it: that one is waited for.
+
+        Args:
+            while_waiting: called about once a second; what it raises ends the wait.
+        """
+        lock = self.folder.with_name(f".{self.folder.name}.lock")
+        with one_at_a_time(lock, while_waiting) as is_made:
+            if is_made:
+                self._wait_until_shown()
+            stored = self.load()
+            if stored is not None:
+                return stored
+            with self.writer() as writer:
+                make(writer)
+        stored = self.load()
+        assert stored is not None
+        return stored
 
     @contextmanager
     def writer(self) -> Iterator[PairWriter]:

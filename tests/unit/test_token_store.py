@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +18,7 @@ from small_tokenizers import byte_level
 from transformers import CTRLTokenizer, PreTrainedTokenizerBase
 
 import dpo_scale.data
-from dpo_scale.data import token_pairs, token_store
+from dpo_scale.data import store_lock, token_pairs, token_store
 from dpo_scale.data.preparation import prepare_pairs
 from dpo_scale.data.token_pairs import TokenPairs
 from dpo_scale.data.token_store import TokenStore, tokenizer_fingerprint
@@ -74,7 +79,7 @@ def test_the_place_of_the_store_is_not_in_the_key(data: DataSection, tmp_path: P
     assert key(DataSection(**{**data.model_dump(), "cache_dir": str(tmp_path / "other")})) == key(data)
 
 
-WITHOUT_TOKENS = {"__init__.py", "layouts.py", "planning.py", "samples.py", "token_pairs.py"}
+WITHOUT_TOKENS = {"__init__.py", "layouts.py", "planning.py", "samples.py", "store_lock.py", "token_pairs.py"}
 
 
 @pytest.mark.parametrize(
@@ -183,8 +188,9 @@ def test_the_digest_of_a_loaded_store_is_remembered(data: DataSection, monkeypat
 # --- several processes at once -------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("has_waited", [False, True])
 def test_a_store_that_another_machine_was_first_to_make_is_taken_even_if_it_shows_late(
-    data: DataSection, monkeypatch: pytest.MonkeyPatch
+    has_waited: bool, data: DataSection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """NFS goes on for a while to say that a name is absent, and refuses to put another folder there."""
     expected = list(map(str, prepared(data)))
@@ -202,6 +208,76 @@ def test_a_store_that_another_machine_was_first_to_make_is_taken_even_if_it_show
     monkeypatch.setattr(TokenStore, "load", load)
     monkeypatch.setattr(Path, "is_dir", lambda path: (path != folder or is_shown()) and original_is_dir(path))
     monkeypatch.setattr(token_store, "_SECONDS_UNTIL_SHOWN", 1.0)
+    if has_waited:
+        monkeypatch.setattr(token_store, "one_at_a_time", lambda path, while_waiting: nullcontext(True))
+        monkeypatch.setattr(TokenStore, "writer", None)
     assert list(map(str, prepared(data))) == expected
     assert next(looks, None) is None
     assert folder.stat().st_ino == made
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from small_tokenizers import byte_level
+from dpo_scale.data.preparation import prepare_pairs
+from dpo_scale.recipe import DataSection
+
+rows, cache, begun, go_on = sys.argv[1:]
+
+def progress(count):
+    Path(begun).touch()
+    while not Path(go_on).exists():
+        time.sleep(0.01)
+
+data = DataSection(train=[rows], cache_dir=cache, workers=1)
+prepare_pairs(data.train, data, byte_level(), seed=0, progress=progress)
+"""
+
+
+@pytest.mark.parametrize("is_killed", [False, True], ids=["lives", "is killed"])
+def test_data_that_another_process_tokenizes_is_waited_for(
+    is_killed: bool,
+    data: DataSection,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """On a disk that many machines share, each would write all of it; the kernel frees what a killed one holds."""
+    monkeypatch.setattr(store_lock, "POLL_SECONDS", 0.02)
+    begun, go_on = tmp_path / "begun", tmp_path / "go_on"
+    arguments = [data.train[0].path, str(data.cache_dir), str(begun), str(go_on)]
+    command = [sys.executable, "-c", HOLDER, *arguments]
+    told: list[int] = []
+    with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}) as holder:
+        try:
+            while not begun.exists():
+                assert holder.poll() is None
+                time.sleep(0.01)
+
+            def progress(rows: int) -> None:
+                told.append(rows)
+                if rows:
+                    (lock,) = Path(str(data.cache_dir)).glob(".*.lock")
+                    assert lock.read_text().startswith(f"process {os.getpid()} on ")
+                if len(told) == 3:
+                    holder.kill() if is_killed else go_on.touch()
+
+            pairs, _ = prepare_pairs(data.train, data, byte_level(), seed=0, progress=progress)
+        finally:
+            holder.kill()
+    assert len(pairs) == 3
+    assert told[:3] == [0, 0, 0]
+    assert sum(told) == (3 if is_killed else 0)
+    (said,) = (record.message for record in caplog.records if record.name == store_lock.__name__)
+    assert f"Waiting for process {holder.pid} on " in said
+    folders = [path for path in Path(str(data.cache_dir)).iterdir() if path.is_dir() and path.name[0] != "."]
+    assert len(folders) == 1
+
+
+def test_the_lock_of_a_store_is_no_folder_of_a_dead_writer(data: DataSection) -> None:
+    prepared(data)
+    root = Path(str(data.cache_dir))
+    (lock,) = root.glob(".*.lock")
+    os.utime(lock, (0, 0))
+    assert token_store._abandoned(root) == []
