@@ -20,9 +20,10 @@ from dpo_scale.console import Console
 from dpo_scale.data.layouts import Layout, MicroBatch, PromptCompletions, collate
 from dpo_scale.data.planning import CostModel, Costs, arrange, check_budget, layout_costs, pack_pass
 from dpo_scale.data.token_pairs import TokenPairs
-from dpo_scale.reference.cache import NonFiniteLogProbsError, ReferenceStore, pair_row_keys, row_keys
+from dpo_scale.reference.cache import NonFiniteLogProbsError, ReferenceStore
 from dpo_scale.reference.key_index import first_positions
 from dpo_scale.reference.parts import Keys, LogProbs
+from dpo_scale.reference.row_keys import pair_row_keys, row_keys
 
 SECONDS_BETWEEN_COMMITS = 30.0
 """Work that a kill costs; each commit leaves one part a rank."""

@@ -35,13 +35,12 @@ from dpo_scale.reference.cache import (
     NonFiniteLogProbsError,
     ReferenceStore,
     near_misses,
-    pair_row_keys,
     part_paths,
-    row_keys,
 )
 from dpo_scale.reference.fingerprint import ReferenceFingerprint, read_fingerprint
 from dpo_scale.reference.key_index import KeyIndex
 from dpo_scale.reference.parts import set_aside
+from dpo_scale.reference.row_keys import pair_row_keys, row_keys
 
 Keys = npt.NDArray[np.uint8]
 LogProbs = npt.NDArray[np.float32]
@@ -99,7 +98,7 @@ def test_a_row_key_is_the_hash_of_prompt_length_and_token_ids() -> None:
 
 
 def test_keys_of_pairs_are_the_keys_of_their_two_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache, "_PAIRS_IN_A_BLOCK", 16)
+    monkeypatch.setattr("dpo_scale.reference.row_keys._PAIRS_IN_A_BLOCK", 16)
     rng = np.random.default_rng(0)
     draw = lambda: rng.integers(0, 100, rng.integers(1, 9)).astype(np.int32)  # noqa: E731
     pairs = TokenPairs.from_pairs(TokenPair(draw(), draw(), draw(), f"f:{i}") for i in range(50))
