@@ -3,8 +3,9 @@
 A store is a folder for one reference: `reference.json` says which, and append-only parts hold rows
 (parts.py). A row is one (prompt, completion) sequence; its key is made of its token ids alone, so
 rows do not care about the order of the data, the number of ranks or the loss. Writers share
-nothing: each adds whole parts under names of their own. A row that two writers scored is stored
-twice and counted once.
+nothing: each adds whole parts under names of their own, and merges its small ones. A row that is
+stored twice, by two writers or by a merge that a kill interrupted, is counted once. A part that is
+gone was merged or set aside: readers list the folder again and find what others have of its rows.
 
 What is believed: a part's layout is checked when the store is opened, and its SHA-256 before its
 first row is served, once a part and machine (1.5 GB/s on one core; `verified/` remembers it by size
@@ -36,17 +37,20 @@ from dpo_scale.reference.parts import (
     Keys,
     LogProbs,
     Part,
+    batches,
     check_digest,
+    is_gone,
+    read_whole,
     set_aside,
+    size_of,
     write_part,
 )
 from dpo_scale.reference.row_keys import as_keys
 
 logger = logging.getLogger(__name__)
 
-_MAX_PART_BYTES = 64 << 20
 _MAX_OPEN_PARTS = 256
-"""Far below the 65,530 memory maps that Linux grants a process: a store may have more parts."""
+"""A quarter of the 1,024 files that a process may have open where nobody set another limit."""
 _FOLDER_DIGITS = 32
 _STORE_NAME = re.compile(f"[0-9a-f]{{{_FOLDER_DIGITS}}}")
 
@@ -97,22 +101,31 @@ class ReferenceStore:
     def refresh(self) -> int:
         """Pick up parts that others wrote; returns the number of rows that are new here."""
         rows_before = len(self)
+        gone: set[str] = set()
+        while newly_gone := self._add_listed(gone):  # merged since they were listed: into what was not
+            gone |= newly_gone
+        return len(self) - rows_before
+
+    def _add_listed(self, gone: set[str]) -> set[str]:
+        """Add the parts in the folder; returns those that are listed and can no longer be opened, without `gone`."""
         names: list[str] = []
         tables: list[Keys] = []
-        known = self._names.keys() | self._ignored
+        newly_gone: set[str] = set()
+        known = self._names.keys() | self._ignored | gone
         for path in part_paths(self.folder):
             if path.name in known:
                 continue
             try:
                 tables.append(Part(path, self._reference_key).keys())
-            except FileNotFoundError:  # set aside or pruned by another process
-                continue
+                names.append(path.name)
             except DamagedPartError as error:
                 self._set_aside(path, error)
-                continue
-            names.append(path.name)
+            except OSError as error:
+                if not is_gone(error):
+                    raise
+                newly_gone.add(path.name)
         self._add_parts(names, tables)
-        return len(self) - rows_before
+        return newly_gone
 
     def __len__(self) -> int:
         """Distinct rows, those of parts that nobody has used and checked yet included."""
@@ -121,7 +134,7 @@ class ReferenceStore:
     @property
     def num_parts(self) -> int:
         """Parts known to this object."""
-        return len(self._paths)
+        return len(self._names)
 
     def contains(self, keys: Keys) -> npt.NDArray[np.bool_]:
         """Which rows are here, held or in parts whose checksum fits."""
@@ -153,10 +166,11 @@ class ReferenceStore:
         """Keys of the rows that are held."""
         return as_keys(list(self._held))
 
-    def write_held(self, keys: Keys) -> None:
-        """Store some of the rows that are held, unless a part has them already. Raises NonFiniteLogProbsError."""
-        self.append(keys, [self._held[key.tobytes()] for key in keys])
+    def write_held(self, keys: Keys) -> list[Path]:
+        """Store some of the rows that are held, as `append` does."""
+        paths = self.append(keys, [self._held[key.tobytes()] for key in keys])
         self.let_go()
+        return paths
 
     def let_go(self) -> None:
         """Hold no longer what a part has by now."""
@@ -181,13 +195,53 @@ class ReferenceStore:
         if len(new):
             self.ensure_writable()
         paths = []
-        for batch in _batches(new, rows):
-            chosen = [rows[i] for i in batch]
-            path = write_part(self.folder, self._reference_key, keys[batch], chosen)
-            self._add_parts([path.name], [keys[batch]])
-            self._trusted.add(self._names[path.name])  # these very bytes were hashed for its name
-            paths.append(path)
+        for batch in batches([rows[i].nbytes + KEY_BYTES + 8 for i in new]):
+            paths.append(self._write_part(keys[new[batch]], [rows[i] for i in new[batch]]))
         return paths
+
+    def merge(self, paths: Sequence[Path]) -> list[Path]:
+        """Put parts of this object together and delete them; returns those that have their rows now, the last not full.
+
+        A kill at any moment leaves each row in one part or in two. Readers that lose a part list the folder again,
+        and another node may be shown an old listing for a minute: merge what nobody else had a reason to open.
+        """
+        merged: list[Path] = []
+        for batch in batches([size_of(path) for path in paths]):
+            merged += self._merge(paths[batch]) if len(paths[batch]) > 1 else paths[batch]
+        return merged
+
+    def _merge(self, paths: Sequence[Path]) -> list[Path]:
+        tables: list[Keys] = []
+        rows: list[LogProbs] = []
+        starts: dict[int, int] = {}
+        for path in paths:
+            try:
+                keys, values = read_whole(path)
+            except DamagedPartError as error:
+                self._set_aside(path, error)
+                continue
+            except OSError as error:
+                if not is_gone(error):
+                    raise
+                continue
+            if path.name in self._names:
+                starts[self._names[path.name]] = len(rows)
+            tables.append(keys)
+            rows += values
+        if not rows:
+            return []
+        merged = self._write_part(np.concatenate(tables), rows)
+        self._index.move(starts, self._names[merged.name])
+        for path in set(paths) - {merged}:  # of one sound part alone, the merged one is that part
+            path.unlink(missing_ok=True)
+            self._names.pop(path.name, None)
+        return [merged]
+
+    def _write_part(self, keys: Keys, rows: Sequence[LogProbs]) -> Path:
+        path = write_part(self.folder, self._reference_key, keys, rows)
+        self._add_parts([path.name], [keys])
+        self._trusted.add(self._names[path.name])  # these very bytes were hashed for its name
+        return path
 
     def ensure_writable(self) -> None:
         """Create the folder and its reference.json. Raises UserError where that cannot be.
@@ -238,10 +292,12 @@ class ReferenceStore:
             if number in self._trusted:
                 return path.exists()
             check_digest(path, self._sound.sha256(path))
-        except FileNotFoundError:
-            return False
         except DamagedPartError as error:
             self._set_aside(path, error)
+            return False
+        except OSError as error:
+            if not is_gone(error):
+                raise
             return False
         self._trusted.add(number)
         return True
@@ -263,9 +319,28 @@ class ReferenceStore:
         in_memory = np.flatnonzero(held)
         yield [self._held[key.tobytes()] for key in keys[in_memory]], in_memory
         order = np.argsort(parts, kind="stable")[len(in_memory) :]
-        for positions in np.split(order, np.flatnonzero(np.diff(parts[order])) + 1):
-            if len(positions):
-                yield self._part(int(parts[positions[0]])).log_probs(rows[positions]), positions
+        by_part = np.split(order, np.flatnonzero(np.diff(parts[order])) + 1) if len(order) else []
+        for number_read, positions in enumerate(by_part):
+            found = self._read_part(int(parts[positions[0]]), rows[positions])
+            if found is None:
+                self._forget_parts()
+                self.refresh()
+                left = np.concatenate(by_part[number_read:])
+                for found, positions in self._read(keys[left]):
+                    yield found, left[positions]
+                return
+            yield found, positions
+
+    def _read_part(self, number: int, rows: npt.NDArray[np.int32]) -> list[LogProbs] | None:
+        """Some rows of a part; None if it is lost since it was located."""
+        try:
+            return self._part(number).log_probs(rows)
+        except DamagedPartError as error:
+            self._set_aside(self._paths[number], error)
+        except OSError as error:
+            if not is_gone(error):
+                raise
+        return None
 
     def _part(self, number: int) -> Part:
         if number not in self._open:
@@ -315,16 +390,3 @@ def near_misses(cache_dir: Path, fingerprint: ReferenceFingerprint) -> list[str]
             line = f"{folder.name[:12]} ({stored.source}): {'; '.join(reasons)}"
             found.append((len(reasons), line))
     return [line for _, line in sorted(found)]
-
-
-def _batches(new: npt.NDArray[np.intp], rows: Sequence[LogProbs]) -> Iterator[npt.NDArray[np.intp]]:
-    """Cut positions of rows where a part would grow beyond its bound; a row is never cut."""
-    start, part_bytes = 0, 0
-    for end, position in enumerate(new.tolist()):
-        row_bytes = rows[position].nbytes + KEY_BYTES + 8
-        if end > start and part_bytes + row_bytes > _MAX_PART_BYTES:
-            yield new[start:end]
-            start, part_bytes = end, 0
-        part_bytes += row_bytes
-    if start < len(new):
-        yield new[start:]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,6 +44,15 @@ class KeyIndex:
             table = _sorted_without_repeats(self._tables.pop().followed_by(table))
         if len(table.high):
             self._tables.append(table)
+
+    def move(self, starts: Mapping[int, int], number: int) -> None:
+        """All rows of some parts lie in another one now, those of each from a row of it on."""
+        moved_parts = np.array(sorted(starts))
+        shifts = np.array([starts[part] for part in sorted(starts)], np.int32)
+        for table in self._tables:
+            moved = np.flatnonzero(np.isin(table.parts, moved_parts))
+            table.rows[moved] += shifts[np.searchsorted(moved_parts, table.parts[moved])]
+            table.parts[moved] = number
 
     def find(self, keys: Keys) -> tuple[Numbers, Numbers]:
         """Part number and row of each key, -1 where it is absent."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -26,7 +27,9 @@ from dpo_scale.reference.parts import Keys, LogProbs
 from dpo_scale.reference.row_keys import pair_row_keys, row_keys
 
 SECONDS_BETWEEN_COMMITS = 30.0
-"""Work that a kill costs; each commit leaves one part a rank."""
+"""Work that a kill costs; each commit leaves one part a rank, until it merges them."""
+PARTS_BEFORE_A_MERGE = 16
+"""Of one rank. Every rank of later launches opens all parts, so a pass must not end with thousands."""
 ROWS_IN_AN_EXCHANGE = 4096
 MOST_COMPLETIONS_OF_A_PROMPT = 16
 """In one stretch of the shared layout: beyond it little is saved, and ranks are harder to balance."""
@@ -234,11 +237,15 @@ def _check_rows(plan: ScoringPlan, rank_tokens: int) -> None:
 
 
 class FreshRows:
-    """Rows that ranks have scored: readable at once, written every half minute, on every disk in the end."""
+    """Rows that ranks have scored: readable at once, written every half minute, on every disk in the end.
+
+    A rank merges its parts only until the next `settle`: no other rank of the launch looks for new parts before.
+    """
 
     def __init__(self, store: ReferenceStore, ranks: Ranks) -> None:
         self._store, self._ranks = store, ranks
         self._scored_here: list[Keys] = []
+        self._unseen: list[Path] = []
         self._written_at = self._settled_at = time.monotonic()
 
     def add(self, keys: Keys, rows: Sequence[LogProbs]) -> None:
@@ -251,8 +258,10 @@ class FreshRows:
     def write(self) -> None:
         """Commit what this rank scored, as one part."""
         if self._scored_here:
-            self._store.write_held(np.concatenate(self._scored_here))
+            self._unseen += self._store.write_held(np.concatenate(self._scored_here))
         self._scored_here, self._written_at = [], time.monotonic()
+        if len(self._unseen) >= PARTS_BEFORE_A_MERGE:
+            self._unseen = self._store.merge(self._unseen)[-1:]  # the others are full
 
     def share(self, keys: Keys) -> int:
         """Let every rank read some rows: what one lacks is sent by the lowest rank that has it. Collective.
@@ -289,6 +298,8 @@ class FreshRows:
     def settle(self) -> None:
         """Bring all rows to all disks: whoever scored writes, and then each machine what it still lacks. Collective."""
         self.write()
+        self._store.merge(self._unseen)
+        self._unseen = []
         self._ranks.barrier()
         self._store.refresh()
         if self._ranks.is_local_main:

@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import launching
 
 SECONDS_BETWEEN_COMMITS = 0.5
+PARTS_BEFORE_A_MERGE = 2
 TOLERANCE = 1e-5
 """Nats a token: other micro-batches round otherwise."""
 
@@ -56,7 +57,7 @@ class Outcome:
     oldest_lost: float
     """Age of the oldest row that a kill destroyed, in seconds."""
     rows_stored: int
-    """In all parts; a row in two parts counts twice."""
+    """In all parts; a row in two parts counts twice. Pruned before: a kill in a merge repeats rows."""
     same_keys: bool
     largest_gap: float
     """To the undisturbed store, in nats a token."""
@@ -68,6 +69,7 @@ def run_rank(recipe: str) -> None:
     from dpo_scale.reference import scoring
 
     scoring.SECONDS_BETWEEN_COMMITS = SECONDS_BETWEEN_COMMITS
+    scoring.PARTS_BEFORE_A_MERGE = PARTS_BEFORE_A_MERGE
     log = os.open(os.environ["SCORED_LOG"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     add = scoring.FreshRows.add
 
@@ -191,6 +193,9 @@ def most_in_an_interval(notes: Sequence[Scored]) -> int:
 
 def kill_and_compare(folder: Path, pairs: Path, kills: int, seed: int, rank_tokens: int) -> Outcome:
     """One pass undisturbed, and one that is killed `kills` times."""
+    from dpo_scale.reference.cache import store_folders
+    from dpo_scale.reference.commands import prune_waste
+
     passes, rng = Passes(folder, pairs, rank_tokens), random.Random(seed)
     undisturbed, killed = folder / "undisturbed", folder / "killed"
     passes.finish(undisturbed, processes=2)
@@ -212,6 +217,8 @@ def kill_and_compare(folder: Path, pairs: Path, kills: int, seed: int, rank_toke
         total = sum(len(note.keys) for note in notes)
         print(f"kill {made}: {total} rows scored, {len(gone)} lost, {num_stored} stored", flush=True)
     passes.finish(killed, processes=2)
+    for store in store_folders(killed):
+        print(f"parts that a killed merge left: {len(prune_waste(store).paths)}", flush=True)
     actual, rows_stored = rows_of(killed)
     notes = scored(killed)
     return Outcome(

@@ -29,7 +29,7 @@ from safetensors.numpy import load_file
 from dpo_scale import files
 from dpo_scale.data.token_pairs import TokenPair, TokenPairs
 from dpo_scale.errors import UserError
-from dpo_scale.reference import cache, commands
+from dpo_scale.reference import cache, commands, parts
 from dpo_scale.reference.cache import (
     MissingRowsError,
     NonFiniteLogProbsError,
@@ -258,7 +258,7 @@ def test_a_row_that_is_there_is_not_written_again(tmp_path: Path) -> None:
 
 
 def test_parts_are_bounded_and_rows_are_never_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache, "_MAX_PART_BYTES", 1000)
+    monkeypatch.setattr(parts, "MAX_PART_BYTES", 1000)
     store = ReferenceStore.open(tmp_path, FINGERPRINT)
     rows = [np.full(n, -1.0, np.float32) for n in (500, 10, 100, 100, 100, 10, 240)]
     paths = store.append(_keys(range(7)), rows)
@@ -481,12 +481,25 @@ class StoreIsADict(RuleBasedStateMachine):
     @rule()
     def restart(self) -> None:
         self.stores = [ReferenceStore.open(self.folder, FINGERPRINT) for _ in range(2)]
+        self.written: list[list[Path]] = [[], []]
 
     @rule(which=writer, numbers=numbers)
     def append(self, which: int, numbers: list[int]) -> None:
         for path in _append(self.stores[which], numbers):
             written = {tuple(key) for key in load_file(path)["keys"].tolist()}
             self.committed[path] = {n for n in numbers if tuple(_keys([n])[0].tolist()) in written}
+            self.written[which].append(path)
+
+    @rule(which=writer)
+    def merge(self, which: int) -> None:
+        before = [path for path in self.written[which] if path in self.committed]
+        merged = self.stores[which].merge(self.written[which])
+        numbers = set().union(*(self.committed.pop(path) for path in before))
+        for path in merged:
+            keys = {key.tobytes() for key in load_file(path)["keys"]}
+            self.committed[path] = {n for n in numbers if _keys([n]).tobytes() in keys}
+        assert set().union(*(self.committed[path] for path in merged)) == numbers
+        self.written[which] = merged
 
     @rule(which=writer)
     def refresh(self, which: int) -> None:
@@ -541,6 +554,152 @@ def test_a_store_equals_a_dict_whatever_happens(tmp_path_factory: pytest.TempPat
         suppress_health_check=list(HealthCheck),
     )
     StoreIsADict.TestCase().runTest()
+
+
+# Merging
+
+
+def _merge(store: ReferenceStore, *numbers: range) -> list[Path]:
+    return store.merge([path for some in numbers for path in _append(store, some)])
+
+
+def test_merged_parts_are_one_that_holds_their_rows(tmp_path: Path) -> None:
+    store, reader = (ReferenceStore.open(tmp_path, FINGERPRINT) for _ in range(2))
+    _append(store, range(5))
+    (merged,) = _merge(store, range(5, 10), range(10, 11), range(11, 30))
+    assert len(part_paths(store.folder)) == store.num_parts == 2
+    assert merged.name == f"part-{hashlib.sha256(merged.read_bytes()).hexdigest()[:32]}.safetensors"
+    reader.refresh()
+    for opened in (store, reader, ReferenceStore.open(tmp_path, FINGERPRINT)):
+        _assert_holds(opened, range(30))
+        assert len(opened) == 30
+    assert _append(store, range(30)) == []
+    assert store.refresh() == 0
+    assert commands.verify(store.folder) == []
+
+
+def test_parts_are_merged_up_to_their_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = ReferenceStore.open(tmp_path, FINGERPRINT)
+    paths = [path for n in range(7) for path in _append(store, range(10 * n, 10 * n + 10))]
+    monkeypatch.setattr(parts, "MAX_PART_BYTES", 3 * max(path.stat().st_size for path in paths))
+    merged = store.merge(paths)
+    assert [len(load_file(path)["keys"]) for path in merged] == [30, 30, 10]
+    assert merged[-1] == paths[-1]  # one part alone stays as it is
+    assert sorted(merged) == part_paths(store.folder)
+    _assert_holds(ReferenceStore.open(tmp_path, FINGERPRINT), range(70))
+
+
+@pytest.mark.parametrize("deleted", [0, 1, 2])
+def test_a_kill_between_the_merged_part_and_the_deletion_of_the_others_costs_nothing(
+    tmp_path: Path, deleted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = ReferenceStore.open(tmp_path, FINGERPRINT)
+    paths = [path for n in range(3) for path in _append(store, range(10 * n, 10 * n + 10))]
+    killed_at, unlink = [None] * deleted, Path.unlink
+
+    def unlink_or_be_killed(path: Path, missing_ok: bool = False) -> None:
+        if path in paths:
+            if not killed_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            killed_at.pop()
+        unlink(path, missing_ok=missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", unlink_or_be_killed)
+    merger = multiprocessing.get_context("fork").Process(target=store.merge, args=(paths,))
+    merger.start()
+    merger.join(60)
+    assert merger.exitcode == -signal.SIGKILL
+    monkeypatch.undo()
+    assert len(part_paths(store.folder)) == 4 - deleted
+    store.refresh()
+    for opened in (store, ReferenceStore.open(tmp_path, FINGERPRINT)):
+        assert len(opened) == 30
+        _assert_holds(opened, range(30))
+        assert opened.damaged == []
+        assert _append(opened, range(30)) == []
+    assert set(commands.prune_waste(store.folder).paths) <= set(paths)
+    assert len(part_paths(store.folder)) == 1
+    _assert_holds(ReferenceStore.open(tmp_path, FINGERPRINT), range(30))
+
+
+def test_rows_are_found_in_the_merged_part_by_who_had_listed_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, reader = (ReferenceStore.open(tmp_path, FINGERPRINT) for _ in range(2))
+    paths = [path for n in range(3) for path in _append(store, range(10 * n, 10 * n + 10))]
+    list_parts = cache.part_paths
+
+    def list_before_the_merge(folder: Path) -> list[Path]:
+        listed = list_parts(folder)
+        monkeypatch.setattr(cache, "part_paths", list_parts)
+        store.merge(paths)
+        return listed
+
+    monkeypatch.setattr(cache, "part_paths", list_before_the_merge)
+    assert reader.refresh() == 30
+    _assert_holds(reader, range(30))
+    assert reader.damaged == []
+
+
+def test_an_old_listing_that_names_parts_that_are_gone_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = ReferenceStore.open(tmp_path, FINGERPRINT)
+    paths = [_append(store, [n])[0] for n in range(2)]
+    paths[0].unlink()
+    monkeypatch.setattr(cache, "part_paths", lambda folder: paths)
+    assert len(ReferenceStore.open(tmp_path, FINGERPRINT)) == 1
+
+
+@pytest.mark.parametrize("stale", [False, True], ids=["before it is opened", "while it is open, on another node"])
+def test_rows_that_were_located_in_a_part_are_read_from_the_one_that_it_was_merged_into(
+    tmp_path: Path, stale: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, reader = (ReferenceStore.open(tmp_path, FINGERPRINT) for _ in range(2))
+    _append(store, range(100, 110))
+    paths = [path for n in range(3) for path in _append(store, range(10 * n, 10 * n + 10))]
+    reader.refresh()
+    numbers = [105, 3, 25, 14, 22, 101]
+    if stale:
+        _assert_holds(reader, numbers)
+    located, opened = reader._locate(_keys(numbers)), {part._descriptor for part in reader._open.values()}
+    store.merge(paths)
+    locate, pread = reader._locate, os.pread
+    answers = [located]
+    monkeypatch.setattr(reader, "_locate", lambda keys: answers.pop() if answers else locate(keys))
+
+    def pread_of_nfs(descriptor: int, length: int, start: int) -> bytes:
+        if stale and descriptor in opened:
+            opened.remove(descriptor)
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return pread(descriptor, length, start)
+
+    monkeypatch.setattr(os, "pread", pread_of_nfs)
+    _assert_holds(reader, numbers)
+    assert not answers
+    assert reader.num_parts == 2
+
+
+def test_a_damaged_part_is_not_merged(tmp_path: Path) -> None:
+    store = ReferenceStore.open(tmp_path, FINGERPRINT)
+    paths = [path for n in range(3) for path in _append(store, range(10 * n, 10 * n + 10))]
+    _flip_a_byte(paths[1])
+    (merged,) = store.merge(paths)
+    assert len(load_file(merged)["keys"]) == 20
+    for opened in (store, ReferenceStore.open(tmp_path, FINGERPRINT)):
+        found = opened.contains(_keys(range(30)))
+        np.testing.assert_array_equal(np.flatnonzero(~found), range(10, 20))
+    assert store.damaged[0].startswith(paths[1].name)
+
+
+def test_the_only_sound_part_of_a_merge_stays(tmp_path: Path) -> None:
+    store = ReferenceStore.open(tmp_path, FINGERPRINT)
+    sound, broken, pruned = (_append(store, range(10 * n, 10 * n + 10))[0] for n in range(3))
+    _flip_a_byte(broken)
+    pruned.unlink()
+    assert store.merge([broken, sound, pruned]) == [sound]
+    for opened in (store, ReferenceStore.open(tmp_path, FINGERPRINT)):
+        np.testing.assert_array_equal(np.flatnonzero(opened.contains(_keys(range(30)))), range(10))
+        _assert_holds(opened, range(10))
+    assert store.merge([pruned, broken]) == []
 
 
 # Near misses and the commands

@@ -19,7 +19,7 @@ from dpo_scale.data.layouts import Layout, MicroBatch
 from dpo_scale.data.planning import CostModel
 from dpo_scale.data.token_pairs import TokenPair, TokenPairs
 from dpo_scale.errors import DataError
-from dpo_scale.reference import scoring
+from dpo_scale.reference import cache, scoring
 from dpo_scale.reference.cache import NonFiniteLogProbsError, ReferenceStore, part_paths
 from dpo_scale.reference.fingerprint import ReferenceFingerprint
 from dpo_scale.reference.scoring import FreshRows, Presence, ReferenceRows, ScoringPlan, group_rows, plan_scoring, score
@@ -353,6 +353,34 @@ def test_a_long_pass_commits_on_the_way(tmp_path: Path, monkeypatch: pytest.Monk
     model, _, _ = run_pass(pairs, store, OneRank(), rank_tokens=20, settle=False)
     assert len(part_paths(store.folder)) == model.batches > 2
     assert len(store.held) == 0
+
+
+def test_a_pass_leaves_one_part_of_each_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each micro-batch is a part, and merged with those before now and then, and with the last ones in the end."""
+    monkeypatch.setattr(scoring, "SECONDS_BETWEEN_COMMITS", -1.0)
+    monkeypatch.setattr(scoring, "PARTS_BEFORE_A_MERGE", 3)
+    pairs = TokenPairs.from_pairs(pair([n], [n, 1], [n, 2]) for n in range(3, 93))
+    part, opened = cache.Part, []
+    monkeypatch.setattr(cache, "Part", lambda path, key: opened.append(path) or part(path, key))
+
+    def most_parts(ranks: ThreadRank) -> int:
+        store = ReferenceStore.open(tmp_path, FINGERPRINT)
+        needed, model, fresh, counts = ReferenceRows.of_pairs(pairs), Model(), FreshRows(store, ranks), [0]
+        missing = np.ones(180, np.bool_)
+        plan = plan_scoring(needed, np.arange(90), missing, layout="shared", rank_tokens=20, cost=CostModel())
+        console = Console(open("/dev/null", "w"), is_main=False)  # noqa: SIM115
+        count = lambda: counts.append(len(part_paths(store.folder)))  # noqa: E731
+        score(plan, model, fresh, ranks, console, layout="shared", pad_id=0, between_batches=count)
+        assert model.batches > 8
+        fresh.settle()
+        assert_holds_all(store, pairs)
+        return max(counts)
+
+    assert max(on_ranks(most_parts, [0, 0])) <= 2 * 4  # three and, until they are deleted, the merged one
+    left = part_paths(ReferenceStore.open(tmp_path, FINGERPRINT).folder)
+    assert len(left) == 2
+    assert set(opened) == set(left), "another rank has opened a part that was merged"
+    assert rows_stored(ReferenceStore.open(tmp_path, FINGERPRINT)) == distinct_rows(pairs)
 
 
 def test_rows_that_are_not_finite_are_named_and_the_others_are_kept(tmp_path: Path) -> None:
