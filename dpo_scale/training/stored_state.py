@@ -15,6 +15,9 @@ from dpo_scale.training.checkpoints import Checkpoint, CheckpointError
 from dpo_scale.training.rank_files import BUFFERS_FILE, MOMENTS, rank_file
 from dpo_scale.training.tensor_files import TensorFile
 
+_MAX_OPEN_FILES = 256
+"""A quarter of the 1,024 that a process may have open where nobody set another limit."""
+
 
 class StoredState:
     """A checkpoint's slices by address; a context manager that closes the files."""
@@ -22,6 +25,8 @@ class StoredState:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         self._files: dict[int, TensorFile] = {}
+        self._open: dict[int, TensorFile] = {}
+        """Those of `_files` that are open, the one used last at the end."""
 
     def __enter__(self) -> StoredState:
         return self
@@ -32,7 +37,7 @@ class StoredState:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        for file in self._files.values():
+        for file in self._open.values():
             file.close()
 
     def read(self, address: SliceAddress) -> ParameterSlice:
@@ -86,6 +91,10 @@ class StoredState:
         if rank not in self._files:
             name = rank_file(rank, self.checkpoint.commit.world_size)
             self._files[rank] = TensorFile(self.checkpoint.path / name)
+        self._open.pop(rank, None)
+        self._open[rank] = self._files[rank]
+        if len(self._open) > _MAX_OPEN_FILES:
+            self._open.pop(next(iter(self._open))).close()
         return self._files[rank]
 
 

@@ -85,10 +85,12 @@ def write_tensors(
 class TensorFile:
     """A safetensors file of flat tensors, read by slices with plain reads.
 
-    A memory map would leave every page that was read in the process's resident memory.
+    A memory map would leave every page that was read in the process's resident memory. A file that was closed
+    opens again when it is read.
     """
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         self._file = path.open("rb", buffering=0)
         length = int.from_bytes(self._file.read(8), "little")
         self._header: dict[str, Any] = json.loads(self._file.read(length))
@@ -111,6 +113,8 @@ class TensorFile:
         dtype = _DTYPES[entry["dtype"]]
         assert 0 <= start <= stop <= entry["shape"][0], (name, start, stop, entry["shape"])
         tensor = torch.empty(stop - start, dtype=dtype)
+        if self._file.closed:
+            self._file = self._path.open("rb", buffering=0)
         self._file.seek(self._data_start + entry["data_offsets"][0] + start * dtype.itemsize)
         left = _bytes_of(tensor)
         while left:

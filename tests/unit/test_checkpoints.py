@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from dpo_scale.distributed.parameter_slices import SliceAddress, slice_bounds
-from dpo_scale.training import checkpoints
+from dpo_scale.training import checkpoints, stored_state
 from dpo_scale.training.checkpoints import CheckpointError, RunState, digest_of, find_checkpoint
 from dpo_scale.training.stored_state import StoredState, check_fits
 
@@ -63,6 +63,24 @@ def test_any_number_of_ranks_reads_what_any_other_number_wrote(
                 actual = stored.read(address)
                 for got, whole in zip((actual.master, actual.exp_avg, actual.exp_avg_sq), tensors, strict=True):
                     assert torch.equal(got, whole.flatten()[address.start : address.stop])
+
+
+def test_the_files_of_many_ranks_are_not_all_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process may have 1,024 files open, and there are checkpoints of more ranks."""
+    monkeypatch.setattr(stored_state, "_MAX_OPEN_FILES", 2)
+    parameters = make_parameters(SHAPES)
+    path = save(tmp_path, parameters, world_size=5)[0]
+
+    def num_open() -> int:
+        links = (Path("/proc/self/fd") / name for name in os.listdir("/proc/self/fd"))
+        return sum(link.exists() and link.resolve().parent == path for link in links)
+
+    with StoredState(checkpoints.open_checkpoint(path)) as stored:
+        for _ in range(2):
+            for name, tensors in parameters.items():
+                assert torch.equal(stored.read_parameter(name), tensors[0])
+                assert num_open() <= 2
+    assert num_open() == 0
 
 
 @given(elements=st.integers(0, 50), world_size=st.integers(1, 9))
