@@ -192,7 +192,14 @@ def _memory_in(folder: Path) -> DigestMemory:
 def _file_state(path: Path) -> str:
     """What changes whenever the contents do; the change time even if the other one is restored."""
     status = path.stat()
-    return f"{path.resolve()} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
+    real = path.resolve() if os.path.islink(path) else _real_folder(path.absolute().parent) / path.name
+    return f"{real} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
+
+
+@cache
+def _real_folder(folder: Path) -> Path:
+    """Resolved once: that takes a look at every folder above, for each of thousands of files."""
+    return folder.resolve()
 
 
 def _is_settled(changed_ns: int) -> bool:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from disks import note_order
@@ -153,6 +154,29 @@ def test_one_process_profits_from_what_another_remembered_meanwhile(tmp_path: Pa
     first.sha256(tmp_path / "b")
     assert second.sha256(tmp_path / "b") == _sha256(b"b")
     assert read_paths == [tmp_path / "a", tmp_path / "b"]
+
+
+def test_a_file_is_remembered_by_its_real_path_and_the_folders_above_are_looked_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "real" / "folder"
+    folder.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(folder)
+    names = [f"part-{n}" for n in range(20)]
+    for name in names:
+        (folder / name).write_text(name)
+    (folder / "linked").symlink_to(folder / "part-7")
+    looked_at, lstat = [], os.lstat
+
+    def noting(path: Any, **options: Any) -> os.stat_result:
+        looked_at.append(os.fspath(path))
+        return lstat(path, **options)
+
+    monkeypatch.setattr(os, "lstat", noting)
+    states = [files._file_state(tmp_path / "link" / name) for name in names]
+    assert looked_at.count(str(tmp_path)) <= 2  # on the way to the link, and to what it leads to
+    assert [state.split(" ")[0] for state in states] == [str(folder / name) for name in names]
+    assert files._file_state(folder / "linked") == states[7]
 
 
 def _overwrite(path: Path) -> None:
