@@ -20,6 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from dpo_scale.console import counted
 from dpo_scale.data.layouts import MicroBatch
 from dpo_scale.distributed.zero_config import pinning_fits
+from dpo_scale.errors import RecipeError
 from dpo_scale.model.fused import takes_weights_of_children
 from dpo_scale.model.log_probs import CompletionLogProbs
 from dpo_scale.recipe import Recipe
@@ -73,17 +74,37 @@ def mark_leaves(model: nn.Module) -> None:
     Its hooks then run once a layer instead of once for each of a dozen modules, which for a small model takes half as
     long as the arithmetic. A mixture of experts must be gathered as one in any case: ranks route tokens differently,
     and a rank that skips an expert would wait for ever for those that do not. So must what reads weights of modules
-    that it does not call.
+    that it does not call. Only these are leaves of a model on NVMe: DeepSpeed reads each matrix of a leaf into a buffer
+    of its own, and as each must hold the largest shard of the model, there are few.
     """
+    reads_into_buffers = any(_swapper_of(parameter) is not None for parameter in model.parameters())
     pending = [model]
     while pending:
         module = pending.pop()
-        if isinstance(module, GradientCheckpointingLayer):
+        if isinstance(module, GradientCheckpointingLayer) and not reads_into_buffers:
             module.register_forward_pre_hook(_check_hidden_states)
         elif not (isinstance(getattr(module, "experts", None), nn.Module) or takes_weights_of_children(module)):
             pending += module.children()
             continue
         deepspeed.utils.set_z3_leaf_module(module, True)
+
+
+def check_buffers(model: nn.Module) -> None:
+    """Raise RecipeError if a leaf of a model on NVMe holds more matrices than DeepSpeed can read at a time."""
+    for name, module in model.named_modules():
+        if not deepspeed.utils.z3_leaf_module(module):
+            continue
+        swappers = [swapper for p in module.parameters() if (swapper := _swapper_of(p)) and swapper.swappable_tensor(p)]
+        if swappers and len(swappers) > swappers[0].param_buffer_count:
+            raise RecipeError(
+                f"reference.offload: nvme: {name} needs {len(swappers)} matrices at once, and "
+                f"ds_configs/reference_nvme.json has {swappers[0].param_buffer_count} buffers; use cpu or none"
+            )
+
+
+def _swapper_of(parameter: nn.Parameter) -> Any:
+    """What reads a sharded parameter from NVMe; None where it lies elsewhere."""
+    return getattr(parameter, "nvme_swapper", None)
 
 
 def _check_hidden_states(layer: nn.Module, positional: tuple[Any, ...]) -> None:
@@ -196,6 +217,7 @@ class ReferenceEngine:
 
     def __init__(self, accelerator: Accelerator, model: CompletionLogProbs) -> None:
         mark_leaves(model)
+        check_buffers(model)
         model.eval().requires_grad_(False)
         # Not accelerator.prepare: a second prepared model breaks save_state and replaces the policy's config.
         config = accelerator.state.get_deepspeed_plugin("reference").deepspeed_config
