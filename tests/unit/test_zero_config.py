@@ -47,7 +47,8 @@ def _write(folder: Path, value: Any) -> Path:
     return path
 
 
-BASE = {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}, "steps_per_print": 7}
+BASE = {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}, "steps_per_print": 7}
+REFERENCE = {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}
 
 
 def test_all_keys_that_the_recipe_owns_are_refused_at_once_with_both_places(tmp_path: Path) -> None:
@@ -123,13 +124,20 @@ def test_an_offloaded_optimizer_is_not_swapped_for_one_that_compiles() -> None:
 
 
 def test_the_references_nvme_folder_is_its_own() -> None:
-    before = copy.deepcopy(BASE)
-    config = reference_config(BASE, _recipe(), "/nvme/job/reference")
+    before = copy.deepcopy(REFERENCE)
+    config = reference_config(REFERENCE, _recipe(), "/nvme/job/reference")
     assert config["zero_optimization"]["offload_param"] == {"device": "nvme", "nvme_path": "/nvme/job/reference"}
-    assert before == BASE
+    assert before == REFERENCE
 
 
-@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.json")), ids=lambda path: path.name)
+def test_a_policys_weights_on_nvme_are_refused(tmp_path: Path) -> None:
+    path = _write(tmp_path, REFERENCE)
+    with pytest.raises(RecipeError, match=r"zero\.json: zero_optimization\.offload_param\.device is nvme, .*use cpu"):
+        read_policy_config(path)
+    assert read_reference_config(path) == REFERENCE
+
+
+@pytest.mark.parametrize("path", sorted(SHIPPED.glob("zero3*.json")), ids=lambda path: path.name)
 def test_shipped_configurations_state_nothing_that_the_recipe_owns(path: Path) -> None:
     config = read_policy_config(path)
     assert config == read_reference_config(path)
@@ -173,10 +181,10 @@ def test_the_launcher_still_says_it_in_these_variables() -> None:
 
 def test_a_policy_on_nvme_gets_a_folder_of_its_own_run_and_role(tmp_path: Path) -> None:
     nvme = {"device": "nvme", "nvme_path": str(tmp_path)}
-    base = {"zero_optimization": {"stage": 3, "offload_param": nvme, "offload_optimizer": {**nvme}}}
+    base = {"zero_optimization": {"stage": 3, "offload_optimizer": nvme}}
     folder = own_folder(_recipe(), "policy")
     zero = fit_to_node(base, Path("zero.json"), own_folder=folder, ranks_per_node=8)["zero_optimization"]
-    assert zero["offload_param"]["nvme_path"] == zero["offload_optimizer"]["nvme_path"] == str(tmp_path / folder)
+    assert zero["offload_optimizer"]["nvme_path"] == str(tmp_path / folder)
     assert nvme["nvme_path"] == str(tmp_path)
     elsewhere = _recipe().model_copy(update={"run": _recipe().run.model_copy(update={"output_dir": "other"})})
     assert len({folder, own_folder(_recipe(), "reference"), own_folder(elsewhere, "policy")}) == 3
