@@ -130,7 +130,7 @@ class MemoryPlan:
     def reference_host(self, ranks: int) -> int:
         """Host bytes of a rank's part of the reference."""
         held = states(self.parameters, self.reference_zero, ranks, self.workload.dtype_bytes, cpu=False)
-        return held.host.get("weights", 0)
+        return held.host.get("weights", 0) + held.host.get("weights' NVMe buffers", 0)
 
     def fit(self, setting: Setting, cluster: Cluster) -> Fit:
         """Whether a setting fits."""

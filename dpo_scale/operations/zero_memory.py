@@ -56,6 +56,11 @@ class ZeroSettings:
     pin_optimizer: bool = True
     pin_param: bool = True
     """Whether what is offloaded lies in pinned memory."""
+    optimizer_buffers: int = 4
+    """Each holds one state of a sub-group on its way from and to NVMe: a weight, a gradient or a moment."""
+    param_buffers: int = 5
+    param_buffer_size: int = 100_000_000
+    """Each holds a shard of one parameter that was read from NVMe."""
 
     @classmethod
     def of_config(cls, config: dict[str, Any], ranks_per_node: int = 1) -> ZeroSettings:
@@ -82,6 +87,9 @@ class ZeroSettings:
             offload_param=param.get("device", "none"),
             pin_optimizer=optimizer.get("pin_memory", cls.pin_optimizer),
             pin_param=param.get("pin_memory", cls.pin_param),
+            optimizer_buffers=optimizer.get("buffer_count", cls.optimizer_buffers),
+            param_buffers=param.get("buffer_count", cls.param_buffers),
+            param_buffer_size=int(param.get("buffer_size", cls.param_buffer_size)),
         )
 
 
@@ -135,15 +143,17 @@ def states(parameters: Sequence[Parameter], zero: ZeroSettings, ranks: int, dtyp
     gradients["accumulated gradients"] = (pinned if in_pinned else int)(own * GRADIENT_BYTES)
     if zero.offload_param == "cpu" and zero.pin_param:
         held.host["weights"] = pinned(own * dtype_bytes)
+    elif zero.offload_param == "nvme":
+        held.host["weights' NVMe buffers"] = zero.param_buffers * zero.param_buffer_size * dtype_bytes
     if zero.offload_optimizer == "cpu":
         pieces = sub_groups(parameters, ranks, zero.sub_group_size)
         held.host["gradients for the optimizer"] = sum(
             (pinned if zero.pin_optimizer else int)(piece * GRADIENT_BYTES) for piece in pieces
         )
-    elif zero.offload_optimizer == "nvme":  # four buffers of a sub-group's state, twice while it is pipelined
+    elif zero.offload_optimizer == "nvme":
         piece = max(sub_groups(parameters, ranks, zero.sub_group_size))
         held.nvme["gradients for the optimizer"] = own * GRADIENT_BYTES
-        held.host["NVMe buffers"] = 2 * 4 * piece * GRADIENT_BYTES
+        held.host["optimizer's NVMe buffers"] = zero.optimizer_buffers * piece * GRADIENT_BYTES
     held.device["small weights, kept whole"] = persistent * dtype_bytes
     if zero.hpz_partition_size > 1:
         held.device["second copy within the node"] = shard_elements(parameters, zero.hpz_partition_size) * dtype_bytes

@@ -13,6 +13,7 @@ from transformers import LlamaConfig
 from dpo_scale.cli import main
 from dpo_scale.console import Console
 from dpo_scale.data.planning import Schedule, layout_costs, plan_step
+from dpo_scale.distributed.zero_config import read_reference_config
 from dpo_scale.errors import UserError
 from dpo_scale.operations.cluster import GIB, Assumptions, Cluster
 from dpo_scale.operations.fit import MemoryPlan, Setting
@@ -20,7 +21,9 @@ from dpo_scale.operations.plan import STEPS_LOOKED_AT, Plan, make_plan, policy_z
 from dpo_scale.operations.plan_report import render, verdict
 from dpo_scale.operations.scaling import sample_steps
 from dpo_scale.operations.workload import AssumedData
+from dpo_scale.operations.zero_memory import ZeroSettings
 from dpo_scale.recipe import load_recipe
+from dpo_scale.shipped_files import shipped_file
 
 ROOT = Path(__file__).parents[2]
 ASSUMED = AssumedData(2560, 200, 330)
@@ -107,6 +110,13 @@ def test_deepspeed_files_move_memory_to_where_they_say(one_node: Plan, name: str
     else:
         assert gpu < base_gpu
         assert host > base_host
+
+
+def test_a_reference_on_nvme_takes_the_hosts_memory_for_its_buffers(one_node: Plan) -> None:
+    path = shipped_file("ds_configs/reference_nvme.json")
+    buffers = read_reference_config(path)["zero_optimization"]["offload_param"]
+    memory = MemoryPlan(one_node.workload, ZeroSettings.of_config(read_reference_config(path)))
+    assert memory.reference_host(8) == buffers["buffer_count"] * buffers["buffer_size"] * 2
 
 
 def test_scaling_counts_what_the_planner_gives_each_rank(one_node: Plan) -> None:

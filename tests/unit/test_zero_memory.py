@@ -140,6 +140,19 @@ def test_offload_moves_states_and_doubles_the_gradients() -> None:
     assert optimizer_step_bytes(parameters, zero, 4) == 0
 
 
+def test_what_travels_from_nvme_goes_through_buffers_of_the_host() -> None:
+    """As many as the file says, each as large as the largest sub-group's fp32, or as the file says for weights."""
+    parameters = [Parameter(n, 1000) for n in range(5)]
+    config = {
+        "sub_group_size": 2000,
+        "offload_optimizer": {"device": "nvme", "buffer_count": 6},
+        "offload_param": {"device": "nvme", "buffer_count": 3, "buffer_size": 500},
+    }
+    held = states(parameters, ZeroSettings.of_config({"zero_optimization": config}), 1, 2, cpu=False)
+    assert held.host["optimizer's NVMe buffers"] == 6 * 2000 * 4
+    assert held.host["weights' NVMe buffers"] == 3 * 500 * 2
+
+
 def test_hpz_holds_a_second_copy_of_the_weights_within_the_node() -> None:
     held = states([Parameter(0, 4096)], replace(NOTHING_KEPT, hpz_partition_size=8), 64, 2, cpu=False)
     assert held.device["second copy within the node"] == 2 * 4096 // 8
@@ -174,12 +187,19 @@ def test_pinned_memory_comes_in_powers_of_two(size: int) -> None:
 
 def test_a_deepspeed_json_is_read_with_deepspeeds_own_defaults() -> None:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from deepspeed.runtime.zero.offload_config import (
+        DeepSpeedZeroOffloadOptimizerConfig,
+        DeepSpeedZeroOffloadParamConfig,
+    )
 
     defaults, ours = DeepSpeedZeroConfig(), ZeroSettings.of_config({"zero_optimization": {"stage": 3}})
     for name in ("reduce_bucket_size", "sub_group_size", "prefetch_bucket_size", "param_persistence_threshold"):
         assert getattr(ours, name) == getattr(defaults, name), name
     for name in ("max_live_parameters", "max_reuse_distance"):
         assert getattr(ours, name) == getattr(defaults, name), name
+    optimizer, param = DeepSpeedZeroOffloadOptimizerConfig(), DeepSpeedZeroOffloadParamConfig()
+    assert ours.optimizer_buffers == optimizer.buffer_count
+    assert (ours.param_buffers, ours.param_buffer_size) == (param.buffer_count, param.buffer_size)
     assert ours.hpz_partition_size == defaults.zero_hpz_partition_size
     read = ZeroSettings.of_config(
         {
