@@ -20,6 +20,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from plain_async_io import stand_in_where_libaio_is_absent
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
@@ -42,7 +43,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "sub_groups_hpz": {"dtype": "bfloat16", "sub_group_size": 3000, "hpz": True},
     "cpu_adam": {"offload": True, "cpu_adam": True},
     "shards": {"hidden": 510, "intermediate": 1400, "layers": 7},
-    "nvme": {"offload": True, "cpu_adam": True, "nvme": True, "sub_group_size": 300_000},
+    "nvme": {"nvme": True, "sub_group_size": 300_000},
 }
 
 
@@ -108,7 +109,7 @@ def make_engine(folder: Path, settings: dict[str, Any]) -> Any:
         zero["offload_optimizer"] = {
             "device": "nvme",
             "nvme_path": str(folder / f"swap_{world_size}"),
-            "buffer_count": 5,
+            "buffer_count": 4,
             "pin_memory": False,
         }
     if settings.get("hpz") and world_size % 2 == 0:
@@ -360,6 +361,7 @@ def main() -> None:
     root, variants = Path(sys.argv[1]), sys.argv[2:]
     torch.set_num_threads(1)
     leave_out_unused_ops()
+    stand_in_where_libaio_is_absent()
     deepspeed.init_distributed("gloo")
     ranks = GlooRanks()
     for variant in variants:

@@ -136,8 +136,6 @@ def test_deepspeed_s_cpu_adam_goes_on_too(tmp_path: Path) -> None:
     assert three["restored_losses"] == pytest.approx(two["losses"], rel=RELATIVE["cpu_adam"])
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/usr/include/libaio.h").exists(), reason="NVMe offload needs libaio's headers")
 def test_an_optimizer_on_nvme_goes_on_too(tmp_path: Path) -> None:
     launch(tmp_path, 2, "nvme")
     actual = report(tmp_path, "nvme", 2)
