@@ -6,18 +6,19 @@ trainer's own planner packs them. What remains to be assumed is stated in the ou
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from dpo_scale.console import Console
-from dpo_scale.data.planning import check_budget, layout_costs, plan_pass
+from dpo_scale.data.planning import Indices, check_budget, layout_costs, plan_pass
 from dpo_scale.distributed.zero_config import read_policy_config, read_reference_config
 from dpo_scale.errors import UserError
 from dpo_scale.operations.cluster import Assumptions, Cluster
 from dpo_scale.operations.fit import Fit, MemoryPlan, Setting
-from dpo_scale.operations.scaling import StepCost, Traffic, plan_steps, step_cost
+from dpo_scale.operations.scaling import StepCost, Traffic, plan_steps, sample_pairs, step_cost
 from dpo_scale.operations.workload import AssumedData, Workload, read_workload
 from dpo_scale.operations.zero_memory import ZeroSettings, gathered
 from dpo_scale.recipe import Recipe
@@ -136,6 +137,7 @@ def make_plan(
         tried = (memory.fit(other, cluster) for other in memory.remedies(setting, cluster))
         remedy = next((other for other in tried if other.fits), None)
         nodes_needed = None if remedy else _nodes_needed(memory, setting, cluster)
+    sampled = sample_pairs(workload.schedule, steps_looked_at_a_scale(workload.schedule.global_pairs))
     return Plan(
         workload=workload,
         cluster=cluster,
@@ -146,9 +148,9 @@ def make_plan(
         remedy=remedy,
         nodes_needed=nodes_needed,
         largest_rank_tokens=memory.largest_rank_tokens(setting, cluster),
-        step=_step(workload, setting, cluster, given, STEPS_LOOKED_AT),
+        step=_step(workload, setting, cluster, given, sample_pairs(workload.schedule, STEPS_LOOKED_AT)),
         reference=_reference_pass(memory, cluster, given),
-        scales=tuple(_scale(memory, setting, cluster, given, gpus) for gpus in SCALES),
+        scales=tuple(_scale(memory, setting, cluster, given, gpus, sampled) for gpus in SCALES),
     )
 
 
@@ -180,10 +182,10 @@ def _nodes_needed(memory: MemoryPlan, setting: Setting, cluster: Cluster) -> int
     return None
 
 
-def _step(workload: Workload, setting: Setting, cluster: Cluster, given: Assumptions, most: int) -> StepCost:
-    plans = plan_steps(
-        workload.costs, workload.schedule, ranks=cluster.ranks, rank_tokens=setting.rank_tokens, most=most
-    )
+def _step(
+    workload: Workload, setting: Setting, cluster: Cluster, given: Assumptions, sampled: Mapping[int, Indices]
+) -> StepCost:
+    plans = plan_steps(workload.costs, sampled, ranks=cluster.ranks, rank_tokens=setting.rank_tokens)
     whole = gathered(workload.meta.units, setting.zero, recompute=setting.checkpointing)
     traffic = Traffic(workload.meta.num_parameters, workload.dtype_bytes, whole, setting.zero)
     return step_cost(plans, workload.costs, workload.macs, traffic, cluster, given, checkpointing=setting.checkpointing)
@@ -194,12 +196,18 @@ def steps_looked_at_a_scale(global_pairs: int) -> int:
     return min(STEPS_LOOKED_AT, max(4, PAIRS_LOOKED_AT_A_SCALE // global_pairs))
 
 
-def _scale(memory: MemoryPlan, setting: Setting, cluster: Cluster, given: Assumptions, gpus: int) -> Scale:
+def _scale(
+    memory: MemoryPlan,
+    setting: Setting,
+    cluster: Cluster,
+    given: Assumptions,
+    gpus: int,
+    sampled: Mapping[int, Indices],
+) -> Scale:
     per_node = min(gpus, cluster.gpus_per_node)
     there = replace(cluster, nodes=-(-gpus // per_node), gpus_per_node=per_node)
     fit = memory.fit(setting, there)
-    most = steps_looked_at_a_scale(memory.workload.schedule.global_pairs)
-    step = _step(memory.workload, setting, there, given, most)
+    step = _step(memory.workload, setting, there, given, sampled)
     return Scale(there, max(fit.gpu.total, fit.scoring.total), fit.fits, step)
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from dpo_scale.data.planning import Costs, Schedule, StepPlan, Work, plan_step
+from dpo_scale.data.planning import Costs, Indices, Schedule, StepPlan, Work, plan_step
 from dpo_scale.operations.cluster import Assumptions, Cluster
 from dpo_scale.operations.zero_memory import Gathered, ZeroSettings
 
@@ -45,17 +45,15 @@ def sample_steps(schedule: Schedule, most: int) -> list[int]:
     return [int(n // of_an_epoch * schedule.steps_per_epoch + n % of_an_epoch) for n in sampled]
 
 
-def plan_steps(costs: Costs, schedule: Schedule, *, ranks: int, rank_tokens: int, most: int) -> list[StepPlan]:
+def sample_pairs(schedule: Schedule, most: int) -> dict[int, Indices]:
+    """The pairs of the sampled steps, copied: of ten million, the order of an epoch takes seconds and 80 MB."""
+    return {step: schedule.pairs_of(step).copy() for step in sample_steps(schedule, most)}
+
+
+def plan_steps(costs: Costs, sampled: Mapping[int, Indices], *, ranks: int, rank_tokens: int) -> list[StepPlan]:
     """The trainer's own plans of some steps."""
     return [
-        plan_step(
-            schedule.pairs_of(step),
-            costs,
-            world_size=ranks,
-            rank_tokens=rank_tokens,
-            step=step,
-        )
-        for step in sample_steps(schedule, most)
+        plan_step(pairs, costs, world_size=ranks, rank_tokens=rank_tokens, step=step) for step, pairs in sampled.items()
     ]
 
 

@@ -12,6 +12,8 @@ from transformers import LlamaConfig
 
 from dpo_scale.cli import main
 from dpo_scale.console import Console
+from dpo_scale.data import planning
+from dpo_scale.data.hashing import splitmix64
 from dpo_scale.data.planning import Schedule, layout_costs, plan_step
 from dpo_scale.distributed.zero_config import read_reference_config
 from dpo_scale.errors import UserError
@@ -160,6 +162,13 @@ def test_both_tables_agree_with_and_without_a_smaller_last_step(
         assert row.micro_batches == pytest.approx(plan.step.micro_batches, rel=0.03)
         assert row.seconds == pytest.approx(plan.step.seconds, rel=0.03)
         assert row.mfu == pytest.approx(plan.step.mfu, rel=0.03)
+
+
+def test_the_order_of_an_epoch_is_made_once_a_table(llama_8b: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    monkeypatch.setattr(planning, "splitmix64", lambda values: made.append(len(values)) or splitmix64(values))
+    plan_of(llama_8b, NODE, *LOAD, "run.epochs=3")
+    assert made.count(ASSUMED.pairs) <= 3 * 2 + 2  # and for a typical micro-batch
 
 
 @pytest.mark.parametrize("most", [1, 4, STEPS_LOOKED_AT])
