@@ -84,10 +84,11 @@ def find_store(cache_dir: Path, name: str) -> Path:
     if Path(name) in store_folders(Path(name).parent):
         return Path(name)
     stores = list_stores(cache_dir)
+    sources = (name, str(Path(name).absolute()))  # as a recipe names it, and as a folder is noted
     named = [
         store.folder
         for store in stores
-        if store.folder.name.startswith(name) or (store.fingerprint and store.fingerprint.source == name)
+        if store.folder.name.startswith(name) or (store.fingerprint and store.fingerprint.source in sources)
     ]
     if len(named) == 1:
         return named[0]

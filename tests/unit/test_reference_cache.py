@@ -749,13 +749,19 @@ def test_list_shows_what_each_store_holds(tmp_path: Path) -> None:
     assert commands.format_stores(commands.list_stores(tmp_path / "nowhere")) == "no stores"
 
 
-def test_a_store_is_named_by_the_start_of_its_folder_or_by_its_reference(tmp_path: Path) -> None:
+def test_a_store_is_named_by_the_start_of_its_folder_or_by_its_reference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = ReferenceStore.open(tmp_path, FINGERPRINT)
     _append(store, [1])
     for name in (store.folder.name, store.folder.name[:6], "org/model"):
         assert commands.find_store(tmp_path, name) == store.folder
     elsewhere = tmp_path / "elsewhere"
     assert commands.find_store(elsewhere, str(store.folder)) == store.folder
+    of_folder = ReferenceStore.open(elsewhere, replace(FINGERPRINT, source=str(tmp_path / "base")))
+    _append(of_folder, [1])
+    monkeypatch.chdir(tmp_path)
+    assert commands.find_store(elsewhere, "base") == of_folder.folder
     with pytest.raises(UserError, match="is no store"):
         commands.find_store(elsewhere, str(tmp_path))
     with pytest.raises(UserError, match=f"is no store .* one of: {store.folder.name[:12]}"):
