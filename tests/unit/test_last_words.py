@@ -94,6 +94,7 @@ import os, signal, sys, time
 from dpo_scale import launched
 
 def stage(recipe, console, watch):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a script starts in the background
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(10)
 
