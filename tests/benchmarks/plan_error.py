@@ -255,7 +255,7 @@ def worker(recipe_path: str, results: Path) -> None:
     PartitionedParameterCoordinator.fetch_sub_module = fetch
     policy.load_model, policy.check_layout, loop.run_step = load, check, step
     PolicyEngine.__init__ = build  # type: ignore[method-assign]
-    loop.Run.commit = lambda run: None  # type: ignore[method-assign]
+    loop.Run.commit = lambda run, status: None  # type: ignore[method-assign]
 
     def lengths_of(run: Any) -> None:
         lengths = run.data.train.lengths[noted["pairs"]].tolist()

@@ -73,7 +73,7 @@ def main(stage: str, job: Job, results: Path) -> None:
 
     session.score = timed_score
     PolicyEngine.step = timed_step  # type: ignore[method-assign]
-    loop.Run.commit = lambda run: None  # type: ignore[method-assign]
+    loop.Run.commit = lambda run, status: None  # type: ignore[method-assign]
     loop.Run.export = lambda run: None  # type: ignore[method-assign]
     stages.conclude = lambda folder, console: None
     recipe = load_recipe(job.recipe)
