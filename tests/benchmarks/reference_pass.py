@@ -54,9 +54,10 @@ def main() -> None:
             model = make_model(folder / name, tokenizer, vocabulary, options.shape, options.dtype)
             for processes in options.processes:
                 machine = Machine(processes, options.device, options.threads)
+                step_pairs = options.trl_batch * processes
                 settings = Settings(
-                    step_pairs=options.trl_batch * processes,
-                    steps=1,
+                    step_pairs=step_pairs,
+                    steps=-(-len(rows) // step_pairs),  # all: our pass leaves out pairs that no step takes
                     dtype=options.dtype,
                     rank_tokens=options.rank_tokens,
                     scoring_rank_tokens=options.rank_tokens,
