@@ -39,6 +39,12 @@ class ExportError(UserError):
     """A model folder that cannot be written. Raised alike on every rank."""
 
 
+class ExportedElsewhereError(ExportError):
+    """A process on another host exports to a folder, or its lock outlives that host: a run that was trained goes on."""
+
+    may_pass = True
+
+
 @dataclass(frozen=True, slots=True)
 class ModelFolder:
     """Everything in an exported folder but the weights."""
@@ -243,9 +249,10 @@ def _reserve(out: Path) -> TextIO:
     try:
         return take(path)
     except HeldError as error:
-        raise ExportError(
-            f"{out}: {error.holder} is exporting to it; wait for its end, or name another folder"
-        ) from error
+        in_use = f"{out}: {error.holder} is exporting to it; wait for its end, or name another folder"
+        if not error.is_elsewhere:
+            raise ExportError(in_use) from error
+        raise ExportedElsewhereError(f"{in_use}. If that host is lost and stays away, remove {path}") from error
     except OSError as error:
         raise ExportError(f"{out}: no lock can be had at {path}: {error.strerror}") from error
 

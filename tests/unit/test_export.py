@@ -5,6 +5,7 @@ import gc
 import json
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -331,6 +332,26 @@ def test_a_second_export_to_a_folder_is_refused_and_the_first_is_whole(
     out = exported(model, tmp_path)
     assert refused == [f"{out}: {this_process()} is exporting to it; wait for its end, or name another folder"]
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(out).eval()), logits(model))
+
+
+def test_the_lock_that_a_lost_host_left_on_an_export_is_worth_another_try(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a job that lost its node while it exported would not be queued again, with all of its training done."""
+    path = tmp_path / ".model.lock"
+    monkeypatch.setattr(export, "take", partial(locks.take, lease_s=0.05))
+    with locks.take(path) as held:
+        held.seek(0)
+        held.truncate()
+        held.write("process 7 on a-lost-node\n")
+        held.flush()
+        with pytest.raises(ExportError) as caught:
+            exported(llama(), tmp_path)
+    assert str(caught.value) == (
+        f"{tmp_path / 'model'}: process 7 on a-lost-node is exporting to it; wait for its end, or name another folder. "
+        f"If that host is lost and stays away, remove {path}"
+    )
+    assert caught.value.may_pass
 
 
 def test_a_folder_beside_which_no_lock_can_be_had_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
