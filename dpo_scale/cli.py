@@ -16,7 +16,7 @@ from dpo_scale.console import counted
 from dpo_scale.errors import USER_ERROR, UserError
 from dpo_scale.files import named
 from dpo_scale.operations.cluster import GPU_GIB, HOST_GIB, Assumptions
-from dpo_scale.recipe import cache_root, load_recipe
+from dpo_scale.recipe import load_recipe, reference_cache_dir
 
 INTERRUPTED = 130
 
@@ -67,11 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser("check", help="recipe, data, tokenizer and paths, without loading weights")
     _add_recipe(check)
     check.add_argument("--rows", type=_count, help="read only this many rows of each source (default: all)")
-    check.add_argument(
-        "--config_file",
-        type=os.path.expanduser,
-        help="as given to accelerate launch; default: what it would take by itself",
-    )
+    _add_config_file(check)
     check.set_defaults(run=_check)
 
     _add_plan_command(commands.add_parser("plan", help="memory, steps and hours of a run, before anything is booked"))
@@ -84,11 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     doctor.add_argument("recipe", type=_path, nargs="?", help="also look at the folders and the precision it names")
     _add_overrides(doctor)
-    doctor.add_argument(
-        "--config_file",
-        type=os.path.expanduser,
-        help="as given to accelerate launch; default: what it would take by itself",
-    )
+    _add_config_file(doctor)
     doctor.set_defaults(run=_doctor)
 
     export = commands.add_parser("export", help="checkpoint -> Hugging Face folder")
@@ -124,6 +116,11 @@ def _add_recipe(command: argparse.ArgumentParser) -> None:
 def _add_overrides(command: argparse.ArgumentParser, note: str = "a setting in place of the recipe's") -> None:
     # With a default, or argparse calls them required where the argument before them is missing.
     command.add_argument("overrides", nargs="*", default=[], metavar="section.field=value", help=note)
+
+
+def _add_config_file(command: argparse.ArgumentParser) -> None:
+    note = "as given to accelerate launch; default: what it would take by itself"
+    command.add_argument("--config_file", type=os.path.expanduser, help=note)
 
 
 def _path(text: str) -> Path:
@@ -245,7 +242,7 @@ def _check(options: argparse.Namespace) -> int:
 
 def _plan(options: argparse.Namespace) -> int:
     recipe = load_recipe(options.recipe, options.overrides)
-    from dpo_scale.operations.plan_command import run_plan
+    from dpo_scale.operations.plan_report import run_plan
 
     return run_plan(recipe, options)
 
@@ -300,8 +297,7 @@ def _export(options: argparse.Namespace) -> int:
     import torch
 
     from dpo_scale.training.checkpoints import named_checkpoint, open_checkpoint
-    from dpo_scale.training.export import export_checkpoint
-    from dpo_scale.training.provenance import model_folder
+    from dpo_scale.training.export import export_checkpoint, model_folder
     from dpo_scale.training.run_folder import refuse_another_start
 
     checkpoint = named_checkpoint(options.checkpoint)
@@ -333,21 +329,17 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
-def _cache_dir(options: argparse.Namespace) -> Path:
-    return options.dir or cache_root() / "reference"
-
-
 def _cache_list(options: argparse.Namespace) -> int:
     from dpo_scale.reference.commands import format_stores, list_stores
 
-    print(format_stores(list_stores(_cache_dir(options))))
+    print(format_stores(list_stores(options.dir or reference_cache_dir())))
     return 0
 
 
 def _cache_inspect(options: argparse.Namespace) -> int:
     from dpo_scale.reference.commands import find_store, format_store, summarize
 
-    print(format_store(summarize(find_store(_cache_dir(options), options.store))))
+    print(format_store(summarize(find_store(options.dir or reference_cache_dir(), options.store))))
     return 0
 
 
@@ -357,8 +349,7 @@ def _cache_verify(options: argparse.Namespace) -> int:
     if options.overrides and not options.recipe:
         raise UserError(f"{options.overrides[0]}: a setting of a recipe; give it with --recipe RECIPE")
     recipe = load_recipe(options.recipe, options.overrides) if options.recipe else None
-    recipes_dir = Path(recipe.reference.cache_dir) if recipe and recipe.reference.cache_dir else None
-    store = find_store(options.dir or recipes_dir or _cache_dir(options), options.store)
+    store = find_store(options.dir or reference_cache_dir(recipe), options.store)
     wrong = verify(store)
     for line in wrong:
         print(line)
@@ -382,9 +373,9 @@ def _cache_prune(options: argparse.Namespace) -> int:
     from dpo_scale.reference.commands import find_store, prune_stores, prune_waste
 
     if options.waste:
-        pruned = prune_waste(find_store(_cache_dir(options), options.waste))
+        pruned = prune_waste(find_store(options.dir or reference_cache_dir(), options.waste))
     else:
-        pruned = prune_stores(_cache_dir(options), options.stores, options.older_than)
+        pruned = prune_stores(options.dir or reference_cache_dir(), options.stores, options.older_than)
     for path in pruned.paths:
         print(f"removed {path}")
     print(f"{counted(pruned.bytes, 'byte')} freed")

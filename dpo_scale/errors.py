@@ -7,8 +7,10 @@ USER_ERROR = 2
 class UserError(ValueError):
     """Something outside the program is wrong: a file, a row, a setting. The message says what, where and the fix."""
 
-    may_pass = False
-    """Whether the same command may succeed later with nothing mended: a batch script then tries once more."""
+    def __init__(self, message: str, *, may_pass: bool = False) -> None:
+        super().__init__(message)
+        self.may_pass = may_pass
+        """Whether the same command may succeed later with nothing mended: a batch script then tries once more."""
 
 
 class RecipeError(UserError):

@@ -16,7 +16,7 @@ from dpo_scale.data.preparation import prepare_pairs
 from dpo_scale.data.report import DataReport, overlap
 from dpo_scale.data.samples import sample_pairs
 from dpo_scale.data.token_pairs import TokenPairs
-from dpo_scale.distributed.lockstep import MachineRanks, once_a_machine
+from dpo_scale.distributed.lockstep import Ranks, once_a_machine
 from dpo_scale.errors import DataError
 from dpo_scale.model.loading import check_vocabulary, cost_model, load_config, resolve_folder
 from dpo_scale.model.tokenizer import load_tokenizer
@@ -59,7 +59,7 @@ def check_budgets(recipe: Recipe, data: Data, layout: Layout) -> None:
         check_budget(data.costs(pairs, layout), recipe.batch.rank_tokens, pairs.rows, "batch.rank_tokens")
 
 
-def agreed_digest(data: Data, ranks: MachineRanks) -> str:
+def agreed_digest(data: Data, ranks: Ranks) -> str:
     """Digest of the training pairs. Collective.
 
     Raises DataError on all ranks where a machine has other pairs than the main one: what its ranks score would be
@@ -87,7 +87,7 @@ def schedule_of(recipe: Recipe, num_pairs: int) -> Schedule:
 
 def prepare_data(
     recipe: Recipe,
-    ranks: MachineRanks,
+    ranks: Ranks,
     console: Console,
     between_blocks: Callable[[], None] | None = None,
     *,

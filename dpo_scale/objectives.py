@@ -5,13 +5,22 @@ Shape suffixes: P pairs, S sequences, C completion tokens of all sequences.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 Reduction = Literal["mean", "sum"]
+
+
+class PairLogProbs(NamedTuple):
+    """Reduced log-probs of a micro-batch's pairs, fp32 [P] each."""
+
+    policy_chosen_logps: Tensor
+    policy_rejected_logps: Tensor
+    reference_chosen_logps: Tensor
+    reference_rejected_logps: Tensor
 
 
 def reduce_log_probs(

@@ -300,6 +300,16 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
 
 
+def reference_cache_dir(recipe: Recipe | None = None) -> Path:
+    """Where the stores of reference log-probs are, of a recipe or of those that say nothing else."""
+    return Path((recipe and recipe.reference.cache_dir) or cache_root() / "reference")
+
+
+def tokens_cache_dir(data: DataSection | None = None) -> Path:
+    """Where the stores of tokenized data are, likewise."""
+    return Path((data and data.cache_dir) or cache_root() / "tokens")
+
+
 def cache_root() -> Path:
     """Where caches live unless the recipe says otherwise."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dpo_scale"

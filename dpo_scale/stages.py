@@ -15,7 +15,6 @@ from dpo_scale.recipe import Recipe
 from dpo_scale.reference.session import Reference
 from dpo_scale.training import loop
 from dpo_scale.training.interruption import (
-    STOPPED,
     Interruption,
     StopRequestedError,
     heed,
@@ -23,7 +22,7 @@ from dpo_scale.training.interruption import (
     unless_stopped,
 )
 from dpo_scale.training.run_folder import RunFolder, take_lock
-from dpo_scale.training.status import StatusFile
+from dpo_scale.training.status import UNFINISHED, StatusFile
 from dpo_scale.watch import Watch
 
 
@@ -74,7 +73,7 @@ def score(recipe: Recipe, console: Console, watch: Watch) -> int:
         console.say(f"Stopped by {reason}; what was scored is kept, and the same command goes on")
         interruption.consume_file()
         started.ranks.barrier()  # a rank that leaves takes the launch down, the main one too
-        return STOPPED
+        return UNFINISHED
     status.finish()
     interruption.consume_file()  # made too late to be heard
     console.say(f"Done: {counted(reference.rows_computed, 'row')} scored, in {reference.store.folder}")

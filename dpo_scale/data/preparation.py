@@ -21,6 +21,7 @@ from multiprocessing import get_context, parent_process
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from dpo_scale.console import counted
 from dpo_scale.data.hashing import Hashes, sequence_hashes
 from dpo_scale.data.preferences import NAME_COLUMNS, PreferencePair, check_columns, to_preferences
 from dpo_scale.data.readers import JSON_ARRAY
@@ -364,9 +365,9 @@ def _bad_rows_error(refused: Sequence[_Refused]) -> DataError:
     for row in bad_rows:
         places.setdefault(row.reason, []).append(row.place)
     more = ", and maybe more," if len(bad_rows) == MAX_LISTED else ""
-    lines = [f"{len(bad_rows)} row{_s(len(bad_rows))}{more} cannot be used"]
+    lines = [f"{counted(len(bad_rows), 'row')}{more} cannot be used"]
     for reason, (first, *others) in places.items():
-        alike = f" and {len(others)} more row{_s(len(others))}" if others else ""
+        alike = f" and {counted(len(others), 'more row')}" if others else ""
         lines.append(f"  {first}{alike}: {reason}")
     listed = [one for one in refused if one.rows and one.rows[0] in bad_rows]
     if not any(one.is_misread for one in listed):
@@ -377,10 +378,6 @@ def _bad_rows_error(refused: Sequence[_Refused]) -> DataError:
     if without_columns:
         lines.append(f"data columns are written as {without_columns[0].with_columns()}")
     return DataError("\n".join(lines))
-
-
-def _s(count: int) -> str:
-    return "" if count == 1 else "s"
 
 
 def _nothing_left_error(reports: Sequence[SourceReport], setting: str) -> DataError:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
-import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from dpo_scale.locks import this_process, try_lock
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ def one_at_a_time(path: Path, while_waiting: Callable[[], None]) -> Iterator[boo
             fcntl.flock(descriptor, fcntl.LOCK_UN)
             yield left == _MADE
             return
-        _write(descriptor, f"process {os.getpid()} on {socket.gethostname()}")
+        _write(descriptor, this_process())
         left = _GIVEN_UP
         try:
             yield False
@@ -69,12 +70,9 @@ def _wait(descriptor: int, path: Path, while_waiting: Callable[[], None]) -> boo
 
 def _take(descriptor: int) -> bool:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
+        return try_lock(descriptor, fcntl.LOCK_EX)
     except OSError:  # the file system locks no files: each process makes a store of its own, and the first one stays
         return True
-    return True
 
 
 def _read(descriptor: int) -> str:

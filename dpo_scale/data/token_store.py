@@ -31,7 +31,7 @@ from dpo_scale.data.store_lock import one_at_a_time
 from dpo_scale.data.token_pairs import Lengths, TokenIds, TokenPairs
 from dpo_scale.errors import UserError
 from dpo_scale.files import fsync_folder, remembered_sha256, sha256_of_file
-from dpo_scale.recipe import DataSection, DataSource, cache_root
+from dpo_scale.recipe import DataSection, DataSource, tokens_cache_dir
 
 _CODE = (
     "rows.py",
@@ -112,7 +112,7 @@ class TokenStore:
         seed: int,
     ) -> TokenStore:
         """The store that belongs to these data files, tokenizer, template and settings."""
-        root = Path(data.cache_dir) if data.cache_dir else cache_root() / "tokens"
+        root = tokens_cache_dir(data)
         try:
             root.mkdir(parents=True, exist_ok=True)
         except OSError as error:

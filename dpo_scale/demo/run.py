@@ -60,43 +60,14 @@ run:
 """
 
 
-@dataclass(frozen=True, slots=True)
 class DemoFolder:
     """Where the demo keeps what it makes."""
 
-    root: Path
-
-    @property
-    def base_model(self) -> Path:
-        return self.root / "base_model"
-
-    @property
-    def train(self) -> Path:
-        return self.root / "train.jsonl"
-
-    @property
-    def held_out(self) -> Path:
-        return self.root / "held_out.jsonl"
-
-    @property
-    def recipe(self) -> Path:
-        return self.root / "recipe.yaml"
-
-    @property
-    def cache(self) -> Path:
-        return self.root / "cache"
-
-    @property
-    def run(self) -> Path:
-        return self.root / "run"
-
-    @property
-    def log(self) -> Path:
-        return self.run / "logs" / "demo.log"
-
-    @property
-    def marker(self) -> Path:
-        return self.root / ".dpo_scale_demo"
+    def __init__(self, root: Path) -> None:
+        self.root, self.marker = root, root / ".dpo_scale_demo"
+        self.base_model, self.cache, self.run = root / "base_model", root / "cache", root / "run"
+        self.train, self.held_out, self.recipe = root / "train.jsonl", root / "held_out.jsonl", root / "recipe.yaml"
+        self.log = self.run / "logs" / "demo.log"
 
     def clear(self) -> None:
         """Make the folder, without what an earlier demo left. Raises UserError if it holds anything else."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 import torch
+from torch import Tensor
 
 from dpo_scale.errors import UserError
 
@@ -14,7 +15,7 @@ T = TypeVar("T")
 
 
 class Ranks(Protocol):
-    """Who this process is, and the one collective that files need."""
+    """Who this process is, and the collectives: of a process group (`runtime.Ranks`), or of one process."""
 
     @property
     def rank(self) -> int: ...
@@ -23,9 +24,18 @@ class Ranks(Protocol):
     @property
     def is_main(self) -> bool: ...
     @property
+    def is_local_main(self) -> bool: ...
+    @property
     def device(self) -> torch.device: ...
+    def barrier(self) -> None: ...
     def gather_objects(self, value: T) -> list[T]:
         """Every rank's value, in rank order, on every rank."""
+        ...
+
+    def sum(self, values: Tensor) -> Tensor: ...
+    def max(self, values: Tensor) -> Tensor: ...
+    def on_local_mains(self, work: Callable[[], None]) -> None:
+        """Work that one rank of every machine does while the others wait, however long it takes."""
         ...
 
 
@@ -41,6 +51,14 @@ class OneProcess:
 
     def gather_objects(self, value: T) -> list[T]:
         return [value]
+
+    def barrier(self) -> None: ...
+
+    def sum(self, values: Tensor) -> Tensor:
+        return values
+
+    def max(self, values: Tensor) -> Tensor:
+        return values
 
     def on_local_mains(self, work: Callable[[], None]) -> None:
         work()
@@ -89,18 +107,7 @@ def by_main(ranks: Ranks, action: Callable[[], T]) -> T | None:
     return result
 
 
-class MachineRanks(Protocol):
-    """Ranks that know which of them comes first on its machine."""
-
-    @property
-    def is_local_main(self) -> bool: ...
-    def gather_objects(self, value: T) -> list[T]: ...
-    def on_local_mains(self, work: Callable[[], None]) -> None:
-        """Work that one rank of every machine does while the others wait, however long it takes."""
-        ...
-
-
-def once_a_machine(ranks: MachineRanks, action: Callable[[], T]) -> T:
+def once_a_machine(ranks: Ranks, action: Callable[[], T]) -> T:
     """The result of an action that fills a cache: first on one rank of every machine, then on the others.
 
     The first turn may take hours; the second finds the cache filled. A mistake that one rank finds is raised on all

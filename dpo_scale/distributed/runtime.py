@@ -102,11 +102,7 @@ def start(recipe: Recipe, say: Callable[[str], None] = logger.warning) -> Runtim
         ranks_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
     )
     reference = zero_config.reference_config(
-        zero_config.read_reference_config(
-            shipped_file(f"ds_configs/reference_{_OFFLOAD_FILES[recipe.reference.offload]}.json")
-        ),
-        recipe,
-        reference_nvme_folder(recipe),
+        zero_config.read_config(shipped_file(zero_config.reference_file(recipe.reference.offload))), recipe
     )
     if ops := needed_ops(policy, recipe.reference.offload):
         own_ninja_first()
@@ -169,9 +165,6 @@ def _ask_for_huge_pages() -> None:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
-_OFFLOAD_FILES = {"none": "gpu", "cpu": "cpu", "nvme": "nvme"}
-
-
 def policy_config_path() -> Path:
     """The DeepSpeed JSON that the launcher was given, looked up beside the caller and then in the package."""
     named = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
@@ -186,14 +179,6 @@ def policy_config_path() -> Path:
 def default_launch_file() -> str | None:
     """The configuration that `accelerate launch` takes where none is named, if there is one."""
     return str(default_config_file) if Path(default_config_file).is_file() else None
-
-
-def reference_nvme_folder(recipe: Recipe) -> str | None:
-    """A folder on NVMe that only this run's reference uses: DeepSpeed empties it when it starts."""
-    if recipe.reference.offload != "nvme":
-        return None
-    assert recipe.reference.nvme_path is not None
-    return str(Path(recipe.reference.nvme_path) / zero_config.own_folder(recipe, "reference"))
 
 
 def missing_trackers(names: list[str]) -> list[str]:

@@ -53,7 +53,7 @@ def read_policy_config(path: Path) -> Config:
 
     Raises RecipeError for a file that is no ZeRO-3 config or states owned keys.
     """
-    config = _read_json(path)
+    config = read_config(path)
     mistakes = [
         f"{path}: {key!r} belongs to the recipe ({owner}); remove it here"
         for key, owner in OWNED_BY_THE_RECIPE.items()
@@ -159,16 +159,16 @@ def policy_config(base: Config, recipe: Recipe) -> Config:
     return config
 
 
-def reference_config(base: Config, recipe: Recipe, nvme_folder: str | None) -> Config:
+def reference_config(base: Config, recipe: Recipe) -> Config:
     """The reference's complete DeepSpeed configuration: stage 3, no optimizer.
 
-    `nvme_folder` must belong to this job and role alone: DeepSpeed empties it when the engine is built.
+    Its folder on NVMe is this run's and role's alone: DeepSpeed empties it when the engine is built.
     """
-    config = copy.deepcopy(base)
-    config |= _precision(recipe)
+    config = copy.deepcopy(base) | _precision(recipe)
     config |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
-    if nvme_folder is not None:
-        config["zero_optimization"]["offload_param"]["nvme_path"] = nvme_folder
+    if recipe.reference.nvme_path and recipe.reference.offload == "nvme":
+        folder = Path(recipe.reference.nvme_path) / own_folder(recipe, "reference")
+        config["zero_optimization"]["offload_param"]["nvme_path"] = str(folder)
     return config
 
 
@@ -180,9 +180,9 @@ def pinning_fits(model_bytes: int, machines_share: float, available_bytes: int) 
     return model_bytes * machines_share <= available_bytes / 2
 
 
-def read_reference_config(path: Path) -> Config:
-    """A shipped DeepSpeed JSON for the reference."""
-    return _read_json(path)
+def reference_file(offload: str) -> str:
+    """The shipped DeepSpeed JSON for a reference that is offloaded so (`reference.offload`)."""
+    return f"ds_configs/reference_{'gpu' if offload == 'none' else offload}.json"
 
 
 def _precision(recipe: Recipe) -> Config:
@@ -194,7 +194,8 @@ def _precision(recipe: Recipe) -> Config:
     }
 
 
-def _read_json(path: Path) -> Config:
+def read_config(path: Path) -> Config:
+    """A DeepSpeed JSON as it is, such as one of the reference's. Raises RecipeError for a file that is none."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -100,17 +100,16 @@ def choose_kernel(wanted: str, device: torch.device, dtype: torch.dtype) -> Kern
     is_ampere = half_on_gpu and torch.cuda.get_device_capability(device) >= (8, 0)
     has_varlen = importlib.util.find_spec("torch.nn.attention.varlen") is not None
     has_flash = importlib.util.find_spec("flash_attn") is not None
-    available: dict[str, bool] = {
+    available: dict[Kernel, bool] = {
         "varlen": is_ampere and has_varlen,
         "flash_attn": is_ampere and has_flash,
         "flex": device.type == "cuda",
         "sdpa": True,
     }
-    if wanted != "auto" and not available[wanted]:
+    if wanted != "auto" and not available[wanted]:  # type: ignore[index]
         usable = " or ".join(name for name, there in available.items() if there)
         raise UserError(f"model.attention: {wanted} does not run on {device.type} in {dtype}; use auto or {usable}")
-    names: tuple[Kernel, ...] = ("varlen", "flash_attn", "flex", "sdpa")
-    return next(name for name in names if available[name] and wanted in ("auto", name))
+    return next(name for name, there in available.items() if there and wanted in ("auto", name))
 
 
 def register(kernel: Kernel) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -52,6 +51,7 @@ class LayoutChoice:
         ]
 
 
+@torch.no_grad()
 def check_layout(
     engine: Engine,
     pairs: TokenPairs,
@@ -61,31 +61,17 @@ def check_layout(
     device: torch.device,
     pad_id: int,
 ) -> LayoutChoice:
-    """Choose the layout on the longest sequence, where windows and position limits show, on the shortest, for which
-    some models rotate positions otherwise, and on the first pairs.
+    """Choose the layout by comparing with the model's own forward over each sequence by itself, and its logits.
+
+    Compared are the longest sequence, where windows and position limits show, the shortest, for which some models
+    rotate positions otherwise, and the first pairs, the same on all ranks. `auto` falls back from shared to packed to
+    padded and says why. Raises UserError if the layout that was asked for, or the last resort, disagrees with the
+    plain form.
     """
     sequences = pairs.lengths[:, 0] + pairs.lengths[:, 1:].max(axis=1)
     longest, shortest = int(np.argmax(sequences)), int(np.argmin(sequences))
     indices = dict.fromkeys([longest, *range(min(FIRST_PAIRS, len(pairs))), shortest])
     samples = [PromptCompletions.of_pair(pairs[index]) for index in indices]
-    return choose_layout(engine, samples, wanted=wanted, dtype=dtype, device=device, pad_id=pad_id)
-
-
-@torch.no_grad()
-def choose_layout(
-    engine: Engine,
-    samples: Sequence[PromptCompletions],
-    *,
-    wanted: str,
-    dtype: torch.dtype,
-    device: torch.device,
-    pad_id: int,
-) -> LayoutChoice:
-    """Compare layouts with the model's own forward over each sequence by itself, and its logits.
-
-    `auto` falls back from shared to packed to padded and says why. All ranks must pass the same samples. Raises
-    UserError if the layout that was asked for, or the last resort, disagrees with the plain form.
-    """
     expected = []
     for sample in samples:
         for completion in sample.completions:

@@ -23,9 +23,9 @@ from dpo_scale.operations.findings import LaunchFile
 from dpo_scale.operations.machine import launch_file, why_not_writable
 from dpo_scale.operations.plan import Plan, make_plan
 from dpo_scale.operations.plan_report import verdict
-from dpo_scale.recipe import DataSource, Recipe
+from dpo_scale.recipe import DataSource, Recipe, reference_cache_dir
 from dpo_scale.reference.fingerprint import weight_files
-from dpo_scale.reference.source import check_same_tokens, reference_cache_dir
+from dpo_scale.reference.source import check_same_tokens
 from dpo_scale.training.checkpoints import CheckpointError, open_checkpoint
 from dpo_scale.training.run_folder import compare_with_stored
 from dpo_scale.training.status import committed_step

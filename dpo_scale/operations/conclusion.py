@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from dpo_scale.console import Console, duration
+from dpo_scale.console import Console, counted, duration
 from dpo_scale.operations.run_records import RunRecords, column, read_run
 
 REPORT_SECONDS = 120
@@ -53,8 +53,8 @@ def summary(run: RunRecords, stage_seconds: Mapping[str, float]) -> list[str]:
 
 def _rows(run: RunRecords, stage_seconds: Mapping[str, float]) -> Iterator[tuple[str, str]]:
     last = run.counters
-    done = [_counted(run.last_step, "step")]
-    done += [_counted(last[f"{noun}s"], noun) for noun in ("pair", "token") if f"{noun}s" in last]
+    done = [counted(run.last_step, "step")]
+    done += [counted(last[f"{noun}s"], noun) for noun in ("pair", "token") if f"{noun}s" in last]
     starts = f" in {len(run.attempts)} starts" if len(run.attempts) > 1 else ""
     yield run.outcome.capitalize(), ", ".join(done) + starts
     if run.held_out:
@@ -65,7 +65,7 @@ def _rows(run: RunRecords, stage_seconds: Mapping[str, float]) -> Iterator[tuple
         yield "Held out", ", ".join(parts)
     cached, computed = (column([last], f"reference_rows_{name}")[0] for name in ("cached", "computed"))
     if math.isfinite(cached + computed):
-        yield "Reference", f"{_counted(int(cached), 'row')} found in the cache, {computed:,.0f} scored"
+        yield "Reference", f"{counted(int(cached), 'row')} found in the cache, {computed:,.0f} scored"
     yield "Time", time_by_stage(stage_seconds)
     for name, path in (("Model", run.folder / "model"), ("Report", run.folder / "report.html")):
         if path.exists():
@@ -74,10 +74,6 @@ def _rows(run: RunRecords, stage_seconds: Mapping[str, float]) -> Iterator[tuple
     latest = checkpoints / "latest"
     if latest.exists():
         yield "Checkpoint", str(checkpoints / latest.read_text(encoding="utf-8", errors="replace").strip())
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def time_by_stage(stage_seconds: Mapping[str, float]) -> str:

@@ -24,7 +24,7 @@ from dpo_scale.distributed.runtime import default_launch_file, missing_trackers
 from dpo_scale.distributed.zero_config import read_policy_config
 from dpo_scale.errors import UserError
 from dpo_scale.operations.findings import Facts, Folder, Gpu, LaunchFile
-from dpo_scale.recipe import Recipe, cache_root
+from dpo_scale.recipe import Recipe, reference_cache_dir, tokens_cache_dir
 from dpo_scale.shipped_files import shipped_file
 
 NETWORK_FILESYSTEMS = (
@@ -171,10 +171,8 @@ def _folders(recipe: Recipe | None) -> Iterator[Folder]:
         yield _folder("run.output_dir", Path(recipe.run.output_dir))
         if recipe.reference.nvme_path:
             yield _folder("reference.nvme_path", Path(recipe.reference.nvme_path), should_be_local=True)
-    reference = recipe and recipe.reference.cache_dir
-    tokens = recipe and recipe.data.cache_dir
-    yield _folder("reference.cache_dir", Path(reference or cache_root() / "reference"))
-    yield _folder("data.cache_dir", Path(tokens or cache_root() / "tokens"))
+    yield _folder("reference.cache_dir", reference_cache_dir(recipe))
+    yield _folder("data.cache_dir", tokens_cache_dir(recipe.data if recipe else None))
     yield _folder("TORCH_EXTENSIONS_DIR", extensions_folder(), should_be_local=True)
 
 

@@ -101,16 +101,7 @@ class Moment:
         return self.states + self.gathered + self.activations + self.head + self.gradients + self.update
 
 
-@dataclass(frozen=True, slots=True)
-class HeadMemory:
-    """Bytes of the chunked head: kept between forward and backward, and most in each."""
-
-    saved: int
-    forward: int
-    backward: int
-
-
-def head_memory(head: Head, dtype_bytes: int, device: Device) -> HeadMemory:
+def head_memory(head: Head, dtype_bytes: int, device: Device) -> UnitMemory:
     """Follows `model.log_probs.ChunkedLogProbs`.
 
     A GPU multiplies in the model's dtype; a CPU works on an fp32 copy of the weight, in fp32 the weight itself.
@@ -128,7 +119,7 @@ def head_memory(head: Head, dtype_bytes: int, device: Device) -> HeadMemory:
     beside = 4 * chunk if head.soft_capped else dtype_bytes * chunk if native else 0
     backward = held + max(4 * chunk, kept) + beside
     rounded = held - converted + dtype_bytes * weight * (dtype_bytes < 4)  # the gradient as the weight's dtype has it
-    return HeadMemory(saved + kept, forward, max(backward, rounded))
+    return UnitMemory(saved + kept, forward, max(backward, rounded))
 
 
 def layout_check_bytes(completion_tokens: int, vocabulary: int, dtype_bytes: int) -> int:

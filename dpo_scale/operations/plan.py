@@ -14,7 +14,7 @@ import numpy as np
 
 from dpo_scale.console import Console
 from dpo_scale.data.planning import Indices, check_budget, layout_costs, plan_pass
-from dpo_scale.distributed.zero_config import read_policy_config, read_reference_config
+from dpo_scale.distributed.zero_config import read_config, read_policy_config, reference_file
 from dpo_scale.errors import UserError
 from dpo_scale.operations.cluster import Assumptions, Cluster
 from dpo_scale.operations.fit import Fit, MemoryPlan, Setting
@@ -31,7 +31,6 @@ SCALES = tuple(8 * 2**n for n in range(10))
 """Numbers of GPUs in the table of scaling: 8 to 4,096."""
 MOST_NODES = 512
 IDLE_WORTH_A_WORD = 0.05
-REFERENCE_FILES = {"none": "gpu", "cpu": "cpu", "nvme": "nvme"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +156,7 @@ def make_plan(
 def policy_zero(path: Path | None, ranks_per_node: int) -> tuple[ZeroSettings, str]:
     """The policy's DeepSpeed settings, and the file they stand in. Raises UserError for a file of the reference."""
     wanted = path or Path("ds_configs/zero3.json")
-    if wanted.name in map(_reference_file, REFERENCE_FILES):
+    if f"ds_configs/{wanted.name}" in map(reference_file, ("none", "cpu", "nvme")):
         raise UserError(f"{wanted}: its settings are the reference's; the policy's are ds_configs/zero3*.json")
     found = wanted if wanted.exists() else shipped_file(str(wanted))
     return ZeroSettings.of_config(read_policy_config(found), ranks_per_node), str(wanted)
@@ -165,12 +164,7 @@ def policy_zero(path: Path | None, ranks_per_node: int) -> tuple[ZeroSettings, s
 
 def reference_zero(recipe: Recipe) -> ZeroSettings:
     """The DeepSpeed settings that the recipe's reference runs under."""
-    name = _reference_file(recipe.reference.offload)
-    return ZeroSettings.of_config(read_reference_config(shipped_file(f"ds_configs/{name}")))
-
-
-def _reference_file(offload: str) -> str:
-    return f"reference_{REFERENCE_FILES[offload]}.json"
+    return ZeroSettings.of_config(read_config(shipped_file(reference_file(recipe.reference.offload))))
 
 
 def _nodes_needed(memory: MemoryPlan, setting: Setting, cluster: Cluster) -> int | None:

@@ -1,7 +1,8 @@
-"""A plan as tables and lines for a person."""
+"""`dpo-scale plan`: its arguments, and a plan as tables and lines for a person."""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -9,16 +10,48 @@ from rich.box import SIMPLE_HEAD
 from rich.console import RenderableType
 from rich.table import Table
 
-from dpo_scale.console import counted
-from dpo_scale.operations.cluster import GIB
+from dpo_scale.console import Console, counted
+from dpo_scale.errors import UserError
+from dpo_scale.operations.cluster import GIB, Assumptions, Cluster
 from dpo_scale.operations.fit import SCORING_BYTES_A_PAIR, Fit, Setting
 from dpo_scale.operations.memory import Moment
-from dpo_scale.operations.plan import STEPS_LOOKED_AT, Plan
+from dpo_scale.operations.plan import STEPS_LOOKED_AT, Plan, make_plan
 from dpo_scale.operations.scaling import StepCost, sample_steps
+from dpo_scale.operations.workload import AssumedData
 from dpo_scale.operations.zero_memory import states
+from dpo_scale.recipe import Recipe
 
+DOES_NOT_FIT = 1
 CHECKPOINT_BYTES = 12
 """A parameter: fp32 master weight and Adam's two moments."""
+
+
+def run_plan(recipe: Recipe, options: argparse.Namespace) -> int:
+    """Print the plan; 0 if the recipe fits as it is, 1 if it does not."""
+    cluster = Cluster(
+        nodes=options.nodes,
+        gpus_per_node=options.gpus_per_node,
+        gpu_memory=int(options.gpu_memory * GIB),
+        host_memory=int(options.host_memory * GIB),
+    )
+    given = Assumptions(mfu=options.mfu, peak_flops=options.peak_tflops * 1e12, network=options.network * 1e9)
+    console = Console()
+    plan = make_plan(recipe, cluster, given, options.ds_config, _assumed_data(options), console)
+    for part in render(plan):
+        if isinstance(part, str):
+            console.say(part)
+        else:
+            console.show(part)
+    return 0 if plan.fit.fits else DOES_NOT_FIT
+
+
+def _assumed_data(options: argparse.Namespace) -> AssumedData | None:
+    means = (options.pairs, options.prompt_tokens, options.completion_tokens)
+    if means == (None, None, None):
+        return None
+    if None in means:
+        raise UserError("--pairs, --prompt-tokens and --completion-tokens stand in for data together; give all three")
+    return AssumedData(*means)
 
 
 def render(plan: Plan) -> Iterator[RenderableType]:

@@ -21,6 +21,7 @@ from dpo_scale.console import Console
 from dpo_scale.data.layouts import Layout, MicroBatch, PromptCompletions, collate
 from dpo_scale.data.planning import CostModel, Costs, arrange, check_budget, layout_costs, pack_pass
 from dpo_scale.data.token_pairs import TokenPairs
+from dpo_scale.distributed.lockstep import Ranks
 from dpo_scale.reference.cache import NonFiniteLogProbsError, ReferenceStore
 from dpo_scale.reference.key_index import first_positions
 from dpo_scale.reference.parts import Keys, LogProbs
@@ -36,22 +37,6 @@ MOST_COMPLETIONS_OF_A_PROMPT = 16
 
 Indices = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
-
-
-class Ranks(Protocol):
-    """The collectives that scoring uses."""
-
-    @property
-    def rank(self) -> int: ...
-    @property
-    def world_size(self) -> int: ...
-    @property
-    def is_local_main(self) -> bool: ...
-    @property
-    def device(self) -> torch.device: ...
-    def barrier(self) -> None: ...
-    def gather_objects(self, value: list[bytes]) -> list[list[bytes]]: ...
-    def max(self, values: Tensor) -> Tensor: ...
 
 
 class Scorer(Protocol):

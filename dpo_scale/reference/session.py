@@ -17,7 +17,7 @@ from dpo_scale.errors import RecipeError
 from dpo_scale.inputs import Data, schedule_of
 from dpo_scale.model.layout_check import check_layout
 from dpo_scale.model.loading import DTYPES, cost_model, load_model, register_attention, stored_elements
-from dpo_scale.recipe import Recipe
+from dpo_scale.recipe import Recipe, reference_cache_dir
 from dpo_scale.reference.cache import ReferenceStore, near_misses
 from dpo_scale.reference.fingerprint import ReferenceFingerprint
 from dpo_scale.reference.key_index import first_positions
@@ -30,7 +30,7 @@ from dpo_scale.reference.scoring import (
     row_numbers,
     score,
 )
-from dpo_scale.reference.source import find_reference, reference_cache_dir
+from dpo_scale.reference.source import find_reference
 
 NEAR_MISSES_SHOWN = 3
 

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from dpo_scale.console import BYTES, Console
-from dpo_scale.distributed import lockstep
-from dpo_scale.distributed.lockstep import once_a_machine, together
+from dpo_scale.distributed.lockstep import Ranks, once_a_machine, together
 from dpo_scale.errors import RecipeError
 from dpo_scale.files import remembered_sha256
 from dpo_scale.inputs import Data
 from dpo_scale.model.loading import check_vocabulary, load_config, resolve_folder
 from dpo_scale.model.tokenizer import load_tokenizer
-from dpo_scale.recipe import Recipe, cache_root
+from dpo_scale.recipe import Recipe, reference_cache_dir
 from dpo_scale.reference.fingerprint import ReferenceFingerprint, fingerprint_model, weight_files
-
-
-class Ranks(lockstep.Ranks, lockstep.MachineRanks, Protocol):
-    """Who hashes which file, and who comes first on a machine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +24,6 @@ class ReferenceSource:
     folder: Path
     config: Any
     fingerprint: ReferenceFingerprint
-
-
-def reference_cache_dir(recipe: Recipe) -> Path:
-    """Where the stores of reference log-probs are."""
-    return Path(recipe.reference.cache_dir or cache_root() / "reference")
 
 
 def find_reference(recipe: Recipe, data: Data, ranks: Ranks, console: Console) -> ReferenceSource:

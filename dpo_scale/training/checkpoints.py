@@ -3,7 +3,6 @@
     checkpoints/
       step-00000100/
         rank-00000-of-00002.safetensors   one rank's fp32 slices of parameters and Adam moments
-        rank-00000-of-00002.json          its manifest: sizes and checksums
         buffers.safetensors               the model's persistent buffers
         commit.json                       written last: a folder without it is not a checkpoint
       latest                              name of the newest commit, for people and commands; resuming never reads it
@@ -30,13 +29,13 @@ from dpo_scale.distributed.lockstep import Ranks, on_main, together
 from dpo_scale.distributed.parameter_slices import EngineCounters, EngineSnapshot, LossScale
 from dpo_scale.errors import UserError
 from dpo_scale.files import fsync_folder, make_folder, sha256_of_file, write_json, write_whole
-from dpo_scale.training.rank_files import rank_file, write_rank
+from dpo_scale.training.rank_files import write_rank
 from dpo_scale.training.retention import remove, remove_superseded
 from dpo_scale.training.tensor_files import FileRecord
 
 _LOG = logging.getLogger(__name__)
 FORMAT = 2
-UNFINISHED = "writing it was not finished"
+CUT_SHORT = "writing it was not finished"
 """The reason for passing over a checkpoint that a kill cut short: harmless."""
 _NO_LONGER_NOTED = ("tied", "epoch", "seconds_trained")
 """What earlier versions put into a commit record and nothing read."""
@@ -45,12 +44,6 @@ _NAME = re.compile(r"(?P<partial>\.)?(?P<name>step-(?P<step>\d{8,}))(?(partial)\
 
 class CheckpointError(UserError):
     """A checkpoint that cannot be written or read. Raised alike on every rank."""
-
-
-class CommitError(CheckpointError):
-    """A checkpoint that could not be written: a disk that is full or away, for now or until somebody sees to it."""
-
-    may_pass = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,8 +150,8 @@ def save(
 ) -> Path:
     """Commit a checkpoint of `run.step` in `folder`, then remove superseded ones. Collective.
 
-    Returns the checkpoint's folder; the main rank says what could not be removed. Raises CommitError on every rank if
-    any rank fails; what was committed before is then untouched.
+    Returns the checkpoint's folder; the main rank says what could not be removed. Raises CheckpointError on every rank
+    if any fails; what was committed before is then untouched.
     """
     target = folder / _name(run.step)
     partial = folder / f".{target.name}.partial"
@@ -180,9 +173,10 @@ def save(
     except CheckpointError as error:
         if ranks.is_main:
             shutil.rmtree(partial, ignore_errors=True)  # a full disk needs the room
-        raise CommitError(
+        raise CheckpointError(
             f"{target}: not written\n{error}\nEarlier checkpoints are untouched. "
-            "Free space or mend the folder, then run the same command again."
+            "Free space or mend the folder, then run the same command again.",
+            may_pass=True,  # a disk that is full or away, for now or until somebody sees to it
         ) from error
     for trouble in on_main(ranks, lambda: _prune(folder, run.step, keep_last, keep_every), CheckpointError):
         if ranks.is_main:
@@ -202,12 +196,6 @@ def _make_empty(folder: Path) -> None:
 
 def _commit(partial: Path, target: Path, commit: Commit) -> None:
     """See that every rank's files are there, write the record, then give the folder its name."""
-    for rank in range(commit.world_size):
-        manifest = (partial / rank_file(rank, commit.world_size)).with_suffix(".json")
-        records = [FileRecord(**record) for record in json.loads(manifest.read_text("utf-8"))]
-        missing = [record.name for record in records if record not in commit.files]
-        if missing:
-            raise CheckpointError(f"{manifest}: differs from what rank {rank} reported")
     problems = _wrong_sizes(partial, commit)
     if problems:
         raise CheckpointError(f"{problems[0]}; the run folder must be on a file system that all nodes share")
@@ -281,7 +269,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         written = record["format"]
         commit = Commit.from_json(record) if written == FORMAT else None
     except FileNotFoundError:
-        reason = UNFINISHED if path.is_dir() else "no such checkpoint"
+        reason = CUT_SHORT if path.is_dir() else "no such checkpoint"
         raise CheckpointError(f"{path}: no commit record: {reason}") from None
     except OSError as error:
         raise CheckpointError(f"{record_path}: {error.strerror}") from error

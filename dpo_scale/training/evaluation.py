@@ -10,29 +10,12 @@ from torch import Tensor
 
 from dpo_scale.console import Console
 from dpo_scale.data.layouts import Layout, MicroBatch
-from dpo_scale.data.planning import CostModel, check_budget, layout_costs, plan_pass
+from dpo_scale.data.planning import StepPlan
 from dpo_scale.data.token_pairs import TokenPairs
+from dpo_scale.distributed.lockstep import Ranks
 from dpo_scale.recipe import LossSection
 from dpo_scale.training.metrics import MetricSums
-from dpo_scale.training.step import (
-    ReferenceLogps,
-    add_metrics,
-    pair_batches,
-    pair_log_probs,
-    pair_losses,
-)
-
-
-class Ranks(Protocol):
-    """What evaluation needs of the ranks."""
-
-    @property
-    def rank(self) -> int: ...
-    @property
-    def world_size(self) -> int: ...
-    @property
-    def device(self) -> torch.device: ...
-    def sum(self, values: Tensor) -> Tensor: ...
+from dpo_scale.training.step import ReferenceLogps, pair_batches, pair_losses
 
 
 class Evaluated(Protocol):
@@ -45,6 +28,7 @@ class Evaluated(Protocol):
 @torch.no_grad()
 def evaluate(
     policy: Evaluated,
+    plan: StepPlan,
     pairs: TokenPairs,
     reference_logps: ReferenceLogps,
     ranks: Ranks,
@@ -52,8 +36,6 @@ def evaluate(
     loss: LossSection,
     *,
     layout: Layout,
-    rank_tokens: int,
-    cost: CostModel,
     pad_id: int,
     between_batches: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
@@ -61,18 +43,13 @@ def evaluate(
 
     All ranks call `between_batches` between two micro-batches; what it raises ends the pass.
     """
-    costs = layout_costs(pairs.lengths, layout, cost.in_time())
-    check_budget(costs, rank_tokens, pairs.rows, "batch.rank_tokens")
-    plan = plan_pass(costs, world_size=ranks.world_size, rank_tokens=rank_tokens)
     sums = MetricSums(ranks.device)
     policy.train(False)
     try:
         with console.progress("Held-out pairs", len(plan.micro_batches), "micro-batches") as bar:
             for item in pair_batches(plan, ranks.rank, pairs, layout, pad_id):
                 between_batches()
-                batch = item.batch.to(ranks.device)
-                logps = pair_log_probs(policy(batch), batch, reference_logps(item.pairs), loss)
-                add_metrics(sums, logps, pair_losses(logps, loss), item.weight, loss)
+                pair_losses(policy, item, reference_logps, sums, loss, ranks.device)
                 bar.advance(1)
     finally:  # a pass that is stopped half-way is followed by a commit
         policy.train(True)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -19,14 +20,17 @@ from typing import Any, TextIO
 
 import torch
 
+from dpo_scale import __version__
+from dpo_scale.data.tokenization import DEFAULT_TEMPLATE, chat_templates
 from dpo_scale.distributed import engine_state
 from dpo_scale.distributed.lockstep import OneProcess, Ranks, by_main, on_main, together
 from dpo_scale.errors import UserError
-from dpo_scale.files import fsync_folder, write_atomically, write_json
-from dpo_scale.model.tokenizer import tokenizer_files
+from dpo_scale.files import fsync_folder, write_json, write_whole
+from dpo_scale.locks import HeldError, take
+from dpo_scale.model.tokenizer import load_tokenizer, save_tokenizer, tokenizer_files
+from dpo_scale.recipe import Recipe
 from dpo_scale.training.checkpoints import CheckpointError, open_checkpoint, verify
 from dpo_scale.training.hub_names import HubNames, hub_names
-from dpo_scale.training.locks import HeldError, take
 from dpo_scale.training.stored_state import StoredState
 from dpo_scale.training.tensor_files import FileRecord, TensorEntry, aligned, write_tensors
 
@@ -37,12 +41,6 @@ MODEL_FILES = ("generation_config.json", "*.py", "LICENSE*", "NOTICE*")
 
 class ExportError(UserError):
     """A model folder that cannot be written. Raised alike on every rank."""
-
-
-class ExportedElsewhereError(ExportError):
-    """A process on another host exports to a folder, or its lock outlives that host: a run that was trained goes on."""
-
-    may_pass = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +57,29 @@ class ModelFolder:
     """Jinja template in place of the tokenizer's own."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """What else to say about where the model comes from, as JSON values."""
+
+
+@contextmanager
+def model_folder(recipe: Recipe, source_model: Path, trajectory_digest: str) -> Iterator[ModelFolder]:
+    """What an export of this run holds beside weights; valid inside the `with`.
+
+    The tokenizer is written anew where plain transformers would misread the source's files.
+    """
+    path = recipe.model.tokenizer or str(source_model)
+    template = recipe.data.chat_template
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = load_tokenizer(path, trust_remote_code=recipe.model.trust_remote_code)
+        save_tokenizer(tokenizer, path, Path(folder))
+        yield ModelFolder(
+            source_model=source_model,
+            trajectory_digest=trajectory_digest,
+            tokenizer=Path(folder),
+            chat_template=template and chat_templates(tokenizer, template)[DEFAULT_TEMPLATE],
+            provenance={
+                "made_by": f"dpo_scale {__version__}",
+                "recipe": recipe.model_dump(mode="json"),
+            },
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,9 +271,7 @@ def _reserve(out: Path) -> TextIO:
         return take(path)
     except HeldError as error:
         in_use = f"{out}: {error.holder} is exporting to it; wait for its end, or name another folder"
-        if not error.is_elsewhere:
-            raise ExportError(in_use) from error
-        raise ExportedElsewhereError(f"{in_use}. If that host is lost and stays away, remove {path}") from error
+        raise ExportError(in_use + error.remedy, may_pass=error.is_elsewhere) from error
     except OSError as error:
         raise ExportError(f"{out}: no lock can be had at {path}: {error.strerror}") from error
 
@@ -333,17 +352,6 @@ def _copy_files(hidden: Path, folder: ModelFolder) -> None:
     wanted |= {str(path.relative_to(tokenizer)): path for path in tokenizer_files(tokenizer)}
     for name, path in wanted.items():
         if path.is_file():
-            _copy(path, hidden / name)
+            write_whole(hidden / name, path.read_bytes())
     if folder.chat_template is not None:
-        _write(hidden / "chat_template.jinja", folder.chat_template.encode())
-
-
-def _copy(source: Path, target: Path) -> None:
-    _write(target, source.read_bytes())
-
-
-def _write(path: Path, content: bytes) -> None:
-    def write(temporary: Path) -> None:
-        temporary.write_bytes(content)
-
-    write_atomically(path, write)
+        write_whole(hidden / "chat_template.jinja", folder.chat_template)

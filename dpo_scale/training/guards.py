@@ -5,17 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from dpo_scale.data.token_pairs import TokenPairs
+from dpo_scale.distributed.lockstep import Ranks
 from dpo_scale.errors import UserError
 from dpo_scale.model.layout_check import TOLERANCE
 from dpo_scale.training.step import PairBatch, StepOutput, non_finite_rows
-
-T = TypeVar("T")
 
 
 class NumericalError(UserError):
@@ -24,15 +22,6 @@ class NumericalError(UserError):
 
 class WrongReferenceError(UserError):
     """Policy and reference start equal and yet disagree."""
-
-
-class Ranks(Protocol):
-    """The collectives of the guards."""
-
-    @property
-    def device(self) -> torch.device: ...
-    def gather_objects(self, value: T) -> list[T]: ...
-    def max(self, values: Tensor) -> Tensor: ...
 
 
 def explain_non_finite(

@@ -9,11 +9,11 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
-from torch import Tensor
 
+from dpo_scale.distributed.lockstep import Ranks
 from dpo_scale.errors import DataError
 from dpo_scale.training.status import TIME_IS_UP
 
@@ -21,21 +21,8 @@ T = TypeVar("T")
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 """The last one comes when a terminal is closed; the launcher passes it on even under nohup."""
-STOPPED = 85
-"""Exit code of a run that committed a checkpoint and stopped before its end: start it again."""
 ECHO_SECONDS = 3.0
 """One request may arrive twice: SLURM signals every process of a job, and the launcher passes its own copy on."""
-
-
-class Ranks(Protocol):
-    """The collectives that agreeing needs."""
-
-    @property
-    def is_main(self) -> bool: ...
-    @property
-    def device(self) -> torch.device: ...
-    def max(self, values: Tensor) -> Tensor: ...
-    def gather_objects(self, value: T) -> list[T]: ...
 
 
 class StopRequestedError(Exception):

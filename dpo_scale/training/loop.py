@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 
 from dpo_scale.console import BYTES, Console
 from dpo_scale.data.layouts import Layout
-from dpo_scale.data.planning import Costs, Schedule, StepPlan, plan_step
+from dpo_scale.data.planning import Costs, Schedule, StepPlan, plan_pass, plan_step
 from dpo_scale.distributed import engine_state
 from dpo_scale.distributed.engines import PolicyEngine
 from dpo_scale.distributed.lockstep import by_main
@@ -30,9 +30,8 @@ from dpo_scale.reference.session import Reference
 from dpo_scale.training import guards
 from dpo_scale.training.checkpoints import RunState, digest_of, save
 from dpo_scale.training.evaluation import best_of, describe, evaluate
-from dpo_scale.training.export import export_engine
+from dpo_scale.training.export import export_engine, model_folder
 from dpo_scale.training.interruption import (
-    STOPPED,
     Interruption,
     StopRequestedError,
     StopTime,
@@ -44,10 +43,9 @@ from dpo_scale.training.interruption import (
 from dpo_scale.training.metrics import MetricsFile, MetricSums
 from dpo_scale.training.optimizer import learning_rate, set_learning_rate
 from dpo_scale.training.policy import load_policy
-from dpo_scale.training.provenance import model_folder
 from dpo_scale.training.records import Records
 from dpo_scale.training.run_folder import RunFolder, trajectory_of
-from dpo_scale.training.status import StatusFile
+from dpo_scale.training.status import UNFINISHED, StatusFile
 from dpo_scale.training.step import PairBatch, StepOutput, pair_batches, run_step
 from dpo_scale.training.trackers import new_run_ids, start_trackers
 from dpo_scale.watch import Watch
@@ -105,7 +103,7 @@ def train(
     status.stop(reason)
     console.say(f"Stopped by {reason} {reached}; the same command goes on from there")
     interruption.consume_file()
-    return STOPPED
+    return UNFINISHED
 
 
 def _trajectory(recipe: Recipe, data: Data, reference: Reference, ranks: Ranks) -> dict[str, Any]:
@@ -226,7 +224,8 @@ class Run:
                 bar.advance(1)
                 last = self.state.step == num_steps
                 if last or self.state.step % recipe.track.every_steps == 0:
-                    self._record(rate, output.grad_norm)
+                    per_epoch = self.schedule.steps_per_epoch
+                    self.records.close_interval(self.state, num_steps, per_epoch, rate, output.grad_norm)
                 self.stop_time.step_took(time.monotonic() - started)
                 self._evaluate_if_due()
                 ask = bool(interruption.reason(self.stop_time.seconds))
@@ -309,7 +308,7 @@ class Run:
         )
 
     def _count(self, plan: StepPlan) -> None:
-        lengths = self.data.train.lengths[np.concatenate([i for r in plan.micro_batches for i in r])]
+        lengths = self.data.train.lengths[plan.pairs()]
         self.state = replace(
             self.state,
             step=plan.step + 1,
@@ -320,10 +319,11 @@ class Run:
             reference_rows_computed=self.resumed.reference_rows_computed + self.reference.rows_computed,
         )
 
-    def _record(self, rate: float, grad_norm: float) -> None:
-        """Close the log interval."""
-        schedule = self.schedule
-        self.records.close_interval(self.state, schedule.num_steps, schedule.steps_per_epoch, rate, grad_norm)
+    @cached_property
+    def _held_out_plan(self) -> StepPlan:
+        """The same in every held-out pass."""
+        costs = self.data.costs(self.data.evaluate, self.layout)
+        return plan_pass(costs, world_size=self.ranks.world_size, rank_tokens=self.recipe.batch.rank_tokens)
 
     def evaluate(self) -> None:
         """The held-out pass, logged under `eval/...`; nothing where there are no held-out pairs."""
@@ -334,14 +334,13 @@ class Run:
         started = time.monotonic()
         metrics = evaluate(
             self.policy,
+            self._held_out_plan,
             self.data.evaluate,
             lambda indices: self.reference.logps(self.reference.evaluate_rows, indices),
             self.ranks,
             self.console,
             self.recipe.loss,
             layout=self.layout,
-            rank_tokens=self.recipe.batch.rank_tokens,
-            cost=self.data.cost,
             pad_id=self.data.pad_id,
             between_batches=self.between_batches,
         )

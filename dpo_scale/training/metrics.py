@@ -10,13 +10,13 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from dpo_scale.distributed.lockstep import Ranks
 from dpo_scale.files import naming, write_whole
-from dpo_scale.objectives import implicit_reward, preference_accuracy
+from dpo_scale.objectives import PairLogProbs, implicit_reward, preference_accuracy
 
 AVERAGES = (
     "loss",
@@ -33,12 +33,6 @@ PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
 """Dense bf16 peak of a GPU, from NVIDIA's data sheets, by a part of its name."""
 
 
-class Summing(Protocol):
-    """The collective that metrics use."""
-
-    def sum(self, values: Tensor) -> Tensor: ...
-
-
 class MetricSums:
     """Weighted sums over pairs; nothing leaves the device until `reduce`."""
 
@@ -47,39 +41,30 @@ class MetricSums:
         self._sums = torch.zeros(len(AVERAGES) + 1, dtype=dtype, device=device)
 
     @torch.no_grad()
-    def add(
-        self,
-        *,
-        losses_P: Tensor,
-        policy_chosen_logps_P: Tensor,
-        policy_rejected_logps_P: Tensor,
-        reference_chosen_logps_P: Tensor,
-        reference_rejected_logps_P: Tensor,
-        weights_P: Tensor,
-        beta: float,
-    ) -> None:
+    def add(self, losses_P: Tensor, logps: PairLogProbs, *, beta: float, weight: float = 1.0) -> None:
         """Add the pairs of one micro-batch; pairs of weight 0 are filler."""
-        chosen_P = implicit_reward(policy_chosen_logps_P, reference_chosen_logps_P, beta=beta)
-        rejected_P = implicit_reward(policy_rejected_logps_P, reference_rejected_logps_P, beta=beta)
+        policy_chosen_P, policy_rejected_P, reference_chosen_P, reference_rejected_P = logps
+        chosen_P = implicit_reward(policy_chosen_P, reference_chosen_P, beta=beta)
+        rejected_P = implicit_reward(policy_rejected_P, reference_rejected_P, beta=beta)
         values = torch.stack(
             [
                 losses_P,
                 chosen_P,
                 rejected_P,
                 preference_accuracy(chosen_P, rejected_P),
-                policy_chosen_logps_P,
-                policy_rejected_logps_P,
-                preference_accuracy(policy_chosen_logps_P, policy_rejected_logps_P),
+                policy_chosen_P,
+                policy_rejected_P,
+                preference_accuracy(policy_chosen_P, policy_rejected_P),
                 torch.ones_like(losses_P),
             ]
         )
-        self._sums += (values * weights_P).sum(1)
+        self._sums += (values * weight).sum(1)
 
     def __iadd__(self, other: MetricSums) -> MetricSums:
         self._sums += other._sums
         return self
 
-    def total(self, ranks: Summing) -> tuple[float, ...]:
+    def total(self, ranks: Ranks) -> tuple[float, ...]:
         """The sums over all ranks so far, to go on from with `start_from`; collective.
 
         Sums of fp32 values in float64 are exact, so it does not matter which rank goes on with them.
@@ -90,7 +75,7 @@ class MetricSums:
         """Go on, on one rank, with what all had summed up."""
         self._sums += self._sums.new_tensor(total)
 
-    def reduce(self, ranks: Summing, prefix: str = "") -> dict[str, float]:
+    def reduce(self, ranks: Ranks, prefix: str = "") -> dict[str, float]:
         """Means over all pairs of all ranks since the last call, and the margin; collective."""
         *sums, pairs = ranks.sum(self._sums).tolist()
         self._sums.zero_()

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from dpo_scale.distributed.lockstep import Ranks
 from dpo_scale.distributed.parameter_slices import EngineSnapshot
-from dpo_scale.files import write_json
 from dpo_scale.training.tensor_files import FileRecord, TensorEntry, aligned, write_tensors
 
 MOMENTS = ("master", "exp_avg", "exp_avg_sq")
@@ -44,7 +42,6 @@ def write_rank(folder: Path, snapshot: EngineSnapshot, ranks: Ranks) -> list[Fil
     records = [write_tensors(path, entries, tensors(), metadata)]
     if ranks.is_main:
         records.append(_write_buffers(folder / BUFFERS_FILE, snapshot.buffers))
-    write_json(path.with_suffix(".json"), [asdict(record) for record in records])
     return records
 
 

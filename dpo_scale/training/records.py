@@ -5,26 +5,14 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
-
-import torch
-from torch import Tensor
+from typing import Any
 
 from dpo_scale.console import Console, duration
+from dpo_scale.distributed.lockstep import Ranks
 from dpo_scale.training.checkpoints import RunState
 from dpo_scale.training.metrics import MetricsFile, MetricSums, model_flops_utilization, peak_memory_gib
 
 Values = dict[str, Any]
-
-
-class Ranks(Protocol):
-    """What records need of the ranks."""
-
-    @property
-    def world_size(self) -> int: ...
-    @property
-    def device(self) -> torch.device: ...
-    def sum(self, values: Tensor) -> Tensor: ...
 
 
 class Records:

@@ -12,7 +12,7 @@ from dpo_scale.distributed import engine_state
 from dpo_scale.distributed.lockstep import Ranks, by_main
 from dpo_scale.errors import UserError
 from dpo_scale.recipe import Recipe
-from dpo_scale.training.checkpoints import UNFINISHED, Checkpoint, RunState, find_checkpoint
+from dpo_scale.training.checkpoints import CUT_SHORT, Checkpoint, RunState, find_checkpoint
 from dpo_scale.training.run_folder import refuse_another_run, refuse_lost_checkpoints
 from dpo_scale.training.stored_state import StoredState, check_fits
 
@@ -55,7 +55,7 @@ def _find(recipe: Recipe, ranks: Ranks, console: Console) -> Checkpoint | None:
         found, passed_over = find_checkpoint(folder, named, ranks)
     for line in passed_over:
         console.say(f"Passed over {line}")
-    if found is None and any(UNFINISHED not in line for line in passed_over):
+    if found is None and any(CUT_SHORT not in line for line in passed_over):
         raise UserError(
             f"{folder}: no checkpoint is whole, and starting anew would overwrite what is left of this run; "
             "restore one, or move the folder away"

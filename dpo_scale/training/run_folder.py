@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import yaml
 
+from dpo_scale import locks
 from dpo_scale.errors import RecipeError, UserError
 from dpo_scale.files import make_folder, write_json, write_whole
 from dpo_scale.recipe import Recipe, dump_recipe
@@ -30,7 +31,6 @@ from dpo_scale.reference.fingerprint import (
     read_fingerprint,
     settings_digest,
 )
-from dpo_scale.training import locks
 from dpo_scale.training.status import committed_step, last_known_commit, read_status
 
 if TYPE_CHECKING:
@@ -209,12 +209,6 @@ def _set_aside_unreadable(folder: Path) -> list[str]:
     return moved
 
 
-class InUseElsewhereError(RecipeError):
-    """A process on another host holds a run's folder, or a lock that outlives its host does."""
-
-    may_pass = True
-
-
 def take_lock(path: Path, say: Say = locks.logger.warning, *, lease_s: float = locks.LEASE_S) -> TextIO:
     """Hold a lock in a run's folder until the returned file is closed or this process ends; the folder is made.
 
@@ -227,9 +221,7 @@ def take_lock(path: Path, say: Say = locks.logger.warning, *, lease_s: float = l
         return locks.take(path, say, lease_s=lease_s)
     except locks.HeldError as error:
         in_use = f"run.output_dir: {folder} is in use by {error.holder}; stop that run, or choose another folder"
-        if not error.is_elsewhere:
-            raise RecipeError(in_use) from error
-        raise InUseElsewhereError(f"{in_use}. If that host is lost and stays away, remove {path}") from error
+        raise RecipeError(in_use + error.remedy, may_pass=error.is_elsewhere) from error
     except locks.NoLocksError as error:
         raise RecipeError(
             f"run.output_dir: {folder}: its file system locks no files ({error.strerror}); have it mounted with locks "

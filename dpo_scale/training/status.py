@@ -18,15 +18,14 @@ from typing import Any, Literal
 
 import psutil
 
-from dpo_scale.errors import UserError
+from dpo_scale.errors import USER_ERROR, UserError
 from dpo_scale.files import write_json
-from dpo_scale.training.locks import is_held_by, this_process
+from dpo_scale.locks import is_held_by, this_process
 
 State = Literal["running", "stopped", "failed", "finished"]
 
 FINISHED = 0
 FAILED_TWICE = 1
-USER_ERROR = 2
 RUNNING = 3
 UNFINISHED = 85
 """Exit codes of `dpo-scale status`; the last one is also that of a rank whose run stopped on request."""

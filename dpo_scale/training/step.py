@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from dpo_scale.data.layouts import Layout, MicroBatch, PromptCompletions, collate, to_device
-from dpo_scale.data.planning import StepPlan
+from dpo_scale.data.planning import Indices, StepPlan
 from dpo_scale.data.token_pairs import TokenPairs
-from dpo_scale.objectives import preference_loss, reduce_log_probs
+from dpo_scale.objectives import PairLogProbs, preference_loss, reduce_log_probs
 from dpo_scale.recipe import LossSection
 from dpo_scale.training.metrics import MetricSums
 
-Indices = npt.NDArray[np.int64]
 ReferenceLogps = Callable[[Indices], npt.NDArray[np.float64]]
 """Pairs [P] -> reduced reference log-probs [P, 2], chosen and rejected."""
 
@@ -34,16 +33,6 @@ class PairBatch:
     """1, or 0 for a filler that only keeps this rank in step with the others."""
 
 
-@dataclass(frozen=True, slots=True)
-class PairLogProbs:
-    """Reduced log-probs of a micro-batch's pairs, fp32 [P] each."""
-
-    policy_chosen_logps: Tensor
-    policy_rejected_logps: Tensor
-    reference_chosen_logps: Tensor
-    reference_rejected_logps: Tensor
-
-
 def pair_batches(plan: StepPlan, rank: int, pairs: TokenPairs, layout: Layout, pad_id: int) -> Iterator[PairBatch]:
     """The micro-batches of one rank, equally many on every rank, on the CPU."""
     for round_ in plan.micro_batches:
@@ -56,38 +45,23 @@ def pair_batches(plan: StepPlan, rank: int, pairs: TokenPairs, layout: Layout, p
         yield PairBatch(collate(groups, layout, pad_id), indices, 0.0 if filler else 1.0)
 
 
-def pair_log_probs(
-    token_logps_C: Tensor, batch: MicroBatch, reference: npt.NDArray[np.float64], loss: LossSection
-) -> PairLogProbs:
-    """Reduce the policy's token log-probs and set the reference's beside them."""
+def pair_losses(
+    policy: Callable[[MicroBatch], Tensor],
+    item: PairBatch,
+    reference_logps: ReferenceLogps,
+    sums: MetricSums,
+    loss: LossSection,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """The recipe's loss of each pair of a micro-batch, [P], counted in the metrics, and its token log-probs, [C]."""
+    batch = item.batch.to(device)
+    token_logps_C = policy(batch)
     policy_S = reduce_log_probs(token_logps_C, batch.sequence_of_target, batch.lengths, loss.reduction)
-    reference_P2 = to_device(torch.from_numpy(reference).to(policy_S.dtype), policy_S.device)
-    return PairLogProbs(policy_S[0::2], policy_S[1::2], reference_P2[:, 0], reference_P2[:, 1])
-
-
-def pair_losses(logps: PairLogProbs, loss: LossSection) -> Tensor:
-    """The recipe's loss of each pair, [P]."""
-    return preference_loss(
-        logps.policy_chosen_logps,
-        logps.policy_rejected_logps,
-        logps.reference_chosen_logps,
-        logps.reference_rejected_logps,
-        beta=loss.beta,
-        label_smoothing=loss.label_smoothing,
-    )
-
-
-def add_metrics(sums: MetricSums, logps: PairLogProbs, losses_P: Tensor, weight: float, loss: LossSection) -> None:
-    """Count a micro-batch's pairs in the metrics."""
-    sums.add(
-        losses_P=losses_P.detach(),
-        policy_chosen_logps_P=logps.policy_chosen_logps.detach(),
-        policy_rejected_logps_P=logps.policy_rejected_logps.detach(),
-        reference_chosen_logps_P=logps.reference_chosen_logps,
-        reference_rejected_logps_P=logps.reference_rejected_logps,
-        weights_P=torch.full_like(losses_P, weight),
-        beta=loss.beta,
-    )
+    reference_P2 = to_device(torch.from_numpy(reference_logps(item.pairs)).to(policy_S.dtype), device)
+    logps = PairLogProbs(policy_S[0::2], policy_S[1::2], reference_P2[:, 0], reference_P2[:, 1])
+    losses_P = preference_loss(*logps, beta=loss.beta, label_smoothing=loss.label_smoothing)
+    sums.add(losses_P, logps, beta=loss.beta, weight=item.weight)
+    return losses_P, token_logps_C
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,13 +103,9 @@ def run_step(
     micro_losses: list[Tensor] = []
     first: Tensor | None = None
     for number, item in enumerate(batches, start=1):
-        batch = item.batch.to(device)
-        token_logps_C = policy(batch)
-        logps = pair_log_probs(token_logps_C, batch, reference_logps(item.pairs), loss)
-        losses_P = pair_losses(logps, loss)
+        losses_P, token_logps_C = pair_losses(policy, item, reference_logps, sums, loss, device)
         loss_sum = (losses_P * item.weight).sum()
         policy.backward(loss_sum, global_pairs=global_pairs, is_last=number == len(batches))
-        add_metrics(sums, logps, losses_P, item.weight, loss)
         micro_losses.append(loss_sum.detach())
         first = token_logps_C.detach() if first is None else first
     applied = policy.step()

@@ -72,10 +72,12 @@ def policy_losses(path: Path, recipe: Recipe, source: Path) -> list[float]:
 
 @torch.no_grad()
 def reference_losses(path: Path, recipe: Recipe, source: Path) -> list[float]:
-    folder = str(source / path.stem) if "nvme" in path.name else None
-    config = zero_config.reference_config(zero_config.read_reference_config(path), recipe, folder)
+    config = zero_config.reference_config(zero_config.read_config(path), recipe)
     if "nvme" in path.name:
-        config["zero_optimization"]["offload_param"]["buffer_size"] = LARGEST_SHARD
+        config["zero_optimization"]["offload_param"] |= {
+            "nvme_path": str(source / path.stem),
+            "buffer_size": LARGEST_SHARD,
+        }
     engine = engine_of(config, source, trains=False)
     tokens = torch.randint(VOCABULARY, (2, LENGTH), generator=torch.Generator().manual_seed(7))
     losses = [engine(tokens).item() for _ in range(STEPS)]

@@ -15,13 +15,6 @@ from dpo_scale.objectives import Reduction, reduce_log_probs
 from dpo_scale.training.step import ReferenceLogps
 
 
-class OneRank:
-    """The collectives of a single rank."""
-
-    def sum(self, values: Tensor) -> Tensor:
-        return values
-
-
 class OneProcessPolicy:
     """What `run_step` needs; keeps the gradients of the last step as they were before clipping."""
 

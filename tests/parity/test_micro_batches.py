@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from one_process_policy import OneProcessPolicy, OneRank, reference_of
+from one_process_policy import OneProcessPolicy, reference_of
 from plain_dpo import assert_same_gradients, gradients, plain_losses
 from tiny_llamas import LENGTHS, our_llama, plain_llama, random_pairs
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch import Tensor
 from dpo_scale.data.layouts import Layout, PromptCompletions, collate
 from dpo_scale.data.planning import CostModel, Schedule, StepPlan, layout_costs, plan_step
 from dpo_scale.data.token_pairs import TokenPairs
+from dpo_scale.distributed.lockstep import OneProcess
 from dpo_scale.recipe import LossSection
 from dpo_scale.training.metrics import MetricSums
 from dpo_scale.training.step import PairBatch, pair_batches, run_step
@@ -41,7 +42,7 @@ def gradients_of(
     policy, sums = OneProcessPolicy(our_llama(POLICY)), MetricSums(CPU)
     reference = reference_of(our_llama(REFERENCE), pairs, LOSS.reduction)
     run_step(policy, batches, reference, sums, LOSS, global_pairs=global_pairs, device=CPU)
-    return policy.gradients, sums.reduce(OneRank())
+    return policy.gradients, sums.reduce(OneProcess())
 
 
 @pytest.mark.parametrize("sizes", [[8], [4, 4], [1] * 8, [5, 1, 2]], ids=str)

@@ -7,10 +7,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from one_process_policy import OneProcessPolicy, OneRank, reference_of
+from one_process_policy import OneProcessPolicy, reference_of
 from tiny_llamas import our_llama, random_pairs
 
 from dpo_scale.data.layouts import Layout, PromptCompletions, collate
+from dpo_scale.distributed.lockstep import OneProcess
 from dpo_scale.recipe import LossSection
 from dpo_scale.training.metrics import MetricSums
 from dpo_scale.training.step import PairBatch, StepOutput, run_step
@@ -30,7 +31,7 @@ def first_step(
     item = PairBatch(batch, np.arange(len(pairs)), 1.0)
     reference = reference_of(model, pairs, loss.reduction)
     output = run_step(policy, [item], reference, sums, loss, global_pairs=len(pairs), device=CPU)
-    return output, policy, sums.reduce(OneRank())
+    return output, policy, sums.reduce(OneProcess())
 
 
 @pytest.mark.parametrize("loss", OBJECTIVES, ids=lambda loss: loss.reduction)

@@ -445,8 +445,6 @@ def test_what_a_checkpoint_holds_reaches_the_disk_before_its_name_does(
         folder,
         f"sync {rank}.safetensors",
         "sync buffers.safetensors",
-        *small(f"{rank}.json"),
-        partial,
         *small("commit.json"),
         partial,
         "name step-00000007",

@@ -11,18 +11,12 @@ from torch import Tensor
 
 from dpo_scale.console import Console
 from dpo_scale.data.layouts import MicroBatch
-from dpo_scale.data.planning import CostModel
+from dpo_scale.data.planning import CostModel, layout_costs, plan_pass
 from dpo_scale.data.token_pairs import TokenPair, TokenPairs
+from dpo_scale.distributed.lockstep import OneProcess
 from dpo_scale.recipe import LossSection
 from dpo_scale.training.evaluation import evaluate
 from dpo_scale.training.interruption import StopRequestedError
-
-
-class OneRank:
-    rank, world_size, device = 0, 1, torch.device("cpu")
-
-    def sum(self, values: Tensor) -> Tensor:
-        return values
 
 
 class FakePolicy:
@@ -54,14 +48,13 @@ def test_a_pass_that_is_stopped_half_way_leaves_the_engine_in_training(stopped_a
     def run() -> dict[str, float]:
         return evaluate(
             policy,
+            plan_pass(layout_costs(pairs.lengths, "shared", CostModel()), world_size=1, rank_tokens=6),
             pairs,
             lambda indices: np.zeros((len(indices), 2)),
-            OneRank(),
+            OneProcess(),
             Console(io.StringIO()),  # type: ignore[arg-type]
             LossSection(beta=1.0),
             layout="shared",
-            rank_tokens=6,
-            cost=CostModel(),
             pad_id=0,
             between_batches=between_batches,
         )

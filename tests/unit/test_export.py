@@ -25,10 +25,11 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from dpo_scale.training import export, locks
+from dpo_scale import locks
+from dpo_scale.locks import this_process
+from dpo_scale.training import export
 from dpo_scale.training.checkpoints import CheckpointError, digest_of
 from dpo_scale.training.export import ExportError, ModelFolder, export_checkpoint, plan_shards
-from dpo_scale.training.locks import this_process
 from dpo_scale.training.tensor_files import TensorEntry
 
 SIZES: dict[str, Any] = {

@@ -18,7 +18,7 @@ ROOT = Path(dpo_scale.__file__).parent
 
 ORDER = (
     ("errors",),
-    ("recipe", "objectives", "console", "files", "shipped_files", "watch"),
+    ("recipe", "objectives", "console", "files", "shipped_files", "locks", "watch"),
     ("data",),
     ("model",),
     ("distributed",),

@@ -8,9 +8,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from test_numerical_faults import FakePolicy, OneRank, make_run
+from test_numerical_faults import FakePolicy, make_run
 
 from dpo_scale import stages
+from dpo_scale.distributed.lockstep import OneProcess
 from dpo_scale.training import interruption, loop
 from dpo_scale.training.checkpoints import RunState
 from dpo_scale.training.loop import Run
@@ -70,7 +71,7 @@ def test_a_stop_file_that_comes_too_late_goes_with_a_scoring(monkeypatch: pytest
         rows_computed=0,
         store=SimpleNamespace(folder=tmp_path),
     )
-    monkeypatch.setattr(stages.runtime, "start", lambda *arguments: SimpleNamespace(ranks=OneRank()))
+    monkeypatch.setattr(stages.runtime, "start", lambda *arguments: SimpleNamespace(ranks=OneProcess()))
     for name in ("prepare_data", "agreed_digest", "Reference"):
         monkeypatch.setattr(stages, name, lambda *arguments: scored)
     watch: Any = SimpleNamespace(started=0.0, outlive_launcher=lambda: None)
@@ -85,7 +86,7 @@ def test_only_an_evaluation_ends_with_its_launcher(monkeypatch: pytest.MonkeyPat
     outliving: list[str] = []
     for name in ("train", "score", "evaluate"):
         watch: Any = SimpleNamespace(outlive_launcher=partial(outliving.append, name))
-        monkeypatch.setattr(stages.runtime, "start", lambda *arguments: SimpleNamespace(ranks=OneRank()))
+        monkeypatch.setattr(stages.runtime, "start", lambda *arguments: SimpleNamespace(ranks=OneProcess()))
         monkeypatch.setattr(stages, "by_main", lambda *arguments: pytest.fail("begins"))
         with pytest.raises(pytest.fail.Exception, match="begins"):
             getattr(stages, name)(recipe, run.console, watch)

@@ -16,16 +16,12 @@ from torch import Tensor
 
 from dpo_scale.console import Console
 from dpo_scale.distributed.lockstep import OneProcess
+from dpo_scale.objectives import PairLogProbs
 from dpo_scale.training.checkpoints import RunState
 from dpo_scale.training.metrics import MetricsFile, MetricSums, model_flops_utilization, peak_memory_gib
 from dpo_scale.training.records import Records
 
 CPU = torch.device("cpu")
-
-
-class OneRank:
-    def sum(self, values: Tensor) -> Tensor:
-        return values
 
 
 class ThreeAlikeRanks:
@@ -50,15 +46,7 @@ EXPECTED = {
 
 def _add(sums: MetricSums, pairs: list[tuple[float, ...]], weight: float = 1.0) -> None:
     columns = [torch.tensor(column) for column in zip(*pairs, strict=True)]
-    sums.add(
-        policy_chosen_logps_P=columns[0],
-        policy_rejected_logps_P=columns[1],
-        reference_chosen_logps_P=columns[2],
-        reference_rejected_logps_P=columns[3],
-        losses_P=columns[4],
-        weights_P=torch.full((len(pairs),), weight),
-        beta=BETA,
-    )
+    sums.add(columns[4], PairLogProbs(*columns[:4]), beta=BETA, weight=weight)
 
 
 def test_means_are_over_pairs_however_they_fell_into_micro_batches() -> None:
@@ -66,7 +54,7 @@ def test_means_are_over_pairs_however_they_fell_into_micro_batches() -> None:
         sums = MetricSums(CPU)
         for part in parts:
             _add(sums, part)
-        assert sums.reduce(OneRank()) == pytest.approx(EXPECTED)
+        assert sums.reduce(OneProcess()) == pytest.approx(EXPECTED)
 
 
 def test_fillers_weigh_nothing() -> None:
@@ -79,10 +67,10 @@ def test_fillers_weigh_nothing() -> None:
 def test_reducing_starts_anew_and_names_get_their_prefix() -> None:
     sums = MetricSums(CPU)
     _add(sums, PAIRS)
-    assert sums.reduce(OneRank(), "eval/").keys() == {f"eval/{name}" for name in EXPECTED}
+    assert sums.reduce(OneProcess(), "eval/").keys() == {f"eval/{name}" for name in EXPECTED}
     _add(sums, PAIRS[:1])
-    assert sums.reduce(OneRank())["loss"] == pytest.approx(0.3)
-    assert sums.reduce(OneRank())["loss"] == 0.0
+    assert sums.reduce(OneProcess())["loss"] == pytest.approx(0.3)
+    assert sums.reduce(OneProcess())["loss"] == 0.0
 
 
 def test_sums_add_up() -> None:
@@ -90,7 +78,7 @@ def test_sums_add_up() -> None:
     _add(total, PAIRS[:1])
     _add(part, PAIRS[1:])
     total += part
-    assert total.reduce(OneRank()) == pytest.approx(EXPECTED)
+    assert total.reduce(OneProcess()) == pytest.approx(EXPECTED)
 
 
 @dataclass
@@ -132,7 +120,7 @@ def test_sums_of_many_pairs_keep_small_losses() -> None:
     sums = MetricSums(CPU)
     _add(sums, [(-1.0, -1.0, -1.0, -1.0, 1e9)])
     _add(sums, [(-1.0, -1.0, -1.0, -1.0, 1.0)])
-    assert sums.reduce(OneRank())["loss"] == pytest.approx((1e9 + 1) / 2, abs=1e-3)
+    assert sums.reduce(OneProcess())["loss"] == pytest.approx((1e9 + 1) / 2, abs=1e-3)
 
 
 def _steps(path: Path) -> list[int]:

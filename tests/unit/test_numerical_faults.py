@@ -22,6 +22,7 @@ from dpo_scale.console import Console
 from dpo_scale.data.layouts import MicroBatch
 from dpo_scale.data.planning import CostModel, Schedule, layout_costs, plan_step
 from dpo_scale.data.token_pairs import TokenPair, TokenPairs
+from dpo_scale.distributed.lockstep import OneProcess
 from dpo_scale.recipe import LossSection, Recipe
 from dpo_scale.training import loop
 from dpo_scale.training.checkpoints import RunState
@@ -38,18 +39,6 @@ STEPS, PAIRS_A_STEP = 3, 2
 def make_pairs(count: int) -> TokenPairs:
     ids = np.arange(3, 9, dtype=np.int32)
     return TokenPairs.from_pairs(TokenPair(ids[:2], ids[2:4], ids[4:6], f"pairs.jsonl:{i + 1}") for i in range(count))
-
-
-class OneRank:
-    rank, world_size, is_main, device = 0, 1, True, torch.device("cpu")
-
-    def gather_objects(self, value: Any) -> list[Any]:
-        return [value]
-
-    def max(self, values: torch.Tensor) -> torch.Tensor:
-        return values
-
-    sum = max
 
 
 class FakePolicy:
@@ -110,9 +99,13 @@ def make_run(policy: FakePolicy, dtype: str, monkeypatch: pytest.MonkeyPatch, fo
         rest=lambda: None,
         log=lambda values, step: None,
     )
-    runtime: Any = SimpleNamespace(ranks=OneRank(), accelerator=nothing)
+    runtime: Any = SimpleNamespace(ranks=OneProcess(), accelerator=nothing)
     data: Any = SimpleNamespace(
-        train=pairs, evaluate=empty, cost=CostModel(), pad_id=0, forward_macs=lambda pairs, layout: 0.0
+        train=pairs,
+        evaluate=empty,
+        costs=lambda pairs, layout: layout_costs(pairs.lengths, layout, CostModel()),
+        pad_id=0,
+        forward_macs=lambda pairs, layout: 0.0,
     )
     run = Run(
         recipe=recipe,

@@ -15,7 +15,7 @@ from dpo_scale.console import Console
 from dpo_scale.data import planning
 from dpo_scale.data.hashing import splitmix64
 from dpo_scale.data.planning import Schedule, layout_costs, plan_step
-from dpo_scale.distributed.zero_config import read_reference_config
+from dpo_scale.distributed.zero_config import read_config
 from dpo_scale.errors import UserError
 from dpo_scale.operations.cluster import GIB, Assumptions, Cluster
 from dpo_scale.operations.fit import MemoryPlan, Setting
@@ -116,8 +116,8 @@ def test_deepspeed_files_move_memory_to_where_they_say(one_node: Plan, name: str
 
 def test_a_reference_on_nvme_takes_the_hosts_memory_for_its_buffers(one_node: Plan) -> None:
     path = shipped_file("ds_configs/reference_nvme.json")
-    buffers = read_reference_config(path)["zero_optimization"]["offload_param"]
-    memory = MemoryPlan(one_node.workload, ZeroSettings.of_config(read_reference_config(path)))
+    buffers = read_config(path)["zero_optimization"]["offload_param"]
+    memory = MemoryPlan(one_node.workload, ZeroSettings.of_config(read_config(path)))
     assert memory.reference_host(8) == buffers["buffer_count"] * buffers["buffer_size"] * 2
 
 

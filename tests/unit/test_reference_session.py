@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from dpo_scale.console import Console
 from dpo_scale.data.token_pairs import TokenPair, TokenPairs
@@ -21,11 +20,6 @@ from dpo_scale.reference.fingerprint import ReferenceFingerprint
 from dpo_scale.reference.session import Reference
 
 FINGERPRINT = ReferenceFingerprint(scoring_version=1, dtype="float32", weights={"model.safetensors": "0"}, config={})
-
-
-class OneRank(OneProcess):
-    def max(self, values: torch.Tensor) -> torch.Tensor:
-        return values
 
 
 def recipe_of(folder: Path, **reference: Any) -> Recipe:
@@ -61,7 +55,7 @@ def test_the_reference_is_asked_for_in_its_own_revision(
     monkeypatch.setattr(source, "resolve_folder", resolve)
     data: Any = None
     with pytest.raises(UserError, match="seen"):
-        source.find_reference(recipe_of(tmp_path, **reference), data, OneRank(), Console(is_main=False))
+        source.find_reference(recipe_of(tmp_path, **reference), data, OneProcess(), Console(is_main=False))
     assert seen == [(*asked, "reference.path")]
 
 
@@ -76,7 +70,7 @@ def test_a_row_that_recurs_is_announced_once(tmp_path: Path, monkeypatch: pytest
     found = SimpleNamespace(fingerprint=FINGERPRINT, folder=tmp_path, config=None)
     monkeypatch.setattr(session, "find_reference", lambda *arguments: found)
     data: Any = SimpleNamespace(train=pairs("ab", "ac", "cc", "de"), evaluate=pairs("xx", "xc"))
-    runtime: Any = SimpleNamespace(ranks=OneRank())
+    runtime: Any = SimpleNamespace(ranks=OneProcess())
     said = io.StringIO()
     reference = Reference(recipe_of(tmp_path), runtime, data, Console(said))  # type: ignore[arg-type]
     c = reference.train_rows.of(np.array([2]))[:1]

@@ -17,12 +17,13 @@ from typing import Any, TextIO
 
 import pytest
 
+from dpo_scale import locks
 from dpo_scale.distributed.parameter_slices import EngineCounters
 from dpo_scale.errors import RecipeError, UserError
 from dpo_scale.files import write_json
 from dpo_scale.recipe import Recipe, load_recipe
 from dpo_scale.reference.fingerprint import ReferenceFingerprint, read_fingerprint, settings_digest
-from dpo_scale.training import locks, run_folder
+from dpo_scale.training import run_folder
 from dpo_scale.training.checkpoints import Commit, RunState, digest_of
 from dpo_scale.training.run_folder import (
     RunFolder,

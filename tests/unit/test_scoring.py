@@ -18,6 +18,7 @@ from dpo_scale.console import Console
 from dpo_scale.data.layouts import Layout, MicroBatch
 from dpo_scale.data.planning import CostModel
 from dpo_scale.data.token_pairs import TokenPair, TokenPairs
+from dpo_scale.distributed.lockstep import OneProcess
 from dpo_scale.errors import DataError
 from dpo_scale.reference import cache, scoring
 from dpo_scale.reference.cache import NonFiniteLogProbsError, ReferenceStore, part_paths
@@ -44,24 +45,6 @@ def some_pairs(count: int, seed: int = 0) -> TokenPairs:
     return TokenPairs.from_pairs(
         pair(prompts[pick(3)], completions[pick(4)], completions[pick(4)], f"f.jsonl:{n + 1}") for n in range(count)
     )
-
-
-@dataclass(frozen=True)
-class OneRank:
-    """The collectives of a process that is alone."""
-
-    rank: int = 0
-    world_size: int = 1
-    is_local_main: bool = True
-    device = torch.device("cpu")
-
-    def barrier(self) -> None: ...
-
-    def gather_objects(self, value: T) -> list[T]:
-        return [value]
-
-    def max(self, values: torch.Tensor) -> torch.Tensor:
-        return values
 
 
 class Meeting:
@@ -265,7 +248,7 @@ def test_completions_of_one_prompt_are_scored_together_up_to_a_bound(monkeypatch
 @pytest.mark.parametrize("layout", ["shared", "packed", "padded"])
 def test_a_pass_stores_the_models_values(tmp_path: Path, layout: Layout) -> None:
     pairs = some_pairs(30)
-    model, _, _ = run_pass(pairs, ReferenceStore.open(tmp_path, FINGERPRINT), OneRank(), layout=layout)
+    model, _, _ = run_pass(pairs, ReferenceStore.open(tmp_path, FINGERPRINT), OneProcess(), layout=layout)
     assert model.sequences == distinct_rows(pairs) < 60
     assert model.largest_batch <= 40
     reopened = ReferenceStore.open(tmp_path, FINGERPRINT)
@@ -275,9 +258,9 @@ def test_a_pass_stores_the_models_values(tmp_path: Path, layout: Layout) -> None
 
 def test_a_second_pass_over_more_pairs_scores_the_new_rows_alone(tmp_path: Path) -> None:
     pairs = some_pairs(30)
-    run_pass(pairs[:20], ReferenceStore.open(tmp_path, FINGERPRINT), OneRank())
+    run_pass(pairs[:20], ReferenceStore.open(tmp_path, FINGERPRINT), OneProcess())
     more = TokenPairs.from_pairs([*pairs, *some_pairs(20, seed=5)])
-    model, _, _ = run_pass(more, ReferenceStore.open(tmp_path, FINGERPRINT), OneRank())
+    model, _, _ = run_pass(more, ReferenceStore.open(tmp_path, FINGERPRINT), OneProcess())
     assert model.sequences == distinct_rows(more) - distinct_rows(pairs[:20])
 
 
@@ -318,7 +301,7 @@ def test_a_rank_without_work_computes_the_least_there_is(tmp_path: Path) -> None
 
 def test_what_one_disk_has_is_sent_and_not_scored_again(tmp_path: Path) -> None:
     pairs = some_pairs(25)
-    run_pass(pairs[:15], ReferenceStore.open(tmp_path / "1", FINGERPRINT), OneRank())
+    run_pass(pairs[:15], ReferenceStore.open(tmp_path / "1", FINGERPRINT), OneProcess())
 
     def scored(ranks: ThreadRank) -> int:
         return run_pass(pairs, ReferenceStore.open(tmp_path / str(ranks.rank), FINGERPRINT), ranks)[2].num_rows
@@ -350,7 +333,7 @@ def test_a_long_pass_commits_on_the_way(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(scoring, "SECONDS_BETWEEN_COMMITS", -1.0)
     pairs = some_pairs(30)
     store = ReferenceStore.open(tmp_path, FINGERPRINT)
-    model, _, _ = run_pass(pairs, store, OneRank(), rank_tokens=20, settle=False)
+    model, _, _ = run_pass(pairs, store, OneProcess(), rank_tokens=20, settle=False)
     assert len(part_paths(store.folder)) == model.batches > 2
     assert len(store.held) == 0
 
@@ -388,7 +371,7 @@ def test_rows_that_are_not_finite_are_named_and_the_others_are_kept(tmp_path: Pa
     bad = [pair([1, 2], [3], [BAD_TOKEN], "f.jsonl:21"), pair([4], [BAD_TOKEN], [5], "f.jsonl:22")]
     store = ReferenceStore.open(tmp_path, FINGERPRINT)
     with pytest.raises(NonFiniteLogProbsError) as caught:
-        run_pass(TokenPairs.from_pairs([*good, *bad]), store, OneRank(), rank_tokens=1000)
+        run_pass(TokenPairs.from_pairs([*good, *bad]), store, OneProcess(), rank_tokens=1000)
     assert sorted(caught.value.rows) == ["f.jsonl:21 rejected", "f.jsonl:22 chosen"]
     assert_holds_all(ReferenceStore.open(tmp_path, FINGERPRINT), good)
 
@@ -396,11 +379,11 @@ def test_rows_that_are_not_finite_are_named_and_the_others_are_kept(tmp_path: Pa
 def test_a_row_over_the_budget_is_named(tmp_path: Path) -> None:
     pairs = TokenPairs.from_pairs([pair([1], [2], [3]), pair([1] * 30, [2] * 9, [3] * 12, "f.jsonl:2")])
     with pytest.raises(DataError, match=r"f.jsonl:2 rejected: .* 42 tokens and reference.rank_tokens is 40"):
-        run_pass(pairs, ReferenceStore.open(tmp_path, FINGERPRINT), OneRank(), rank_tokens=40)
+        run_pass(pairs, ReferenceStore.open(tmp_path, FINGERPRINT), OneProcess(), rank_tokens=40)
 
 
 def test_pairs_over_the_budget_are_scored_apart_if_each_row_fits(tmp_path: Path) -> None:
     pairs = TokenPairs.from_pairs([pair([1] * 20, [2] * 15, [3] * 16)])
-    model, _, _ = run_pass(pairs, ReferenceStore.open(tmp_path, FINGERPRINT), OneRank(), rank_tokens=40)
+    model, _, _ = run_pass(pairs, ReferenceStore.open(tmp_path, FINGERPRINT), OneProcess(), rank_tokens=40)
     assert model.batches == 2
     assert_holds_all(ReferenceStore.open(tmp_path, FINGERPRINT), pairs)

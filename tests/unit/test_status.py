@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from dpo_scale import locks
 from dpo_scale.cli import main
 from dpo_scale.recipe import load_recipe
-from dpo_scale.training import locks, status
+from dpo_scale.training import status
 from dpo_scale.training.run_folder import RunFolder
 from dpo_scale.training.status import (
     FAILED_TWICE,
@@ -33,7 +34,7 @@ from dpo_scale.training.status import (
 RUN = """
 import sys, time
 from pathlib import Path
-from dpo_scale.training import locks
+from dpo_scale import locks
 from dpo_scale.training.status import StatusFile
 
 folder = Path(sys.argv[1])
@@ -108,7 +109,7 @@ def test_another_process_in_the_folder_does_not_bring_a_dead_run_to_life(tmp_pat
 
 def test_looking_at_a_lock_does_not_keep_its_taker_out(tmp_path: Path) -> None:
     with open(tmp_path / ".lock", "w") as looking:
-        assert locks._try(looking, locks.fcntl.LOCK_SH)
+        assert locks.try_lock(looking, locks.fcntl.LOCK_SH)
 
         threading.Timer(0.3, looking.close).start()
         locks.take(tmp_path / ".lock").close()

@@ -18,8 +18,8 @@ from dpo_scale.distributed.zero_config import (
     own_folder,
     pinning_fits,
     policy_config,
+    read_config,
     read_policy_config,
-    read_reference_config,
     reference_config,
 )
 from dpo_scale.errors import RecipeError
@@ -92,7 +92,7 @@ def test_other_stages_are_refused(zero: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "expected"), [("{", "not JSON"), ("[]", "is a JSON object"), ("3", "is a JSON object")]
 )
-@pytest.mark.parametrize("read", [read_policy_config, read_reference_config])
+@pytest.mark.parametrize("read", [read_policy_config, read_config])
 def test_files_that_are_no_configuration_are_refused(read: Any, content: str, expected: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=rf"zero\.json: .*{expected}"):
         read(_write(tmp_path, content))
@@ -113,7 +113,7 @@ def test_the_recipes_numbers_arrive(dtype: str, bf16: bool, fp16: bool) -> None:
     assert config["data_types"] == {"grad_accum_dtype": "fp32"}
     assert config["zero_optimization"] == BASE["zero_optimization"]
     assert before == BASE
-    reference = reference_config(BASE, _recipe(dtype=dtype), None)
+    reference = reference_config(BASE, _recipe(dtype=dtype))
     assert (reference["bf16"], reference["fp16"]) == (config["bf16"], config["fp16"])
     assert "gradient_clipping" not in reference
 
@@ -124,9 +124,12 @@ def test_an_offloaded_optimizer_is_not_swapped_for_one_that_compiles() -> None:
 
 
 def test_the_references_nvme_folder_is_its_own() -> None:
-    before = copy.deepcopy(REFERENCE)
-    config = reference_config(REFERENCE, _recipe(), "/nvme/job/reference")
-    assert config["zero_optimization"]["offload_param"] == {"device": "nvme", "nvme_path": "/nvme/job/reference"}
+    before, recipe = copy.deepcopy(REFERENCE), _recipe()
+    on_nvme = recipe.reference.model_copy(update={"offload": "nvme", "nvme_path": "/nvme"})
+    recipe = recipe.model_copy(update={"reference": on_nvme})
+    own = f"/nvme/{own_folder(recipe, 'reference')}"
+    config = reference_config(REFERENCE, recipe)
+    assert config["zero_optimization"]["offload_param"] == {"device": "nvme", "nvme_path": own}
     assert before == REFERENCE
 
 
@@ -134,13 +137,13 @@ def test_a_policys_weights_on_nvme_are_refused(tmp_path: Path) -> None:
     path = _write(tmp_path, REFERENCE)
     with pytest.raises(RecipeError, match=r"zero\.json: zero_optimization\.offload_param\.device is nvme, .*use cpu"):
         read_policy_config(path)
-    assert read_reference_config(path) == REFERENCE
+    assert read_config(path) == REFERENCE
 
 
 @pytest.mark.parametrize("path", sorted(SHIPPED.glob("zero3*.json")), ids=lambda path: path.name)
 def test_shipped_configurations_state_nothing_that_the_recipe_owns(path: Path) -> None:
     config = read_policy_config(path)
-    assert config == read_reference_config(path)
+    assert config == read_config(path)
 
 
 def test_a_machine_pins_at_most_half_of_its_free_memory() -> None:

@@ -24,15 +24,13 @@ few minutes elsewhere. NFS 3 keeps them until that host is back.
 class HeldError(Exception):
     """Another process holds the lock."""
 
-    def __init__(self, holder: str) -> None:
-        super().__init__(f"held by {holder}")
-        self.holder = holder
+    def __init__(self, path: Path) -> None:
+        self.holder = path.read_text(encoding="utf-8").strip() or "another process"
         """How it names itself."""
-
-    @property
-    def is_elsewhere(self) -> bool:
+        super().__init__(f"held by {self.holder}")
+        self.is_elsewhere = not self.holder.endswith(f" on {socket.gethostname()}")
         """Whether it is on another host, whose loss its lock may outlive; one of this host is named at once."""
-        return not self.holder.endswith(f" on {socket.gethostname()}")
+        self.remedy = f". If that host is lost and stays away, remove {path}" if self.is_elsewhere else ""
 
 
 class NoLocksError(OSError):
@@ -55,7 +53,7 @@ def take(path: Path, say: Callable[[str], None] = logger.warning, *, lease_s: fl
     path.parent.mkdir(parents=True, exist_ok=True)
     file = _hold_within(PATIENCE_S, path)
     if file is None:
-        held = _held(path)
+        held = HeldError(path)
         if held.is_elsewhere:
             say(
                 f"{path} is held by {held.holder}: waiting up to {lease_s / 60:.3g} minutes, in which the lock of a "
@@ -63,15 +61,11 @@ def take(path: Path, say: Callable[[str], None] = logger.warning, *, lease_s: fl
             )
             file = _hold_within(lease_s, path)
         if file is None:
-            raise _held(path)
+            raise HeldError(path)
     file.truncate(0)
     file.write(f"{this_process()}\n")
     file.flush()
     return file
-
-
-def _held(path: Path) -> HeldError:
-    return HeldError(path.read_text(encoding="utf-8").strip() or "another process")
 
 
 def _hold_within(seconds: float, path: Path) -> TextIO | None:
@@ -89,7 +83,7 @@ def _hold_within(seconds: float, path: Path) -> TextIO | None:
 
 def _hold(file: TextIO) -> bool:
     try:
-        return _try(file, fcntl.LOCK_EX)
+        return try_lock(file, fcntl.LOCK_EX)
     except OSError as error:
         raise NoLocksError(error.errno, error.strerror) from error
 
@@ -98,12 +92,13 @@ def is_held_by(path: Path, process: str) -> bool:
     """Whether a process, named as `this_process` names it, holds a lock; also from another node if `path` is shared."""
     try:
         with open(path, encoding="utf-8") as file:
-            return not _try(file, fcntl.LOCK_SH) and file.read().strip() == process
+            return not try_lock(file, fcntl.LOCK_SH) and file.read().strip() == process
     except OSError:  # no such file, or no locks on its file system: nobody holds one
         return False
 
 
-def _try(file: TextIO, kind: int) -> bool:
+def try_lock(file: TextIO | int, kind: int) -> bool:
+    """Whether a lock of a kind could be had on a file or its descriptor. Raises OSError where there are none."""
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
