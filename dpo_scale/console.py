@@ -13,7 +13,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rich import filesize
@@ -122,6 +122,35 @@ class _Time(ProgressColumn):
         return Text(duration(task.elapsed or 0) + (f", {duration(left)} left" if left else ""), "cyan")
 
 
+class Voice(io.TextIOBase):
+    """Where a person listens: a terminal, a pipe or a file.
+
+    It may be closed, broken or full; what is said then goes to standard output, a rank's log, and no run ends over it.
+    """
+
+    encoding = "utf-8"
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def write(self, text: str) -> int:
+        """Say it at once; never raises."""
+        left = text.encode(errors="backslashreplace")
+        try:
+            while left:
+                left = left[os.write(self._descriptor, left) :]
+        except OSError:
+            with suppress(OSError):  # that disk may be full too
+                sys.stdout.write(left.decode(errors="replace"))
+        return len(text)
+
+    def isatty(self) -> bool:
+        return os.isatty(self._descriptor)
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+
 class Console:
     """The main rank's voice; silent on all others. Its clock times the stages on every rank."""
 
@@ -167,6 +196,8 @@ class Console:
                 _Time(),
                 console=self.rich,
                 transient=True,
+                redirect_stdout=False,  # what libraries print is for the log, not for the terminal
+                redirect_stderr=False,
             )
             self._live.start()
         return self._live
@@ -201,6 +232,13 @@ def counted(number: float, unit: str, units: str = "") -> str:
     return f"{text} {unit if text == '1' else units or f'{unit}s'}"
 
 
+def open_closed_streams() -> None:
+    """Put the null device where this process was started without a standard stream, before a file takes its number."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+
+
 def route_output(log_path: Path, *, is_main: bool) -> Console:
     """Send file descriptors 1 and 2 of this process to a log file and return the console that still speaks.
 
@@ -209,7 +247,7 @@ def route_output(log_path: Path, *, is_main: bool) -> Console:
     log_path.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
-    voice = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
+    voice = Voice(os.dup(1))
     log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from dpo_scale.console import Console, route_output
+from dpo_scale.console import Console, Voice, open_closed_streams, route_output
 from dpo_scale.errors import USER_ERROR, UserError
 from dpo_scale.files import named
 from dpo_scale.recipe import Recipe, load_recipe
@@ -33,8 +33,9 @@ def run_stage(name: str) -> NoReturn:
 
     The process ends here, without waiting for other ranks: whoever fails takes the launch down at once.
     """
+    open_closed_streams()
     rank = os.environ.get("RANK", "0")
-    words = LastWords(Console(sys.stderr, is_main=rank == "0"))  # type: ignore[arg-type]
+    words = LastWords(Console(Voice(sys.stderr.fileno()), is_main=rank == "0"))
     watch = Watch(words.attempt, int(rank), words)
     try:
         recipe = _recipe_of_arguments(name)
@@ -62,7 +63,6 @@ def run_stage(name: str) -> NoReturn:
     with suppress(OSError):  # a full disk
         sys.stdout.flush()
         sys.stderr.flush()
-        words.console.rich.file.flush()
     os._exit(code)
 
 

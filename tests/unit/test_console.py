@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import io
+import os
+import shlex
+import subprocess
+import sys
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -138,3 +144,67 @@ def test_bars_inside_bars_share_a_terminal_and_leave_it_clean() -> None:
     assert "step 4\n" in shown
     assert "Held-out pairs" in shown
     assert shown[shown.rindex("\x1b[2K") :] == "\x1b[2K\x1b[?25h\r"  # the bars' lines are wiped, the cursor is back
+
+
+SPEAKS = """
+import os
+import sys
+from pathlib import Path
+from dpo_scale.console import open_closed_streams, route_output
+open_closed_streams()
+console = route_output(Path(sys.argv[1]), is_main=True)
+with console.progress("Training", 2, "steps") as bar:
+    for step in range(2):
+        bar.advance(1)
+        console.say(f"step {step + 1}")
+print("a library speaks", flush=True)
+os._exit(0)
+"""
+
+
+def _speak(log: Path, **streams: Any) -> None:
+    subprocess.run([sys.executable, "-c", SPEAKS, str(log)], check=True, **streams)
+    assert log.read_text() == "step 1\nstep 2\na library speaks\n"
+
+
+def test_a_broken_pipe_ends_no_run(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    _speak(tmp_path / "log", stdout=writer)
+    os.close(writer)
+
+
+def test_a_terminal_that_is_gone_ends_no_run(tmp_path: Path) -> None:
+    person, terminal = os.openpty()
+    os.close(person)
+    _speak(tmp_path / "log", stdout=terminal)
+    os.close(terminal)
+
+
+@pytest.mark.timeout(60)
+def test_a_terminal_that_goes_while_a_bar_is_open_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    person, terminal = os.openpty()
+    console = Console(module.Voice(terminal))
+    log = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", log)
+    with console.progress("Training", 2, "steps") as bar:
+        print("a library speaks")
+        os.close(person)
+        bar.advance(1)
+        console.say("step 1")
+    os.close(terminal)
+    said = log.getvalue()
+    assert said.startswith("a library speaks\n")
+    assert "step 1\n" in said
+
+
+def test_a_full_disk_behind_the_output_ends_no_run(tmp_path: Path) -> None:
+    with open("/dev/full", "w") as full:
+        _speak(tmp_path / "log", stdout=full)
+
+
+def test_streams_may_be_closed_from_the_beginning(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    command = f"exec {shlex.quote(sys.executable)} -c {shlex.quote(SPEAKS)} {shlex.quote(str(log))} <&- >&- 2>&-"
+    subprocess.run(["sh", "-c", command], check=True)
+    assert log.read_text() == "a library speaks\n"
