@@ -22,7 +22,11 @@ INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns its exit code: 0, 2 for a mistake that the user can mend, or 130 for an interrupt."""
+    """Run a command; returns its exit code.
+
+    0; 1 for what plan, doctor, cache verify or status finds wrong; 2 for a mistake that the user can mend; of status 3
+    for a run that goes on and 85 for one that is worth starting again; 130 for an interrupt.
+    """
     parser = _parser()
     if not (sys.argv[1:] if arguments is None else arguments):
         parser.print_help()
@@ -61,7 +65,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     demo = commands.add_parser("demo", help="the embedded default, start to finish")
-    demo.add_argument("--output", type=_path, default=Path("runs/demo"), help="folder of the run")
+    note = "where all of it goes (default: %(default)s)"
+    demo.add_argument("--output", type=_path, default=Path("runs/demo"), help=note)
     demo.set_defaults(run=_demo)
 
     check = commands.add_parser("check", help="recipe, data, tokenizer and paths, without loading weights")
@@ -85,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
 
     export = commands.add_parser("export", help="checkpoint -> Hugging Face folder")
     export.add_argument("checkpoint", type=Path, help="RUN/checkpoints/step-..., or RUN for its newest")
-    export.add_argument("out", type=Path)
+    export.add_argument("out", type=Path, help="the folder to write")
     export.add_argument(
         "--model",
         type=_path,
@@ -102,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_cache_commands(commands.add_parser("cache", help="the stores of reference log-probs"))
     for stage in ("train", "score", "evaluate"):  # not listed: they only say who starts them
-        launched = commands.add_parser(stage)
+        launched = commands.add_parser(stage, description=f"Started by: {_launch_command(stage)}")
         launched.add_argument("words", nargs="*")
         launched.set_defaults(run=_launched, stage=stage)
     return parser
@@ -173,8 +178,8 @@ def _add_status_command(commands: argparse._SubParsersAction[argparse.ArgumentPa
         help="what became of a run: one line, and an exit code for scripts",
         description="Say in one line what became of a run, also of one that was killed.",
         epilog="exit codes: 0 finished; 85 unfinished, and worth starting again with the same command; 3 running; "
-        "2 failed over a mistake that starting again cannot mend; 1 failed twice without a new checkpoint in between "
-        "(as counted by --count-failure)",
+        "2 failed over a mistake that starting again cannot mend; 1 failed twice without a new checkpoint in between, "
+        "or was twice out of time in a held-out pass (as counted by --count-failure)",
     )
     status.add_argument("folder_or_recipe", type=Path, metavar="RUN", help="a run's folder, or its recipe")
     _add_overrides(status, "as given with the recipe")
@@ -192,7 +197,7 @@ def _add_status_command(commands: argparse._SubParsersAction[argparse.ArgumentPa
 
 def _add_cache_commands(cache: argparse.ArgumentParser) -> None:
     folder = argparse.ArgumentParser(add_help=False)  # --dir may stand before the action and behind it
-    note = "default: the recipe's default cache_dir"
+    note = "default: that of a recipe without reference.cache_dir; of verify --recipe, the recipe's own"
     folder.add_argument("--dir", type=_path, default=argparse.SUPPRESS, help=note)
     cache.add_argument("--dir", type=_path, help=note)
     actions = cache.add_subparsers(required=True, metavar="ACTION")
@@ -227,9 +232,11 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _launched(options: argparse.Namespace) -> int:
-    words = shlex.join(options.words) or "RECIPE"
-    launch = "accelerate launch --config_file launch/zero3.yaml -m"
-    raise UserError(f"{options.stage} is started by: {launch} dpo_scale.{options.stage} {words}")
+    raise UserError(f"{options.stage} is started by: {_launch_command(options.stage, options.words)}")
+
+
+def _launch_command(stage: str, words: Sequence[str] = ()) -> str:
+    return f"accelerate launch --config_file launch/zero3.yaml -m dpo_scale.{stage} {shlex.join(words) or 'RECIPE'}"
 
 
 def _check(options: argparse.Namespace) -> int:

@@ -110,11 +110,12 @@ class DataSection(Section):
     max_length: PositiveInt = 2048
     """Longest prompt plus completion, in tokens."""
     max_prompt_length: PositiveInt | None = None
-    """Longest prompt, in tokens."""
+    """Longest prompt, in tokens; null: no limit but max_length."""
     max_completion_length: PositiveInt | None = None
-    """Longest completion, in tokens."""
+    """Longest completion, in tokens; null: no limit but max_length."""
     truncation: Literal["drop", "keep_start_of_prompt", "keep_end_of_prompt", "keep_start"] = "drop"
-    """What happens to a pair over a limit: dropped, its prompt cut at one end, or its completions cut at the end."""
+    """What happens to a pair over a limit: dropped, its prompt cut at one end, or its completions cut at the end; what
+    that cut cannot mend is dropped."""
     chat_template: Location | None = None
     """A file with a Jinja template, or the name of one of several that the tokenizer has; null means its own."""
     completion_pairs: Literal["best_against_worst", "best_against_random", "all_pairs"] = "best_against_worst"
@@ -147,7 +148,8 @@ class BatchSection(Section):
     rank_tokens: PositiveInt = 16384
     """Tokens in one training micro-batch on one rank; the number of micro-batches follows from it."""
     layout: Literal["auto", "shared", "packed", "padded"] = "auto"
-    """How pairs become rows: prompt shared by both completions, packed end to end, or padded."""
+    """How pairs become rows: prompt shared by both completions, packed end to end, or padded. auto: shared, else
+    packed, else padded, by the start-up check."""
 
 
 class LossSection(Section):
@@ -174,7 +176,7 @@ class OptimSection(Section):
     learning_rate: Annotated[float, Field(ge=0.0)] = 5e-7
     """Peak learning rate."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """Decay from the peak to zero over the run, after the warm-up."""
+    """From the peak to zero over the rest of the run, after the warm-up; constant stays at the peak."""
     warmup_ratio: Fraction = 0.1
     """Share of the steps over which the learning rate rises from zero to the peak."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
@@ -189,16 +191,16 @@ class OptimSection(Section):
 
 class EvaluateSection(Section):
     every_steps: PositiveInt | None = None
-    """Steps between held-out passes; null means only at the end."""
+    """Steps between held-out passes; null: none between start (at_start) and end."""
     at_start: bool = True
     """Evaluate before the first step."""
 
 
 class CheckpointSection(Section):
     every_steps: PositiveInt | None = None
-    """Steps between checkpoints; null means only at the end."""
+    """Steps between checkpoints, beside every_minutes; null: none by steps. A stop and the end always leave one."""
     every_minutes: Annotated[float, Field(gt=0.0)] | None = 30.0
-    """Minutes between checkpoints."""
+    """Minutes between checkpoints; null: none by the clock."""
     keep_last: PositiveInt = 2
     """Newest checkpoints to keep."""
     keep_every: PositiveInt | None = None
@@ -230,7 +232,8 @@ class RunSection(Section):
     """auto: go on from the newest valid checkpoint; never: start anew at every start, which is not for jobs that
     queue themselves again; or the path of a checkpoint."""
     stop_after: Annotated[float, Field(gt=0.0)] | None = None
-    """Have a checkpoint committed and stop within this many minutes of wall-clock time."""
+    """Commit a checkpoint and stop at about this many minutes of wall-clock time after the start: a step that would end
+    later is not begun. Leave room for the checkpoint."""
     stall_after: Annotated[float, Field(gt=0.0)] | None = 30.0
     """Take a rank for stalled after this many minutes without progress in scoring, training or evaluation: every
     rank's stack is shown, and the run ends. null: never."""

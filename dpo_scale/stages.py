@@ -85,7 +85,8 @@ def score(recipe: Recipe, console: Console, watch: Watch) -> int:
 def evaluate(recipe: Recipe, console: Console, watch: Watch) -> int:
     """Held-out metrics of the run's newest checkpoint, or of model.path where there is none.
 
-    It keeps nothing and listens for no request to stop: it ends with its launcher.
+    It changes no checkpoint and listens for no request to stop: it ends with its launcher. Raises UserError where
+    data.evaluate names nothing.
     """
     started = runtime.start(recipe, console.say)
     if not recipe.data.evaluate:

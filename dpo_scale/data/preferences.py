@@ -87,7 +87,7 @@ class _Row:
 
 
 def check_columns(columns: Mapping[str, str] | None) -> None:
-    """Refuse a `columns` mapping with an unknown name on its left."""
+    """Raise DataError for a `columns` mapping with an unknown name on its left."""
     for name in columns or {}:
         if name not in FIELDS:
             near = difflib.get_close_matches(name, FIELDS, n=1)

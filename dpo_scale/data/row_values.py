@@ -20,7 +20,7 @@ class RowError(DataError):
 
 
 def text_or_messages(name: str, value: Any) -> Text:
-    """A string, or a tuple of messages."""
+    """A string, or a tuple of messages. Raises RowError for anything else."""
     if isinstance(value, str):
         return text(name, value)
     if isinstance(value, dict):
@@ -36,7 +36,7 @@ def as_messages(value: Text, role: str) -> tuple[Message, ...]:
 
 
 def text(name: str, value: Any) -> str:
-    """A string that can be written as UTF-8."""
+    """A string that can be written as UTF-8. Raises RowError for anything else."""
     if not isinstance(value, str):
         raise RowError(f"field {name!r} has to be text, not {describe(value)}")
     try:
@@ -49,7 +49,7 @@ def text(name: str, value: Any) -> str:
 
 
 def number(name: str, value: Any) -> float:
-    """A number that may travel as text."""
+    """A number that may travel as text. Raises RowError for anything else, NaN among it."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise RowError(f"field {name!r} has to be a number, not {describe(value)}")
     try:
@@ -62,7 +62,7 @@ def number(name: str, value: Any) -> float:
 
 
 def json_value(name: str, value: Any, kind: type) -> Any:
-    """A list or an object that may travel as JSON text; None where there is none."""
+    """A list or an object that may travel as JSON text; None where there is none. Raises RowError for anything else."""
     if isinstance(value, str):
         try:
             value = json.loads(value) if value.strip() else None

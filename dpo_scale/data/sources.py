@@ -64,7 +64,10 @@ def _on_average(weight: float, draws: random.Random) -> Iterator[int]:
 
 
 def source_files(path: str) -> list[Path]:
-    """The files of a file, folder or glob, sorted; empty for a dataset on the hub."""
+    """The files of a file, folder or glob, sorted; empty for a dataset on the hub.
+
+    Raises DataError where there is none of these.
+    """
     if glob.has_magic(path) and not Path(path).exists():
         files = sorted(Path(name) for name in glob.glob(path, recursive=True))
         files = [file for file in files if file.is_file()]
@@ -106,7 +109,10 @@ def check_paths(sources: Sequence[DataSource], setting: str) -> None:
 
 
 def open_dataset(path: str) -> Any:
-    """The `datasets.Dataset` of a hub name or of a folder written by save_to_disk."""
+    """The `datasets.Dataset` of a hub name or of a folder written by save_to_disk.
+
+    Raises DataError where it cannot be loaded, or one of several splits has to be named.
+    """
     import datasets  # takes a second: only where it is needed
 
     folder = _dataset_folder(path)

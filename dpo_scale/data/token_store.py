@@ -111,7 +111,10 @@ class TokenStore:
         *,
         seed: int,
     ) -> TokenStore:
-        """The store that belongs to these data files, tokenizer, template and settings."""
+        """The store that belongs to these data files, tokenizer, template and settings.
+
+        Raises UserError where its folder cannot be made, or a source is not there.
+        """
         root = tokens_cache_dir(data)
         try:
             root.mkdir(parents=True, exist_ok=True)
@@ -161,7 +164,10 @@ class TokenStore:
 
     @contextmanager
     def writer(self) -> Iterator[PairWriter]:
-        """Collects pairs in a temporary folder that becomes the store when all went well."""
+        """Collects pairs in a temporary folder that becomes the store when all went well.
+
+        Raises UserError where they cannot be written.
+        """
         for abandoned in _abandoned(self.folder.parent):
             shutil.rmtree(abandoned, ignore_errors=True)
         temporary = self._temporary()

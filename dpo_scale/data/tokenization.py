@@ -270,6 +270,8 @@ def chat_templates(tokenizer: PreTrainedTokenizerBase, wanted: str | None) -> Ma
 
     Args:
         wanted: `data.chat_template` of the recipe: a name of one of the tokenizer's templates, or a file.
+
+    Raises DataError for what is neither, or both.
     """
     own = tokenizer.chat_template
     named: dict[str, str] = dict(own) if isinstance(own, dict) else {DEFAULT_TEMPLATE: own} if own else {}

@@ -166,7 +166,10 @@ def _ask_for_huge_pages() -> None:
 
 
 def policy_config_path() -> Path:
-    """The DeepSpeed JSON that the launcher was given, looked up beside the caller and then in the package."""
+    """The DeepSpeed JSON that the launcher was given, looked up beside the caller and then in the package.
+
+    Raises UserError where it was given none, or the file is in neither place.
+    """
     named = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true" or not named:
         raise UserError(

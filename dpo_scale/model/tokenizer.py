@@ -113,6 +113,8 @@ def convert_sentencepiece(file: Path) -> PreTrainedTokenizerFast:
 
     BOS goes in front of a text where the model has one, unless add_bos_token is false.
     Text behind a control symbol is encoded as SentencePiece encodes a text: with its dummy prefix.
+    Raises UserError for a file that is no such model, or whose ids come out otherwise, and for files beside it that do
+    not fit it.
     """
     model = _read_model(file)
     backend = _convert(model, file)

@@ -148,7 +148,8 @@ def _run_table(plan: Plan) -> Table:
     table.add_row("together", _time(reference.seconds + plan.train_seconds + plan.evaluate_seconds))
     keep = workload.recipe.checkpoint.keep_last
     size = CHECKPOINT_BYTES * count
-    table.add_row("a checkpoint", f"{_gib(size)}; {_gib((keep + 1) * size)} of disk while {keep} are kept")
+    kept = f"{keep} {'is' if keep == 1 else 'are'} kept"
+    table.add_row("a checkpoint", f"{_gib(size)}; {_gib((keep + 1) * size)} of disk while {kept}")
     table.add_row("exported model", _gib(count * workload.dtype_bytes))
     return table
 

@@ -80,7 +80,10 @@ def list_stores(cache_dir: Path) -> list[StoreSummary]:
 
 
 def find_store(cache_dir: Path, name: str) -> Path:
-    """The folder of the store that its path, a prefix of its folder's name, or its reference's name means."""
+    """The folder of the store that its path, a prefix of its folder's name, or its reference's name means.
+
+    Raises UserError where that is none, or several.
+    """
     if Path(name) in store_folders(Path(name).parent):
         return Path(name)
     stores = list_stores(cache_dir)
@@ -158,6 +161,8 @@ def compare_rows(
         rescore: positions in `keys` -> per-token log-probs in that order.
         rows: how many to draw.
         seed: of the draw.
+
+    Raises UserError if the store holds none of them, or one with another number of tokens.
     """
     held = np.flatnonzero(store.contains(keys))
     if not len(held):

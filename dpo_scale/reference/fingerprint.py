@@ -142,7 +142,10 @@ def settings_digest(folder: Path) -> str:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that from_pretrained reads weights from, by name; safetensors come first."""
+    """The files that from_pretrained reads weights from, by name; safetensors come first.
+
+    Raises UserError where they are not all there, or are an adapter's.
+    """
     if (folder / "adapter_config.json").exists():
         raise UserError(f"{folder}: holds an adapter; merge it into its base model and save that")
     if named := _read_json(folder / "config.json").get("transformers_weights"):
