@@ -31,23 +31,6 @@ def named(error: OSError) -> str:
     )
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary file beside `path`, then put it in place.
-
-    Parent folders are made. Safe with several writers of one path: the last rename wins, whole.
-    """
-    make_folder(path.parent)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
-    try:
-        with naming(path):
-            write(temporary)
-            _fsync(temporary)  # else a power cut could leave the new name on an empty file
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    fsync_folder(path.parent)
-
-
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Name the file in an OSError that names none: a disk that is full does not say so of a file."""
@@ -60,13 +43,20 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write bytes, or text in UTF-8, whole or not at all."""
-    data = content.encode() if isinstance(content, str) else content
+    """Write bytes, or text in UTF-8, whole or not at all.
 
-    def write(temporary: Path) -> None:
-        temporary.write_bytes(data)
-
-    write_atomically(path, write)
+    Parent folders are made. Safe with several writers of one path: the last rename wins.
+    """
+    make_folder(path.parent)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    try:
+        with naming(path):
+            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+            _fsync(temporary)  # else a power cut could leave the new name on an empty file
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    fsync_folder(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:

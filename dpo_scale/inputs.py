@@ -127,11 +127,11 @@ def prepare_data(
     check_vocabulary(largest, config, "model.tokenizer" if settings.tokenizer else "model.path")
     report: dict[str, Any] = {}
     if console.is_main:  # the only one that writes and shows it
-        for name, pairs, held in (("train", train, train_report), ("evaluate", evaluate, evaluate_report)):
-            if held is not None:
+        for name, pairs, data_report in (("train", train, train_report), ("evaluate", evaluate, evaluate_report)):
+            if data_report is not None:
                 samples = sample_pairs(pairs, tokenizer, seed=recipe.run.seed)
-                report[name] = {**held.to_json(), "samples": [sample.to_json() for sample in samples]}
-                for table in held.tables("Training data" if name == "train" else "Held-out data"):
+                report[name] = {**data_report.to_json(), "samples": [asdict(sample) for sample in samples]}
+                for table in data_report.tables("Training data" if name == "train" else "Held-out data"):
                     console.show(table)
         if len(evaluate):
             both = overlap(train, evaluate)

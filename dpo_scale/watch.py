@@ -25,7 +25,7 @@ GRACE_SECONDS = 5.0
 POLL_SECONDS = 0.25
 
 
-class LastWords(Protocol):
+class Say(Protocol):
     """How a rank says why it ends."""
 
     def __call__(self, message: str, *, cause: bool) -> None:
@@ -36,9 +36,7 @@ class LastWords(Protocol):
 class Watch:
     """Watches over the ranks of this machine and over this rank's progress, from a thread of its own."""
 
-    def __init__(
-        self, attempt: Path | None, rank: int, say: LastWords, end: Callable[[int], object] = os._exit
-    ) -> None:
+    def __init__(self, attempt: Path | None, rank: int, say: Say, end: Callable[[int], object] = os._exit) -> None:
         """`attempt` is shared by the ranks that one launcher started on this machine; None where there is none."""
         self._attempt, self._rank, self._say, self._end = attempt, rank, say, end
         self._main = threading.current_thread()

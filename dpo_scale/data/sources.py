@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from dpo_scale.data import readers
-from dpo_scale.data.rows import BadRow, Block, RawRow
+from dpo_scale.data.rows import Block
 from dpo_scale.errors import DataError
 from dpo_scale.recipe import DataSource
 
@@ -37,11 +37,6 @@ def read_blocks(source: DataSource, seed: int) -> Iterator[Block]:
         copies = _on_average(source.weight, draws)
     for block in _all_blocks(source.path):
         yield block.take(np.array(list(itertools.islice(copies, len(block))), np.int64))
-
-
-def read_rows(source: DataSource, seed: int) -> Iterator[RawRow | BadRow]:
-    """The rows of `read_blocks` one by one, those with several copies once."""
-    return itertools.chain.from_iterable(block.rows() for block in read_blocks(source, seed))
 
 
 def _exactly(wanted: int, count: int, draws: random.Random) -> Iterator[int]:

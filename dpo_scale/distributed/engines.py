@@ -235,10 +235,6 @@ class ReferenceEngine:
         module: CompletionLogProbs = self.engine.module
         return module
 
-    def resident_elements(self) -> int:
-        """Elements of gathered (whole) parameters that are on the device right now."""
-        return sum(parameter.numel() for parameter in self.engine.module.parameters())
-
     def release(self) -> None:
         """Give back everything: shards, gathered parameters, hooks, pinned buffers and what keeps them alive."""
         release_zero3(self.engine)

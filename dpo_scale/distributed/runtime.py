@@ -212,9 +212,3 @@ def _check_precision(recipe: Recipe) -> None:
         raise RecipeError("model.dtype: float16 is not supported by this device; use bfloat16 or float32")
     if recipe.model.dtype == "bfloat16" and not get_accelerator().is_bf16_supported():
         raise RecipeError("model.dtype: bfloat16 is not supported by this device; use float16")
-
-
-def stop() -> None:
-    """Leave the process group."""
-    if dist.is_initialized():
-        dist.destroy_process_group()

@@ -131,11 +131,6 @@ class ReferenceStore:
         """Distinct rows, those of parts that nobody has used and checked yet included."""
         return len(self._index)
 
-    @property
-    def num_parts(self) -> int:
-        """Parts known to this object."""
-        return len(self._names)
-
     def contains(self, keys: Keys) -> npt.NDArray[np.bool_]:
         """Which rows are here, held or in parts whose checksum fits."""
         parts, _ = self._locate(keys)

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from measuring import memory_mib
 
-from dpo_scale.reference.cache import ReferenceStore
+from dpo_scale.reference.cache import ReferenceStore, part_paths
 from dpo_scale.reference.fingerprint import ReferenceFingerprint
 
 REFERENCE = ReferenceFingerprint(1, "bfloat16", {"model.safetensors": "0" * 64}, {}, {}, "made/up")
@@ -48,7 +48,7 @@ def measure(rows: int) -> dict[str, float]:
             store.sums_and_counts(keys[random.integers(0, rows, STEP_ROWS)])
         return {
             "rows": rows,
-            "parts": store.num_parts,
+            "parts": len(part_paths(store.folder)),
             "MB on disk": size / 1e6,
             "seconds to open": opened - started,
             "seconds to find and checksum all": checked - opened,

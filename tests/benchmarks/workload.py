@@ -17,7 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dpo_scale.data.planning import epoch_order
 from dpo_scale.data.preferences import to_preferences
-from dpo_scale.data.sources import RawRow, read_rows
+from dpo_scale.data.rows import RawRow
+from dpo_scale.data.sources import read_blocks
 from dpo_scale.recipe import DataSource
 
 TOKENIZER_TOKENS = 8000
@@ -71,7 +72,7 @@ class Row:
 def read_pairs(path: Path) -> list[Row]:
     """All pairs of a file in any format that the trainer reads as plain text."""
     rows = []
-    for raw in read_rows(DataSource(path=str(path)), seed=SEED):
+    for raw in (row for block in read_blocks(DataSource(path=str(path)), SEED) for row in block.rows()):
         assert isinstance(raw, RawRow), f"{path}: a row that cannot be read"
         for pair in to_preferences(raw):
             if pair.chosen != pair.rejected and pair.chosen and pair.rejected:

@@ -14,7 +14,7 @@ import torch
 
 from dpo_scale.data.layouts import PromptCompletions, collate
 from dpo_scale.distributed.engines import ReferenceEngine, loading_for
-from dpo_scale.distributed.runtime import start, stop
+from dpo_scale.distributed.runtime import start
 from dpo_scale.model.loading import load_model, register_attention
 from dpo_scale.recipe import Recipe
 
@@ -50,9 +50,9 @@ measured = {
     "model": size,
     "peak": torch.cuda.max_memory_allocated(),
     "resting": torch.cuda.memory_allocated(),
-    "resident_elements": engine.resident_elements(),
+    "resident_elements": sum(parameter.numel() for parameter in engine.model.parameters()),
 }
 engine.release()
 measured["released"] = torch.cuda.memory_allocated()
 (folder / f"{offload}.json").write_text(json.dumps(measured))
-stop()
+torch.distributed.destroy_process_group()

@@ -25,7 +25,7 @@ from dpo_scale.data.layouts import PromptCompletions, collate
 from dpo_scale.data.planning import Schedule
 from dpo_scale.data.token_pairs import TokenPairs
 from dpo_scale.distributed.engines import PolicyEngine, ReferenceEngine, loading_for, pin_where_it_fits
-from dpo_scale.distributed.runtime import Runtime, start, stop
+from dpo_scale.distributed.runtime import Runtime, start
 from dpo_scale.errors import UserError
 from dpo_scale.inputs import Data, prepare_data
 from dpo_scale.model.loading import load_model, register_attention
@@ -119,16 +119,21 @@ def overwritten(recipe: Recipe, runtime: Runtime, data: Data, folder: Path) -> d
     return found
 
 
+def gathered_elements(held: ReferenceEngine) -> int:
+    """Elements of whole parameters that are on the device."""
+    return sum(parameter.numel() for parameter in held.model.parameters())
+
+
 def engine(recipe: Recipe, runtime: Runtime, data: Data, folder: Path) -> dict[str, Any]:
     """What is resident between forwards, and what lives after the release."""
     register_attention(recipe.model, runtime.ranks.device)
     with loading_for(runtime.accelerator, "reference"):
         held = ReferenceEngine(runtime.accelerator, load_model(data.model_folder, recipe.model))
     batch = collate([PromptCompletions.of_pair(data.train[0])], "shared")
-    resident = [held.resident_elements()]
+    resident = [gathered_elements(held)]
     for _ in range(4):
         held(batch)
-        resident.append(held.resident_elements())
+        resident.append(gathered_elements(held))
     watched = {
         "module": weakref.ref(held.model),
         "engine": weakref.ref(held.engine),
@@ -329,7 +334,7 @@ def main() -> None:
     everywhere = runtime.ranks.gather_objects(found)
     if runtime.ranks.is_main:
         (folder / f"{scenario}.json").write_text(json.dumps(everywhere))
-    stop()
+    torch.distributed.destroy_process_group()
     os._exit(0)  # as the program's ranks: threads of libraries that outlive the interpreter may abort it
 
 

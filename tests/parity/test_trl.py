@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerFast
 
 from dpo_scale.data.layouts import PromptCompletions, collate
 from dpo_scale.data.preferences import PreferencePair, to_preferences
-from dpo_scale.data.sources import RawRow, read_rows
+from dpo_scale.data.rows import RawRow
+from dpo_scale.data.sources import read_blocks
 from dpo_scale.data.token_pairs import TokenPairs
 from dpo_scale.data.tokenization import Kept, PairTokenizer
 from dpo_scale.recipe import DataSection, DataSource, LossSection
@@ -57,9 +58,10 @@ def made_pairs() -> Iterator[PreferencePair]:
 
 
 def real_pairs(path: Path) -> Iterator[PreferencePair]:
-    for row in read_rows(DataSource(path=str(path)), seed=0):
-        if isinstance(row, RawRow):
-            yield from to_preferences(row)
+    for block in read_blocks(DataSource(path=str(path)), seed=0):
+        for row in block.rows():
+            if isinstance(row, RawRow):
+                yield from to_preferences(row)
 
 
 @pytest.fixture(params=["made", "hh"])

@@ -24,7 +24,7 @@ from dpo_scale.data.layouts import MicroBatch, PromptCompletions, collate
 from dpo_scale.data.planning import CostModel, Schedule, StepPlan, layout_costs, plan_step
 from dpo_scale.data.token_pairs import TokenPairs
 from dpo_scale.distributed.engines import PolicyEngine, ReferenceEngine, loading_for
-from dpo_scale.distributed.runtime import Runtime, start, stop
+from dpo_scale.distributed.runtime import Runtime, start
 from dpo_scale.model.loading import checkpoint_activations, load_model, register_attention
 from dpo_scale.objectives import reduce_log_probs
 from dpo_scale.recipe import Recipe, load_recipe
@@ -147,7 +147,7 @@ def main() -> None:
             policy.train()
             train(runtime, recipe, policy, reference, rank_tokens, folder / f"{kind}_{rank_tokens}")
             policy.engine.destroy()
-    stop()
+    dist.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # as the program's ranks: threads of libraries that outlive the interpreter may abort it

@@ -25,8 +25,8 @@ from dpo_scale.files import (
     leftovers,
     remembered_sha256,
     sha256_of_file,
-    write_atomically,
     write_json,
+    write_whole,
 )
 
 
@@ -57,16 +57,19 @@ def read_paths(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     return paths
 
 
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "value"
     path.write_text("old")
 
-    def fail_halfway(temporary: Path) -> None:
+    def fail_halfway(temporary: Path, data: bytes) -> None:
         temporary.write_text("ne")
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    monkeypatch.setattr(Path, "write_bytes", fail_halfway)
     with pytest.raises(OSError, match="No space left"):
-        write_atomically(path, fail_halfway)
+        write_whole(path, "new")
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["value"]
 
@@ -76,9 +79,10 @@ def test_a_killed_write_leaves_the_old_file_and_a_leftover_that_is_found(tmp_pat
     path.write_text("old")
     program = (
         "import os, signal, sys; from pathlib import Path\n"
-        "from dpo_scale.files import write_atomically\n"
-        "def die(p):\n    p.write_text('ne'); os.kill(os.getpid(), signal.SIGKILL)\n"
-        "write_atomically(Path(sys.argv[1]), die)"
+        "from dpo_scale.files import write_whole\n"
+        "def die(p, _):\n    p.write_text('ne'); os.kill(os.getpid(), signal.SIGKILL)\n"
+        "Path.write_bytes = die\n"
+        "write_whole(Path(sys.argv[1]), 'new')"
     )
     done = subprocess.run([sys.executable, "-c", program, str(path)], check=False)
     assert done.returncode == -signal.SIGKILL
@@ -91,7 +95,7 @@ def test_contents_reach_the_disk_before_the_name_and_the_name_before_the_return(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events = note_order(monkeypatch)
-    write_atomically(tmp_path / "value", lambda temporary: temporary.touch())
+    write_whole(tmp_path / "value", b"")
     assert events == ["sync .value", "name value", f"sync {tmp_path.name}/"]
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from dpo_scale.data.layouts import Layout, PromptCompletions, collate
 from dpo_scale.data.preferences import to_preferences
-from dpo_scale.data.sources import RawRow, read_rows
+from dpo_scale.data.rows import RawRow
+from dpo_scale.data.sources import read_blocks
 from dpo_scale.model.attention import register
 from dpo_scale.model.loading import load_model
 from dpo_scale.model.log_probs import CompletionLogProbs
@@ -27,10 +28,11 @@ LAYOUTS: tuple[Layout, ...] = ("shared", "packed", "padded")
 @pytest.fixture(scope="module")
 def hh_pairs(hh_pairs_path: Path) -> list[PromptCompletions]:
     """Four dialogues of at most 400 tokens each, spread over the lengths up to there; windows are far shorter."""
-    rows = [row for row in read_rows(DataSource(path=str(hh_pairs_path), rows=60), seed=0) if isinstance(row, RawRow)]
     texts = [
         (str(pair.prompt), str(pair.chosen), str(pair.rejected))
-        for row in rows
+        for block in read_blocks(DataSource(path=str(hh_pairs_path), rows=60), seed=0)
+        for row in block.rows()
+        if isinstance(row, RawRow)
         for pair in to_preferences(row)
         if pair.chosen and pair.rejected and pair.chosen != pair.rejected
     ]

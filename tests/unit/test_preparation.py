@@ -12,6 +12,7 @@ import sys
 import time
 from collections import Counter
 from contextlib import nullcontext
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -251,7 +252,7 @@ def test_samples_show_every_token_and_which_are_scored(tmp_path, prepare):
             assert list(sequence.ids) == [*pair.prompt, *completion]
             assert list(sequence.scored) == [0] * len(pair.prompt) + [1] * len(completion)
             assert list(sequence.tokens) == [tokenizer.decode(id_) for id_ in sequence.ids]
-    assert json.loads(json.dumps(samples[0].to_json()))["chosen"]["scored"][-1] == 1
+    assert json.loads(json.dumps(asdict(samples[0])))["chosen"]["scored"][-1] == 1
     assert len(sample_pairs(TokenPairs.from_pairs(pairs[index] for index in range(3)), tokenizer, seed=0)) == 3
     console = Console(width=400, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
     console.print(show(samples))

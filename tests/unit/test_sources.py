@@ -26,7 +26,7 @@ from pydantic import ValidationError
 
 from dpo_scale.data import readers, rows
 from dpo_scale.data.rows import BadRow, RawRow
-from dpo_scale.data.sources import read_blocks, read_rows, source_files
+from dpo_scale.data.sources import read_blocks, source_files
 from dpo_scale.errors import DataError
 from dpo_scale.recipe import DataSource
 
@@ -40,7 +40,7 @@ def json_lines(rows: list) -> bytes:
 
 
 def read(path: Path | str, rows: int | None = None, seed: int = 0) -> list:
-    return list(read_rows(DataSource(path=str(path), rows=rows), seed))
+    return [row for block in read_blocks(DataSource(path=str(path), rows=rows), seed) for row in block.rows()]
 
 
 def copies(path: Path | str, seed: int = 0, **amount: float) -> dict[str, int]:
@@ -192,7 +192,8 @@ def test_damage_is_never_left_out_of_a_sample(tmp_path):
     path = tmp_path / "rows.jsonl.gz"
     path.write_bytes(gzip.compress(json_lines([{"n": f"{n * 7919 % 1000}"} for n in range(2000)]))[:-2000])
     for amount in ({"rows": 1}, {"weight": 0.001}):
-        *_, bad = read_rows(DataSource(path=str(path), **amount), 0)
+        *_, last = read_blocks(DataSource(path=str(path), **amount), 0)
+        *_, bad = last.rows()
         assert "damaged from here on" in bad.reason
 
 
@@ -520,11 +521,11 @@ def test_rows_of_several_schemas_are_read_as_they_are(tmp_path):
 
 READ_OFFLINE = """
 import sys
-from dpo_scale.data.sources import open_dataset, read_rows
+from dpo_scale.data.sources import open_dataset, read_blocks
 from dpo_scale.recipe import DataSource
 
 for path in ("someone/pairs:test", "someone/pairs:default:train"):
-    print(*[row.fields["prompt"] for row in read_rows(DataSource(path=path), 0)])
+    print(*[row.fields["prompt"] for block in read_blocks(DataSource(path=path), 0) for row in block.rows()])
 print(open_dataset("someone/pairs:test")._fingerprint == open_dataset("someone/pairs:test")._fingerprint)
 """
 
