@@ -157,15 +157,15 @@ def _add_plan_command(plan: argparse.ArgumentParser) -> None:
     _add_recipe(plan)
     plan.add_argument("--nodes", type=_count, default=1, help="to be booked (default: 1)")
     plan.add_argument("--gpus-per-node", type=_count, default=8, help="ranks of a node (default: 8)")
-    default, given = " (default: %(default)g)", Assumptions()
+    default, usual = " (default: %(default)g)", Assumptions()
     plan.add_argument("--gpu-memory", type=_positive, default=GPU_GIB, metavar="GIB", help="of each GPU" + default)
     plan.add_argument("--host-memory", type=_positive, default=HOST_GIB, metavar="GIB", help="of each node" + default)
     plan.add_argument("--ds-config", type=_path, metavar="FILE", help="DeepSpeed JSON (default: ds_configs/zero3.json)")
     plan.add_argument("--pairs", type=_count, help="plan without data: this many pairs, with the two means below")
     plan.add_argument("--prompt-tokens", type=_count, metavar="MEAN", help="of the prompts")
     plan.add_argument("--completion-tokens", type=_count, metavar="MEAN", help="of the answers, two a pair")
-    plan.add_argument("--mfu", type=_share, default=given.mfu, help="share of the peak while computing" + default)
-    peak, network = given.peak_flops / 1e12, given.network / 1e9
+    plan.add_argument("--mfu", type=_share, default=usual.mfu, help="share of the peak while computing" + default)
+    peak, network = usual.peak_flops / 1e12, usual.network / 1e9
     an_h100 = "dense bf16 peak of a GPU (default: %(default)g, an H100)"
     plan.add_argument("--peak-tflops", type=_positive, default=peak, help=an_h100)
     plan.add_argument("--network", type=_positive, default=network, metavar="GBPS", help="of a node, GB/s" + default)

@@ -48,6 +48,10 @@ class Assumptions:
     nvme: float = 6e9
     """Of a node's local disks."""
 
+    def link_between_ranks(self, cluster: Cluster) -> float:
+        """What large collectives over all ranks reach, in bytes a second."""
+        return self.link_efficiency * (self.node_link if cluster.nodes == 1 else min(self.network, self.node_link))
+
     def lines(self) -> list[str]:
         """The assumptions in words, one a line."""
         return [

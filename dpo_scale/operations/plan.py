@@ -69,7 +69,7 @@ class Plan:
 
     workload: Workload
     cluster: Cluster
-    given: Assumptions
+    assumptions: Assumptions
     deepspeed: str
     """The policy's DeepSpeed JSON."""
     memory: MemoryPlan
@@ -105,14 +105,14 @@ class Plan:
             return 0.0
         workload = self.workload
         costs = layout_costs(workload.evaluate, workload.layout, workload.cost)
-        rate = self.given.peak_flops * self.given.mfu * self.cluster.ranks
+        rate = self.assumptions.peak_flops * self.assumptions.mfu * self.cluster.ranks
         return self.evaluations * 2 * float(costs.work.sum()) / rate
 
 
 def make_plan(
     recipe: Recipe,
     cluster: Cluster,
-    given: Assumptions,
+    assumptions: Assumptions,
     deepspeed: Path | None,
     assumed: AssumedData | None,
     console: Console,
@@ -140,16 +140,16 @@ def make_plan(
     return Plan(
         workload=workload,
         cluster=cluster,
-        given=given,
+        assumptions=assumptions,
         deepspeed=name,
         memory=memory,
         fit=fit,
         remedy=remedy,
         nodes_needed=nodes_needed,
         largest_rank_tokens=memory.largest_rank_tokens(setting, cluster),
-        step=_step(workload, setting, cluster, given, sample_pairs(workload.schedule, STEPS_LOOKED_AT)),
-        reference=_reference_pass(memory, cluster, given),
-        scales=tuple(_scale(memory, setting, cluster, given, gpus, sampled) for gpus in SCALES),
+        step=_step(workload, setting, cluster, assumptions, sample_pairs(workload.schedule, STEPS_LOOKED_AT)),
+        reference=_reference_pass(memory, cluster, assumptions),
+        scales=tuple(_scale(memory, setting, cluster, assumptions, gpus, sampled) for gpus in SCALES),
     )
 
 
@@ -177,12 +177,14 @@ def _nodes_needed(memory: MemoryPlan, setting: Setting, cluster: Cluster) -> int
 
 
 def _step(
-    workload: Workload, setting: Setting, cluster: Cluster, given: Assumptions, sampled: Mapping[int, Indices]
+    workload: Workload, setting: Setting, cluster: Cluster, assumptions: Assumptions, sampled: Mapping[int, Indices]
 ) -> StepCost:
     plans = plan_steps(workload.costs, sampled, ranks=cluster.ranks, rank_tokens=setting.rank_tokens)
     whole = gathered(workload.meta.units, setting.zero, recompute=setting.checkpointing)
     traffic = Traffic(workload.meta.num_parameters, workload.dtype_bytes, whole, setting.zero)
-    return step_cost(plans, workload.costs, workload.macs, traffic, cluster, given, checkpointing=setting.checkpointing)
+    return step_cost(
+        plans, workload.costs, workload.macs, traffic, cluster, assumptions, checkpointing=setting.checkpointing
+    )
 
 
 def steps_looked_at_a_scale(global_pairs: int) -> int:
@@ -194,18 +196,18 @@ def _scale(
     memory: MemoryPlan,
     setting: Setting,
     cluster: Cluster,
-    given: Assumptions,
+    assumptions: Assumptions,
     gpus: int,
     sampled: Mapping[int, Indices],
 ) -> Scale:
     per_node = min(gpus, cluster.gpus_per_node)
     there = replace(cluster, nodes=-(-gpus // per_node), gpus_per_node=per_node)
     fit = memory.fit(setting, there)
-    step = _step(memory.workload, setting, there, given, sampled)
+    step = _step(memory.workload, setting, there, assumptions, sampled)
     return Scale(there, max(fit.gpu.total, fit.scoring.total), fit.fits, step)
 
 
-def _reference_pass(memory: MemoryPlan, cluster: Cluster, given: Assumptions) -> ReferencePass:
+def _reference_pass(memory: MemoryPlan, cluster: Cluster, assumptions: Assumptions) -> ReferencePass:
     """All pairs that the run reads, once, forward only; weights on the host travel for every micro-batch."""
     workload, zero = memory.workload, memory.reference_zero
     pairs = np.concatenate([workload.train[workload.schedule.pairs_reached()], workload.evaluate])
@@ -213,12 +215,11 @@ def _reference_pass(memory: MemoryPlan, cluster: Cluster, given: Assumptions) ->
     tokens = workload.recipe.scoring_rank_tokens
     rounds = plan_pass(costs, world_size=cluster.ranks, rank_tokens=max(tokens, workload.longest_pair)).micro_batches
     heaviest = sum(max(float(costs.work[indices].sum()) for indices in round_) for round_ in rounds)
-    compute = 2 * heaviest / (given.peak_flops * given.mfu)
+    compute = 2 * heaviest / (assumptions.peak_flops * assumptions.mfu)
     weights = workload.meta.num_parameters * workload.dtype_bytes
-    link = given.node_link if cluster.nodes == 1 else min(given.network, given.node_link)
-    travel = len(rounds) * weights / (link * given.link_efficiency)
+    travel = len(rounds) * weights / assumptions.link_between_ranks(cluster)
     if zero.offload_param == "cpu":
-        travel = max(travel, len(rounds) * weights / cluster.ranks / given.host_link)
+        travel = max(travel, len(rounds) * weights / cluster.ranks / assumptions.host_link)
     elif zero.offload_param == "nvme":
-        travel = max(travel, len(rounds) * weights / cluster.nodes / given.nvme)
+        travel = max(travel, len(rounds) * weights / cluster.nodes / assumptions.nvme)
     return ReferencePass(len(rounds), int(costs.tokens.sum()), max(compute, travel))

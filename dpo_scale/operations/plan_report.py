@@ -13,7 +13,7 @@ from rich.table import Table
 from dpo_scale.console import Console, counted
 from dpo_scale.errors import UserError
 from dpo_scale.operations.cluster import GIB, Assumptions, Cluster
-from dpo_scale.operations.fit import SCORING_BYTES_A_PAIR, Fit, Setting
+from dpo_scale.operations.fit import SCORING_BYTES_A_PAIR, Fit
 from dpo_scale.operations.memory import Moment
 from dpo_scale.operations.plan import STEPS_LOOKED_AT, Plan, make_plan
 from dpo_scale.operations.scaling import StepCost, sample_steps
@@ -34,9 +34,9 @@ def run_plan(recipe: Recipe, options: argparse.Namespace) -> int:
         gpu_memory=int(options.gpu_memory * GIB),
         host_memory=int(options.host_memory * GIB),
     )
-    given = Assumptions(mfu=options.mfu, peak_flops=options.peak_tflops * 1e12, network=options.network * 1e9)
+    assumptions = Assumptions(mfu=options.mfu, peak_flops=options.peak_tflops * 1e12, network=options.network * 1e9)
     console = Console()
-    plan = make_plan(recipe, cluster, given, options.ds_config, _assumed_data(options), console)
+    plan = make_plan(recipe, cluster, assumptions, options.ds_config, _assumed_data(options), console)
     for part in render(plan):
         if isinstance(part, str):
             console.say(part)
@@ -69,7 +69,7 @@ def render(plan: Plan) -> Iterator[RenderableType]:
         yield f"  {plan.workload.assumed}"
     if plan.workload.recipe.batch.layout == "auto":
         yield "  the shared layout, which the start-up check may refuse for a model"
-    for line in plan.given.lines():
+    for line in plan.assumptions.lines():
         yield f"  {line}"
     yield (
         "  reserved: 2.5 GiB and 5% of each GPU for CUDA, NCCL and fragmentation; 4 GiB of host memory a rank and "
@@ -169,19 +169,19 @@ def _memory_table(plan: Plan) -> Table:
         if size:
             table.add_row(f"GPU: {name}", _gib(size))
     for checkpointing in (False, True):
-        moments = plan.memory.moments(_with(fit, checkpointing), plan.cluster.ranks)
+        moments = plan.memory.moments(replace(setting, checkpointing=checkpointing), plan.cluster.ranks)
         kept = max(moment.activations for moment in moments)
         chosen = ", in use" if checkpointing == setting.checkpointing else ""
         how = "with" if checkpointing else "without"
         table.add_row(f"GPU: activations, {how} checkpointing{chosen}", _gib(kept))
     moments = plan.memory.moments(setting, plan.cluster.ranks)
-    for name in ("gathered", "head", "gradients", "update"):
-        label = {
-            "gathered": "gathered weights",
-            "head": "head and its chunk of logits",
-            "gradients": "whole gradients beside the bucket",
-            "update": "optimizer step",
-        }[name]
+    labels = {
+        "gathered": "gathered weights",
+        "head": "head and its chunk of logits",
+        "gradients": "whole gradients beside the bucket",
+        "update": "optimizer step",
+    }
+    for name, label in labels.items():
         table.add_row(f"GPU: {label}, at most", _gib(max(getattr(moment, name) for moment in moments)))
     table.add_section()
     table.add_row(f"GPU: peak of training, {fit.gpu.name}", _of(fit.gpu, fit))
@@ -194,10 +194,6 @@ def _memory_table(plan: Plan) -> Table:
         size = sum(held.nvme.values()) * plan.cluster.gpus_per_node
         table.add_row("NVMe of a node", _gib(size))
     return table
-
-
-def _with(fit: Fit, checkpointing: bool) -> Setting:
-    return replace(fit.setting, checkpointing=checkpointing)
 
 
 def _of(moment: Moment, fit: Fit) -> str:

@@ -66,14 +66,16 @@ class Traffic:
     gathered: Gathered
     zero: ZeroSettings
 
-    def bytes_and_seconds(self, micro_batches: float, cluster: Cluster, given: Assumptions) -> tuple[float, float]:
+    def bytes_and_seconds(
+        self, micro_batches: float, cluster: Cluster, assumptions: Assumptions
+    ) -> tuple[float, float]:
         """What one rank receives and sends in a step, and how long that takes.
 
         With hpZ only the first gather of each weight in a step leaves the node.
         """
         ranks, hpz = cluster.ranks, self.zero.hpz_partition_size
-        wide = given.link_efficiency * (given.node_link if cluster.nodes == 1 else min(given.network, given.node_link))
-        near = given.link_efficiency * given.node_link
+        wide = assumptions.link_between_ranks(cluster)
+        near = assumptions.link_efficiency * assumptions.node_link
         weights = micro_batches * self.gathered.fetched * self.dtype_bytes
         first = float(self.gathered.fetched - self.gathered.fetched_again) * self.dtype_bytes if hpz > 1 else weights
         gathers = micro_batches * self.gathered.gathers
@@ -82,10 +84,10 @@ class Traffic:
         inside = (hpz - 1) / hpz * (weights - first)
         buckets = micro_batches * max(1.0, self.parameters / self.zero.reduce_bucket_size)
         hops = (wide_gathers + buckets) * (ranks - 1) + (gathers - wide_gathers) * (hpz - 1)
-        return over_all + inside, over_all / wide + inside / near + hops * given.hop_seconds
+        return over_all + inside, over_all / wide + inside / near + hops * assumptions.hop_seconds
 
 
-def offload_seconds(traffic: Traffic, micro_batches: float, cluster: Cluster, given: Assumptions) -> float:
+def offload_seconds(traffic: Traffic, micro_batches: float, cluster: Cluster, assumptions: Assumptions) -> float:
     """Seconds that offload adds to a step: gradients and weights over the host link, AdamW on the CPU, NVMe both ways.
 
     Weights that rest on the host travel for every gather, behind computation; they count where they take longer.
@@ -93,10 +95,10 @@ def offload_seconds(traffic: Traffic, micro_batches: float, cluster: Cluster, gi
     zero, own = traffic.zero, traffic.parameters / cluster.ranks
     seconds = 0.0
     if zero.offload_optimizer != "none":
-        seconds += own * (4 * micro_batches + traffic.dtype_bytes) / given.host_link
-        seconds += traffic.parameters / cluster.nodes * 28 / given.host_memory_rate
+        seconds += own * (4 * micro_batches + traffic.dtype_bytes) / assumptions.host_link
+        seconds += traffic.parameters / cluster.nodes * 28 / assumptions.host_memory_rate
     if zero.offload_optimizer == "nvme":
-        seconds += traffic.parameters / cluster.nodes * 2 * 12 / given.nvme
+        seconds += traffic.parameters / cluster.nodes * 2 * 12 / assumptions.nvme
     return seconds
 
 
@@ -106,7 +108,7 @@ def step_cost(
     macs: Work,
     traffic: Traffic,
     cluster: Cluster,
-    given: Assumptions,
+    assumptions: Assumptions,
     *,
     checkpointing: bool,
 ) -> StepCost:
@@ -118,7 +120,7 @@ def step_cost(
         costs: in time, as the trainer balances them.
         macs: float64 [pairs], multiply-accumulates of the forward, which MFU counts.
     """
-    per_mac = 6 * (4 / 3 if checkpointing else 1) / (given.peak_flops * given.mfu)
+    per_mac = 6 * (4 / 3 if checkpointing else 1) / (assumptions.peak_flops * assumptions.mfu)
     useful = heaviest = computed = 0.0
     rounds = tokens = empty = pairs = 0
     for plan in plans:
@@ -133,16 +135,16 @@ def step_cost(
         computed += float(macs[plan.pairs()].sum())
     steps = len(plans)
     micro_batches = rounds / steps
-    traffic_bytes, communication = traffic.bytes_and_seconds(micro_batches, cluster, given)
+    traffic_bytes, communication = traffic.bytes_and_seconds(micro_batches, cluster, assumptions)
     hidden_weights = 0.0
     if traffic.zero.offload_param != "none":
         per_gather = traffic.gathered.fetched * traffic.dtype_bytes / cluster.ranks
-        hidden_weights = micro_batches * per_gather / given.host_link
+        hidden_weights = micro_batches * per_gather / assumptions.host_link
         if traffic.zero.offload_param == "nvme":
-            hidden_weights += micro_batches * per_gather * cluster.gpus_per_node / given.nvme
+            hidden_weights += micro_batches * per_gather * cluster.gpus_per_node / assumptions.nvme
     compute = heaviest * per_mac / steps
     exposed = max(compute, communication, hidden_weights)
-    offload = offload_seconds(traffic, micro_batches, cluster, given)
+    offload = offload_seconds(traffic, micro_batches, cluster, assumptions)
     seconds = exposed + offload
     ranks = cluster.ranks
     return StepCost(
@@ -156,5 +158,5 @@ def step_cost(
         offload_seconds=offload,
         seconds=seconds,
         traffic=traffic_bytes,
-        mfu=6 * computed / steps / (seconds * ranks * given.peak_flops),
+        mfu=6 * computed / steps / (seconds * ranks * assumptions.peak_flops),
     )

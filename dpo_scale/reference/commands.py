@@ -5,26 +5,23 @@ Values in, values out, plus the text of each for a terminal. Nothing is deleted 
 
 from __future__ import annotations
 
-import math
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from dpo_scale.console import counted
 from dpo_scale.errors import UserError
 from dpo_scale.files import fsync_folder, leftovers, sha256_of_file
-from dpo_scale.reference.cache import ReferenceStore, part_paths, store_folders
+from dpo_scale.reference.cache import part_paths, store_folders
 from dpo_scale.reference.fingerprint import ReferenceFingerprint, read_fingerprint
 from dpo_scale.reference.parts import (
     DamagedPartError,
     Keys,
-    LogProbs,
     Part,
     check_digest,
     set_aside,
@@ -52,17 +49,6 @@ class StoreSummary:
     """Parts that were set aside, or whose layout is not a part's."""
     last_write: float | None
     """Seconds since the epoch; None without parts."""
-
-
-@dataclass(frozen=True, slots=True)
-class RowComparison:
-    """Stored log-probs against ones that were scored anew."""
-
-    rows: int
-    """Rows compared."""
-    tokens: int
-    largest_gap: float
-    """Largest difference of a token's two log-probs, in nats."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,41 +130,6 @@ def verify(folder: Path) -> list[str]:
             set_aside(path)
             wrong.append(str(error))
     return wrong
-
-
-def compare_rows(
-    store: ReferenceStore,
-    keys: Keys,
-    rescore: Callable[[npt.NDArray[np.intp]], Sequence[LogProbs]],
-    rows: int,
-    seed: int = 0,
-) -> RowComparison:
-    """Score some random rows anew and compare.
-
-    Args:
-        store: where the stored log-probs are.
-        keys: uint8 [candidates, 16], of rows whose tokens the caller has; draws stored ones.
-        rescore: positions in `keys` -> per-token log-probs in that order.
-        rows: how many to draw.
-        seed: of the draw.
-
-    Raises UserError if the store holds none of them, or one with another number of tokens.
-    """
-    held = np.flatnonzero(store.contains(keys))
-    if not len(held):
-        raise UserError(f"{store.folder}: holds none of the {len(keys)} rows of this data")
-    drawn = np.sort(np.random.default_rng(seed).choice(held, min(rows, len(held)), replace=False))
-    tokens, largest_gap = 0, 0.0
-    for stored, scored in zip(store.lookup(keys[drawn]), rescore(drawn), strict=True):
-        if stored.shape != scored.shape:
-            raise UserError(
-                f"{store.folder}: a row has {len(stored)} log-probs, scored anew it has "
-                f"{len(scored)}; the stored ones are of another scoring path: prune this store"
-            )
-        gap = float(np.abs(stored.astype(np.float64) - scored).max(initial=0.0))
-        largest_gap = max(largest_gap, gap if gap == gap else math.inf)  # NaN is the largest gap
-        tokens += len(stored)
-    return RowComparison(rows=len(drawn), tokens=tokens, largest_gap=largest_gap)
 
 
 def prune_stores(cache_dir: Path, names: Sequence[str] = (), older_than_days: float | None = None) -> Pruned:

@@ -113,9 +113,9 @@ def test_a_recipe_to_verify_with_leaves_the_store_its_place(
     Path("r.yaml").write_text(RECIPE)
     rescored = []
 
-    def rescore(recipe: object, store: Path, rows: int) -> commands.RowComparison:
+    def rescore(recipe: object, store: Path, rows: int) -> rescoring.RowComparison:
         rescored.append((recipe, store, rows))
-        return commands.RowComparison(1, 1, 0.0)
+        return rescoring.RowComparison(1, 1, 0.0)
 
     monkeypatch.setattr(rescoring, "rescore", rescore)
     monkeypatch.setattr(commands, "find_store", lambda _, name: Path(name))

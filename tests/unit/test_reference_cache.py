@@ -29,7 +29,7 @@ from safetensors.numpy import load_file
 from dpo_scale import files
 from dpo_scale.data.token_pairs import TokenPair, TokenPairs
 from dpo_scale.errors import UserError
-from dpo_scale.reference import cache, commands, parts
+from dpo_scale.reference import cache, commands, parts, rescoring
 from dpo_scale.reference.cache import (
     MissingRowsError,
     NonFiniteLogProbsError,
@@ -800,19 +800,19 @@ def test_rows_scored_anew_are_compared_with_the_stored_ones(tmp_path: Path) -> N
         rows[2] = rows[2] + np.float32(0.25)
         return rows
 
-    actual = commands.compare_rows(store, _keys(range(60)), rescore, rows=8)
+    actual = rescoring.compare_rows(store, _keys(range(60)), rescore, rows=8)
     assert len(set(asked)) == 8
     assert all(n % 2 == 1 and n < 40 for n in asked)  # of this data, only what is stored
     assert (actual.rows, actual.tokens) == (8, sum(len(row) for row in _rows(asked)))
     assert actual.largest_gap == pytest.approx(0.25 if len(_rows(asked)[2]) else 0.0)
-    everything = commands.compare_rows(store, _keys(range(60)), lambda p: _rows(p.tolist()), 1000)
+    everything = rescoring.compare_rows(store, _keys(range(60)), lambda p: _rows(p.tolist()), 1000)
     assert (everything.rows, everything.largest_gap) == (20, 0.0)
-    broken = commands.compare_rows(store, _keys([1]), lambda p: [np.array([math.nan], np.float32)], rows=1)
+    broken = rescoring.compare_rows(store, _keys([1]), lambda p: [np.array([math.nan], np.float32)], rows=1)
     assert broken.largest_gap == math.inf
     with pytest.raises(UserError, match="another scoring path"):
-        commands.compare_rows(store, _keys([1]), lambda p: [np.zeros(9, np.float32)], rows=1)
+        rescoring.compare_rows(store, _keys([1]), lambda p: [np.zeros(9, np.float32)], rows=1)
     with pytest.raises(UserError, match="none of the 1 rows"):
-        commands.compare_rows(store, _keys([0]), lambda p: [], rows=1)
+        rescoring.compare_rows(store, _keys([0]), lambda p: [], rows=1)
 
 
 def test_prune_deletes_only_what_it_was_asked_to(tmp_path: Path) -> None:
