@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from dpo_scale.distributed import engine_state
 from dpo_scale.distributed.ops import leave_out_unused_ops
+from dpo_scale.distributed.runtime import Ranks
 from dpo_scale.errors import UserError
 from dpo_scale.training import checkpoints, export
 from dpo_scale.training.checkpoints import CheckpointError, RunState, digest_of
@@ -45,22 +46,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "shards": {"hidden": 510, "intermediate": 1400, "layers": 7},
     "nvme": {"nvme": True, "sub_group_size": 300_000},
 }
-
-
-@dataclass(frozen=True)
-class GlooRanks:
-    rank: int = field(default_factory=dist.get_rank)
-    world_size: int = field(default_factory=dist.get_world_size)
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
-    def gather_objects(self, value: Any) -> list[Any]:
-        values = [None] * self.world_size
-        dist.all_gather_object(values, value)
-        return values
 
 
 class NextToken(nn.Module):
@@ -228,7 +213,7 @@ def logits(engine: Any) -> list[list[float]]:
     return values
 
 
-def save(engine: Any, folder: Path, step: int, ranks: GlooRanks, **changes: Any) -> Path:
+def save(engine: Any, folder: Path, step: int, ranks: Ranks, **changes: Any) -> Path:
     state = replace(engine_state.snapshot(engine), **changes)
     return checkpoints.save(
         folder / "checkpoints",
@@ -240,7 +225,7 @@ def save(engine: Any, folder: Path, step: int, ranks: GlooRanks, **changes: Any)
     )
 
 
-def restored(folder: Path, settings: dict[str, Any], ranks: GlooRanks) -> Any:
+def restored(folder: Path, settings: dict[str, Any], ranks: Ranks) -> Any:
     engine = make_engine(folder, settings)
     found, passed_over = checkpoints.find_checkpoint(folder / "checkpoints", "auto", ranks)
     assert found is not None, passed_over
@@ -255,7 +240,7 @@ def restored(folder: Path, settings: dict[str, Any], ranks: GlooRanks) -> Any:
     return engine
 
 
-def failing_write(engine: Any, folder: Path, ranks: GlooRanks) -> dict[str, Any]:
+def failing_write(engine: Any, folder: Path, ranks: Ranks) -> dict[str, Any]:
     """The last rank's disk fills up in the middle of its slices."""
     healthy = engine_state.snapshot(engine).read_slices
 
@@ -279,7 +264,7 @@ def failing_write(engine: Any, folder: Path, ranks: GlooRanks) -> dict[str, Any]
 SHARD_BYTES = 16_000_000
 
 
-def export_memory(folder: Path, settings: dict[str, Any], ranks: GlooRanks) -> dict[str, Any]:
+def export_memory(folder: Path, settings: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     """What exporting a model of several shards adds to the memory of each rank, at its peak, in shards."""
     if ranks.is_main:
         make_source(folder / "source", settings)
@@ -313,7 +298,7 @@ def memory(field: str) -> int:
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field + ":"))
 
 
-def run(variant: str, root: Path, ranks: GlooRanks) -> dict[str, Any]:
+def run(variant: str, root: Path, ranks: Ranks) -> dict[str, Any]:
     settings, folder = VARIANTS[variant], root / variant
     report: dict[str, Any] = {}
     if variant == "shards":
@@ -363,7 +348,7 @@ def main() -> None:
     leave_out_unused_ops()
     stand_in_where_libaio_is_absent()
     deepspeed.init_distributed("gloo")
-    ranks = GlooRanks()
+    ranks = Ranks(dist.get_rank(), dist.get_world_size(), dist.get_rank(), torch.device("cpu"))
     for variant in variants:
         report = run(variant, root, ranks)
         if ranks.is_main:

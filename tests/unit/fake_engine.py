@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,29 +27,41 @@ COUNTERS = EngineCounters(optimizer_steps=5, engine_steps=6, skipped_steps=1, lo
 class ThreadRanks:
     """One rank of a group of threads."""
 
-    def __init__(self, rank: int, world_size: int, barrier: threading.Barrier, box: list[Any]):
-        self.rank, self.world_size = rank, world_size
+    def __init__(self, rank: int, machines: Sequence[int], meeting: threading.Barrier, box: list[Any]):
+        self.rank, self.world_size = rank, len(machines)
         self.is_main = rank == 0
+        self.is_local_main = machines.index(machines[rank]) == rank
         self.device = torch.device("cpu")
-        self._barrier, self._box = barrier, box
+        self._meeting, self._box = meeting, box
         self.before_gather: Callable[[], None] = lambda: None
+
+    def barrier(self) -> None:
+        self._meeting.wait()
 
     def gather_objects(self, value: Any) -> list[Any]:
         self.before_gather()
         self._box[self.rank] = value
-        self._barrier.wait(timeout=20)
+        self.barrier()
         values = list(self._box)
-        self._barrier.wait(timeout=20)
+        self.barrier()
         return values
 
+    def max(self, values: torch.Tensor) -> torch.Tensor:
+        return torch.stack(self.gather_objects(values)).amax(0)
 
-def on_ranks(world_size: int, action: Callable[[ThreadRanks], Any]) -> list[Any]:
-    """What each rank returns or raises."""
-    barrier, box = threading.Barrier(world_size), [None] * world_size
+    def on_local_mains(self, work: Callable[[], None]) -> None:
+        if self.is_local_main:
+            work()
+        self.barrier()
+
+
+def on_ranks(world_size: int, action: Callable[[ThreadRanks], Any], machines: Sequence[int] | None = None) -> list[Any]:
+    """What each rank returns or raises; `machines[rank]` names its machine, by default one for all."""
+    meeting, box = threading.Barrier(world_size, timeout=60), [None] * world_size
 
     def run(rank: int) -> Any:
         try:
-            return action(ThreadRanks(rank, world_size, barrier, box))
+            return action(ThreadRanks(rank, machines or [0] * world_size, meeting, box))
         except Exception as error:
             return error
 

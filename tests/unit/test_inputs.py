@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_engine import ThreadRanks, on_ranks
+from fake_engine import on_ranks
 from launching import make_model, make_pairs
 from transformers import AutoTokenizer
 
@@ -113,14 +113,6 @@ def test_a_pair_over_the_budget_is_named_whether_it_is_trained_on_or_held_out(na
         check(most - 1)
 
 
-class OnMachines(ThreadRanks):
-    """Two ranks on each machine."""
-
-    def on_local_mains(self, work: Any) -> None:
-        if self.rank % 2 == 0:
-            work()
-
-
 @pytest.mark.parametrize(("differs", "told"), [("train", "data.train"), ("evaluate", "data.evaluate"), ("", "")])
 def test_machines_with_other_pairs_are_found_before_their_ranks_score_them(differs: str, told: str) -> None:
     ids = np.arange(9, dtype=np.int32)
@@ -129,10 +121,9 @@ def test_machines_with_other_pairs_are_found_before_their_ranks_score_them(diffe
     same = Data(pairs, pairs, nothing, 0, nothing, nothing, {})
 
     def agree(ranks: Any) -> str:
-        ranks.__class__ = OnMachines
         return agreed_digest(replace(same, **{differs: others}) if differs and ranks.rank >= 4 else same, ranks)
 
-    found = on_ranks(6, agree)
+    found = on_ranks(6, agree, machines=[0, 0, 1, 1, 2, 2])
     if not differs:
         assert found == [pairs.digest()] * 6
         return

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import pytest
 import torch
+from fake_engine import ThreadRanks, on_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -47,60 +47,13 @@ def some_pairs(count: int, seed: int = 0) -> TokenPairs:
     )
 
 
-class Meeting:
-    """Where threads that stand for ranks exchange values."""
-
-    def __init__(self, size: int) -> None:
-        self.barrier = threading.Barrier(size, timeout=60)
-        self.values: list[Any] = [None] * size
-
-
-@dataclass(frozen=True)
-class ThreadRank:
-    """One of several ranks; `is_local_main` says who writes for a machine."""
-
-    rank: int
-    world_size: int
-    is_local_main: bool
-    meeting: Meeting
-    device = torch.device("cpu")
-
-    def barrier(self) -> None:
-        self.meeting.barrier.wait()
-
-    def gather_objects(self, value: T) -> list[T]:
-        self.meeting.values[self.rank] = value
-        self.barrier()
-        values = list(self.meeting.values)
-        self.barrier()
-        return values
-
-    def max(self, values: torch.Tensor) -> torch.Tensor:
-        return torch.stack(self.gather_objects(values)).amax(0)
-
-
-def on_ranks(action: Callable[[ThreadRank], T], machines: Sequence[int]) -> list[T]:
-    """Run an action on one thread for each rank, `machines[rank]` naming its machine; errors are raised here."""
-    meeting, results, errors = Meeting(len(machines)), {}, []
-
-    def run(rank: int) -> None:
-        local_main = machines.index(machines[rank]) == rank
-        try:
-            results[rank] = action(ThreadRank(rank, len(machines), local_main, meeting))
-        except BaseException as error:
-            errors.append(error)
-            meeting.barrier.abort()
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(len(machines))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for error in errors:
-        if not isinstance(error, threading.BrokenBarrierError):
-            raise error
-    assert not errors
-    return [results[rank] for rank in range(len(machines))]
+def on_machines(machines: Sequence[int], action: Callable[[ThreadRanks], T]) -> list[T]:
+    """What an action returns on each rank, `machines[rank]` naming its machine; errors are raised here."""
+    found = on_ranks(len(machines), action, machines)
+    errors = [outcome for outcome in found if isinstance(outcome, Exception)]
+    for error in sorted(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
+        raise error
+    return found
 
 
 def expected_row(prompt: np.ndarray, completion: np.ndarray) -> np.ndarray:
@@ -279,8 +232,8 @@ def test_every_disk_gets_every_row_and_none_is_scored_twice(
 ) -> None:
     monkeypatch.setattr(scoring, "ROWS_IN_AN_EXCHANGE", 5)
     pairs = some_pairs(25)
-    found = on_ranks(
-        lambda ranks: run_pass(pairs, ReferenceStore.open(tmp_path / disks[ranks.rank], FINGERPRINT), ranks), machines
+    found = on_machines(
+        machines, lambda ranks: run_pass(pairs, ReferenceStore.open(tmp_path / disks[ranks.rank], FINGERPRINT), ranks)
     )
     assert len({model.batches for model, _, _ in found}) == 1, "all ranks run as many forwards"
     for disk in set(disks):
@@ -292,29 +245,29 @@ def test_every_disk_gets_every_row_and_none_is_scored_twice(
 def test_a_rank_without_work_computes_the_least_there_is(tmp_path: Path) -> None:
     pairs = TokenPairs.from_pairs(pair([1] * length, [2, 3], [4]) for length in (30, 20, 5))
 
-    def tokens(ranks: ThreadRank) -> int:
+    def tokens(ranks: ThreadRanks) -> int:
         store = ReferenceStore.open(tmp_path, FINGERPRINT)
         return run_pass(pairs, store, ranks, rank_tokens=33)[0].tokens  # room for the first, and for the others
 
-    assert sorted(on_ranks(tokens, [0, 0, 0, 0])) == [6, 6, 21 + 6, 31]
+    assert sorted(on_machines([0, 0, 0, 0], tokens)) == [6, 6, 21 + 6, 31]
 
 
 def test_what_one_disk_has_is_sent_and_not_scored_again(tmp_path: Path) -> None:
     pairs = some_pairs(25)
     run_pass(pairs[:15], ReferenceStore.open(tmp_path / "1", FINGERPRINT), OneProcess())
 
-    def scored(ranks: ThreadRank) -> int:
+    def scored(ranks: ThreadRanks) -> int:
         return run_pass(pairs, ReferenceStore.open(tmp_path / str(ranks.rank), FINGERPRINT), ranks)[2].num_rows
 
     expected = distinct_rows(pairs) - distinct_rows(pairs[:15])
-    assert on_ranks(scored, [0, 1]) == [expected, expected]
+    assert on_machines([0, 1], scored) == [expected, expected]
     assert_holds_all(ReferenceStore.open(tmp_path / "0", FINGERPRINT), pairs)
 
 
 def test_rows_are_readable_on_all_ranks_before_they_are_written(tmp_path: Path) -> None:
     pairs = some_pairs(12)
 
-    def read_then_settle(ranks: ThreadRank) -> tuple[int, int]:
+    def read_then_settle(ranks: ThreadRanks) -> tuple[int, int]:
         store = ReferenceStore.open(tmp_path, FINGERPRINT)
         _, fresh, _ = run_pass(pairs, store, ranks, settle=False)
         assert_holds_all(store, pairs)
@@ -324,7 +277,7 @@ def test_rows_are_readable_on_all_ranks_before_they_are_written(tmp_path: Path) 
         assert_holds_all(store, pairs)
         return before, len(store.held)
 
-    assert on_ranks(read_then_settle, [0, 0]) == [(0, 0), (0, 0)]
+    assert on_machines([0, 0], read_then_settle) == [(0, 0), (0, 0)]
     assert rows_stored(ReferenceStore.open(tmp_path, FINGERPRINT)) == distinct_rows(pairs)
 
 
@@ -346,7 +299,7 @@ def test_a_pass_leaves_one_part_of_each_rank(tmp_path: Path, monkeypatch: pytest
     part, opened = cache.Part, []
     monkeypatch.setattr(cache, "Part", lambda path, key: opened.append(path) or part(path, key))
 
-    def most_parts(ranks: ThreadRank) -> int:
+    def most_parts(ranks: ThreadRanks) -> int:
         store = ReferenceStore.open(tmp_path, FINGERPRINT)
         needed, model, fresh, counts = ReferenceRows.of_pairs(pairs), Model(), FreshRows(store, ranks), [0]
         missing = np.ones(180, np.bool_)
@@ -359,7 +312,7 @@ def test_a_pass_leaves_one_part_of_each_rank(tmp_path: Path, monkeypatch: pytest
         assert_holds_all(store, pairs)
         return max(counts)
 
-    assert max(on_ranks(most_parts, [0, 0])) <= 2 * 4  # three and, until they are deleted, the merged one
+    assert max(on_machines([0, 0], most_parts)) <= 2 * 4  # three and, until they are deleted, the merged one
     left = part_paths(ReferenceStore.open(tmp_path, FINGERPRINT).folder)
     assert len(left) == 2
     assert set(opened) == set(left), "another rank has opened a part that was merged"
