@@ -89,7 +89,7 @@ def _hold(file: TextIO) -> bool:
 
 
 def is_held_by(path: Path, process: str) -> bool:
-    """Whether a process, named as `this_process` names it, holds a lock; also from another node if `path` is shared."""
+    """Whether a process, named as `this_process` names it, holds a lock; also from another host if `path` is shared."""
     try:
         with open(path, encoding="utf-8") as file:
             return not try_lock(file, fcntl.LOCK_SH) and file.read().strip() == process

@@ -173,7 +173,7 @@ def reference_config(base: Config, recipe: Recipe) -> Config:
 
 
 def pinning_fits(model_bytes: int, machines_share: float, available_bytes: int) -> bool:
-    """Whether a machine may page-lock its share of an offloaded model: at most half of the memory that is free.
+    """Whether a node may page-lock its share of an offloaded model: at most half of the memory that is free.
 
     Pinned memory makes copies to a GPU twice as fast, and the kernel cannot take it back.
     """

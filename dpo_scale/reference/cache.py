@@ -198,7 +198,7 @@ class ReferenceStore:
         """Put parts of this object together and delete them; returns those that have their rows now, the last not full.
 
         A kill at any moment leaves each row in one part or in two. Readers that lose a part list the folder again,
-        and another node may be shown an old listing for a minute: merge what nobody else had a reason to open.
+        and another machine may be shown an old listing for a minute: merge what nobody else had a reason to open.
         """
         merged: list[Path] = []
         for batch in batches([size_of(path) for path in paths]):

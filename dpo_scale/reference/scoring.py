@@ -1,7 +1,7 @@
 """Frozen model -> log-probs that can be trusted: find what is missing, score it in lockstep, store it.
 
 The engine is built only if a row is missing. What a row is worth does not depend on who scored it, so ranks, jobs
-and nodes without a shared disk can fill the same store.
+and machines without a shared disk can fill the same store.
 """
 
 from __future__ import annotations
