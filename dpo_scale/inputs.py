@@ -15,6 +15,7 @@ from dpo_scale.data.planning import CostModel, Costs, Indices, Schedule, check_b
 from dpo_scale.data.preparation import prepare_pairs
 from dpo_scale.data.report import DataReport, overlap
 from dpo_scale.data.samples import sample_pairs
+from dpo_scale.data.sources import HELD_OUT_SEED
 from dpo_scale.data.token_pairs import TokenPairs
 from dpo_scale.distributed.lockstep import Ranks, once_a_machine
 from dpo_scale.errors import DataError
@@ -105,7 +106,7 @@ def prepare_data(
     config = load_config(folder, trust_remote_code=settings.trust_remote_code)
     tokenizer = load_tokenizer(settings.tokenizer or str(folder), trust_remote_code=settings.trust_remote_code)
 
-    def prepare(name: str, setting: str, sources: list[DataSource]) -> tuple[TokenPairs, DataReport | None]:
+    def prepare(name: str, setting: str, sources: list[DataSource], seed: int) -> tuple[TokenPairs, DataReport | None]:
         if not sources:
             return TokenPairs.from_pairs([]), None
         with console.progress(f"Tokenizing {name} pairs", None, "rows") as bar:
@@ -115,13 +116,13 @@ def prepare_data(
                 if between_blocks is not None:
                     between_blocks()
 
-            return prepare_pairs(
-                sources, recipe.data, tokenizer, seed=recipe.run.seed, setting=setting, progress=progress
-            )
+            return prepare_pairs(sources, recipe.data, tokenizer, seed=seed, setting=setting, progress=progress)
 
-    train, train_report = once_a_machine(ranks, lambda: prepare("training", "data.train", recipe.data.train))
+    train, train_report = once_a_machine(
+        ranks, lambda: prepare("training", "data.train", recipe.data.train, recipe.run.seed)
+    )
     evaluate, evaluate_report = once_a_machine(
-        ranks, lambda: prepare("held-out", "data.evaluate", recipe.data.evaluate)
+        ranks, lambda: prepare("held-out", "data.evaluate", recipe.data.evaluate, HELD_OUT_SEED)
     )
     largest = max(train.largest_token_id, evaluate.largest_token_id)
     check_vocabulary(largest, config, "model.tokenizer" if settings.tokenizer else "model.path")
@@ -134,6 +135,7 @@ def prepare_data(
                 for table in data_report.tables("Training data" if name == "train" else "Held-out data"):
                     console.show(table)
         if len(evaluate):
+            report["evaluate"]["digest"] = evaluate.short_digest()
             both = overlap(train, evaluate)
             report["overlap"] = asdict(both)
             console.say(both.describe(len(evaluate)))

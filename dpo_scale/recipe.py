@@ -85,10 +85,11 @@ class DataSource(Section):
     """Field name that the reader expects -> column name in this source. An empty name hides a field of the source;
     completions.text, completions.score and completions.rank name keys inside of each completion."""
     rows: PositiveInt | None = None
-    """Take this many rows (all, if there are fewer), drawn with run.seed and the same ones in every epoch."""
+    """Take this many rows (all, if there are fewer), drawn with run.seed and the same ones in every epoch; held-out
+    ones are the same whatever run.seed is."""
     weight: Annotated[float, Field(gt=0.0, le=1000.0)] | None = None
-    """How often an epoch takes each row: 2 takes all of them twice, 0.5 about half of them, drawn with run.seed and
-    the same ones in every epoch, 1.5 all of them once and about half once more."""
+    """How often an epoch takes each row: 2 takes all of them twice, 0.5 about half of them, drawn as for `rows`, 1.5
+    all of them once and about half once more."""
 
     @model_validator(mode="after")
     def _one_amount(self) -> DataSource:

@@ -28,7 +28,7 @@ from dpo_scale.data.readers import JSON_ARRAY
 from dpo_scale.data.report import DataReport, SourceReport
 from dpo_scale.data.row_values import RowError
 from dpo_scale.data.rows import BadRow, Block, Numbers
-from dpo_scale.data.sources import check_paths, read_blocks
+from dpo_scale.data.sources import HELD_OUT_SEED, check_paths, read_blocks
 from dpo_scale.data.token_pairs import Lengths, TokenIds, TokenPairs
 from dpo_scale.data.token_store import PairWriter, TokenStore
 from dpo_scale.data.tokenization import (
@@ -84,15 +84,15 @@ def prepare_pairs(
 
 
 def check_rows(data: DataSection, *, seed: int) -> None:
-    """Read all rows as text, where there is no tokenizer to go on with.
+    """Read all rows as text, training rows drawn with a seed, where there is no tokenizer to go on with.
 
     Raises DataError for rows that cannot be used (listed together), or missing files.
     """
-    lists = {"data.train": data.train, "data.evaluate": data.evaluate}
-    for setting, sources in lists.items():
+    lists = (("data.train", data.train, seed), ("data.evaluate", data.evaluate, HELD_OUT_SEED))
+    for setting, sources, _ in lists:
         _check_sources(sources, setting)
     refused = [
-        _refused_as_text(source, setting, data, seed) for setting, sources in lists.items() for source in sources
+        _refused_as_text(source, setting, data, draws) for setting, sources, draws in lists for source in sources
     ]
     if any(one.rows for one in refused):
         raise _bad_rows_error(refused)

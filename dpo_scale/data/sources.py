@@ -21,6 +21,10 @@ from dpo_scale.recipe import DataSource
 _HUB_DATASET = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.+-]+){0,2}")
 
 
+HELD_OUT_SEED = 0
+"""Draws the held-out rows of every run: runs of other seeds are compared by the same ones."""
+
+
 def read_blocks(source: DataSource, seed: int) -> Iterator[Block]:
     """The rows of a source in the order of its files, each as often as `rows` or `weight` says.
 

@@ -126,3 +126,7 @@ class TokenPairs(Sequence[TokenPair]):
             digest.update(np.ascontiguousarray(self.tokens).data)
             self._digest = digest.hexdigest()
         return self._digest
+
+    def short_digest(self) -> str:
+        """Enough of the digest to tell in records which pairs a number is of."""
+        return self.digest()[:12]

@@ -53,7 +53,7 @@ def check(recipe: Recipe, rows: int | None = None, config_file: str | None = Non
             check_part()
     if rows is not None:
         recipe = _fewer_rows(recipe, rows)
-        drawn = f"{counted(rows, 'row')} of each source, drawn with run.seed"
+        drawn = f"{counted(rows, 'row')} of each source, drawn as for `rows`"
         console.say(f"Only {drawn}, are read: counts and steps below are theirs")
     if not has_model:
         with mistakes.noted():

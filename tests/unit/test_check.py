@@ -100,7 +100,7 @@ def test_a_beta_that_is_usual_for_sums_is_doubted_and_taken(own: Path, capsys: p
 def test_check_reads_as_many_rows_as_it_is_told(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "own.yaml", "--rows", "8", "batch.global_pairs=2"]) == 0
     output = capsys.readouterr().out
-    assert "Only 8 rows of each source, drawn with run.seed, are read" in output
+    assert "Only 8 rows of each source, drawn as for `rows`, are read" in output
     assert "4 steps of 2 pairs" in output
 
 

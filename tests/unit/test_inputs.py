@@ -132,3 +132,19 @@ def test_machines_with_other_pairs_are_found_before_their_ranks_score_them(diffe
         "tokenizer"
     }
     assert all(isinstance(error, DataError) for error in found)
+
+
+def test_held_out_rows_are_the_same_for_every_seed(recipe: Recipe) -> None:
+    """A sweep over seeds is compared by them; training rows are drawn anew, and by `check` too."""
+    half = [{"path": recipe.data.evaluate[0].path, "weight": 0.5}]
+    few = [{"path": recipe.data.train[0].path, "rows": 4}]
+    found = []
+    for seed in (1, 2):
+        run = recipe.run.model_copy(update={"seed": seed})
+        data = Recipe.model_validate({**recipe.model_dump(), "data": {"train": few, "evaluate": half}}).data
+        found.append(prepare(recipe.model_copy(update={"data": data, "run": run}))[0])
+    first, second = found
+    assert 0 < len(first.evaluate) < 8
+    assert first.evaluate.digest() == second.evaluate.digest()
+    assert first.report["evaluate"]["digest"] == first.evaluate.digest()[:12]
+    assert first.train.digest() != second.train.digest()

@@ -685,3 +685,11 @@ def test_a_mistake_in_a_worker_process_reaches_the_user(tmp_path, prepare, monke
     use_workers(monkeypatch, after_blocks=2)
     with pytest.raises(DataError, match=f"{path}:61: not valid JSON"):
         prepare(path, workers=2)
+
+
+def test_rows_read_as_text_are_those_that_a_run_would_draw(tmp_path, monkeypatch):
+    paths = [write(tmp_path / f"{name}.jsonl", row()) for name in ("train", "held_out")]
+    seeds = []
+    monkeypatch.setattr(preparation, "read_blocks", lambda source, seed: seeds.append(seed) or iter(()))
+    check_rows(DataSection(train=paths[:1], evaluate=paths[1:]), seed=7)
+    assert seeds == [7, preparation.HELD_OUT_SEED]
