@@ -63,6 +63,8 @@ def _rows(run: RunRecords, stage_seconds: Mapping[str, float]) -> Iterator[tuple
             values = [f"{value:.3f}" for value in column(run.held_out, f"eval/{key}")]
             parts.append(f"{name} {' to '.join(dict.fromkeys((values[0], values[-1])))}")
         yield "Held out", ", ".join(parts)
+    if run.about_other_passes:
+        yield "", run.about_other_passes
     cached, computed = (column([last], f"reference_rows_{name}")[0] for name in ("cached", "computed"))
     if math.isfinite(cached + computed):
         yield "Reference", f"{counted(int(cached), 'row')} found in the cache, {computed:,.0f} scored"

@@ -141,6 +141,8 @@ def _remarks(run: RunRecords) -> Iterator[tuple[str, str]]:
         yield "warning", f"{sum(count for _, count in run.skips)} steps overflowed float16 and were tried again."
     if run.training and not run.held_out:
         yield "warning", "Nothing was held out: rewards on training pairs do not show whether the model generalizes."
+    if run.about_other_passes:
+        yield "warning", run.about_other_passes
     shared = run.data.get("overlap", {}).get("pairs", 0)
     if shared:
         yield "warning", f"{shared:,} held-out pairs are also trained on: held-out figures flatter the model."
@@ -277,6 +279,11 @@ def _page_of_several(runs: Sequence[RunRecords]) -> dict[str, Any]:
     remarks = [
         {"severity": severity, "text": f"{run.name}: {text}"} for run in runs for severity, text in _remarks(run)
     ]
+    pairs = {run.name: run.held_out_pairs for run in runs if run.held_out}
+    if len(set(pairs.values())) > 1:
+        each = "; ".join(f"{name}: {held_out}" for name, held_out in pairs.items())
+        text = f"Held-out figures are not of the same pairs in the same tokens, and do not compare. {each}."
+        remarks.insert(0, {"severity": "warning", "text": text})
     return {
         "title": f"{len(runs)} runs",
         "subtitle": ", ".join(run.name for run in runs),

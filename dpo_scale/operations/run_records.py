@@ -49,7 +49,9 @@ class RunRecords:
     training: tuple[Line, ...]
     """Lines of log intervals."""
     held_out: tuple[Line, ...]
-    """Lines of held-out passes; the first of each step."""
+    """Lines of held-out passes over one set of pairs, that of `data` if any is; the first of each step."""
+    other_passes: int
+    """How many held-out passes were over other pairs, and are left out."""
     attempts: tuple[Attempt, ...]
     counters: Line
     """The newest line that counts pairs: of a log interval, or of an attempt's end, which may lie between two."""
@@ -66,6 +68,23 @@ class RunRecords:
         """The folder's name; that of its parent too where it is as common as `run`."""
         path = self.folder.resolve()
         return f"{path.parent.name}/{path.name}" if path.name in ("run", "output", "out") else path.name
+
+    @property
+    def held_out_pairs(self) -> str:
+        """Which pairs the held-out lines are of, in words; empty without such lines."""
+        if not self.held_out:
+            return ""
+        line = self.held_out[-1]
+        noted = "eval/data" in line
+        return f"{line.get('eval/pairs')} pairs ({line['eval/data']})" if noted else "pairs that were not noted"
+
+    @property
+    def about_other_passes(self) -> str:
+        """A sentence on the held-out passes that are left out; empty where none is."""
+        if not self.other_passes:
+            return ""
+        shown = f"those shown are of {self.held_out_pairs}"
+        return f"Held-out passes over other pairs are left out ({self.other_passes}); {shown}."
 
     @property
     def last_step(self) -> int:
@@ -107,19 +126,35 @@ def read_run(folder: Path) -> RunRecords:
         raise UserError(f"{folder}: no run here; a run's folder holds {' or '.join(FILES_OF_A_RUN[:2])}")
     unreadable: list[str] = []
     lines = _metrics(folder / "metrics.jsonl", unreadable)
-    held_out = {line["step"]: line for line in reversed(lines) if "eval/loss" in line}
+    recipe, environment, data = (
+        _document(folder / name, unreadable) for name in ("recipe.yaml", "environment.json", "data_report.json")
+    )
+    passes = [line for line in lines if "eval/loss" in line]
+    of_one_set = _of_one_set(passes, _sections(data).get("evaluate", {}).get("digest"))
+    held_out = {line["step"]: line for line in reversed(of_one_set)}
     return RunRecords(
         folder=folder,
         training=tuple(line for line in lines if "loss" in line),
         held_out=tuple(held_out[step] for step in sorted(held_out)),
+        other_passes=len(passes) - len(of_one_set),
         attempts=_attempts(lines),
         counters=next((line for line in reversed(lines) if "pairs" in line), {}),
-        recipe=_sections(_document(folder / "recipe.yaml", unreadable)),
-        environment=_document(folder / "environment.json", unreadable),
-        data=_document(folder / "data_report.json", unreadable),
+        recipe=_sections(recipe),
+        environment=environment,
+        data=data,
         status=_document(folder / "status.json", unreadable, optional=True),
         unreadable=tuple(unreadable),
     )
+
+
+def _of_one_set(passes: Sequence[Line], trained_beside: str | None) -> list[Line]:
+    """The held-out passes over the pairs that the run was trained beside; if there is none, over those of the newest.
+
+    Passes that do not say of which pairs they are, as older versions wrote them, count as a set of their own.
+    """
+    sets = [line.get("eval/data") for line in passes]
+    shown = trained_beside if trained_beside in sets else sets[-1] if sets else None
+    return [line for line, pairs in zip(passes, sets, strict=True) if pairs == shown]
 
 
 def _metrics(path: Path, unreadable: list[str]) -> list[dict[str, Any]]:

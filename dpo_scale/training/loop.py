@@ -121,8 +121,6 @@ def evaluate_only(recipe: Recipe, runtime: Runtime, console: Console, folder: Ru
     check_budgets(recipe, data, hoped_layout(recipe))
     reference.score_all(reference.evaluate_rows)
     run = _start(recipe, runtime, console, data, reference, trajectory, folder, watch, between_batches)
-    if folder is not None:
-        folder.note_recipe()
     if not run.state.step:
         console.say(f"Of no checkpoint of this run, but of {recipe.model.path}:")
     run.evaluate()
@@ -348,7 +346,9 @@ class Run:
         digest, state = self.data.evaluate.digest(), self.state
         best = best_of(state.best if state.held_out in ("", digest) else {}, metrics)  # of other pairs: begun anew
         self.state = replace(state, best=best, held_out=digest)
-        self.records.write(self.state.step, {**metrics, **{f"best/{name}": value for name, value in best.items()}})
+        pairs = {"eval/pairs": len(self.data.evaluate), "eval/data": self.data.evaluate.short_digest()}
+        bests = {f"best/{name}": value for name, value in best.items()}
+        self.records.write(self.state.step, {**metrics, **pairs, **bests})
         self.console.say(f"step {self.state.step:>5}  {describe(metrics)}")
         self.records.pause(time.monotonic() - started)
 

@@ -105,9 +105,9 @@ class Records:
             self._file.settle()
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """One object in metrics.jsonl and in the trackers."""
+        """One object in metrics.jsonl, and the numbers in it in the trackers, of which some choke on text."""
         self._note(step, values)
-        self._track(dict(values), step)
+        self._track({name: value for name, value in values.items() if not isinstance(value, str)}, step)
 
     def _note(self, step: int, values: Mapping[str, Any]) -> None:
         """One object in metrics.jsonl, with the time of day in seconds since 1970."""

@@ -278,7 +278,8 @@ class RunFolder:
         self.harmless_changes = _set_aside_unreadable(self.path) + compare_with_stored(recipe)
         _make_writable(self.checkpoints)
         self._recipe = dump_recipe(recipe)
-        if last_known_commit(self.path) is None or not (self.path / "recipe.yaml").exists():
+        begun = last_known_commit(self.path) is not None or (self.path / "data_report.json").exists()
+        if not begun or not (self.path / "recipe.yaml").exists():
             self.note_recipe()
 
     def claim(self, reference: ReferenceFingerprint, trajectory: Mapping[str, Any]) -> None:
@@ -302,7 +303,8 @@ class RunFolder:
     def note_recipe(self) -> None:
         """Write `recipe.yaml`, by which exports, reports and the next start go.
 
-        Over that of a run which has committed a step only once nothing is refused any more.
+        Over that of a run which has begun, only by a training of which nothing is refused any more: its numbers are not
+        of the recipe of an `evaluate`.
         """
         write_whole(self.path / "recipe.yaml", self._recipe)
 

@@ -12,9 +12,11 @@ from test_numerical_faults import FakePolicy, make_run
 
 from dpo_scale import stages
 from dpo_scale.distributed.lockstep import OneProcess
+from dpo_scale.files import write_json
 from dpo_scale.training import interruption, loop
 from dpo_scale.training.checkpoints import RunState
 from dpo_scale.training.loop import Run
+from dpo_scale.training.run_folder import RunFolder
 from dpo_scale.training.status import StatusFile, read_status
 
 
@@ -91,3 +93,19 @@ def test_only_an_evaluation_ends_with_its_launcher(monkeypatch: pytest.MonkeyPat
         with pytest.raises(pytest.fail.Exception, match="begins"):
             getattr(stages, name)(recipe, run.console, watch)
     assert outliving == ["train", "score"]
+
+
+def test_an_evaluation_leaves_the_recipe_of_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its held-out pairs need not be those that the run was trained beside."""
+    run: Any = make_run(FakePolicy([]), "float32", monkeypatch, tmp_path)[0]
+    monkeypatch.setattr(run, "evaluate", lambda: None)
+    for name in ("prepare_data", "Reference", "_trajectory", "check_budgets"):
+        monkeypatch.setattr(loop, name, lambda *arguments: run.reference)
+    run.reference.score_all = lambda *rows: None
+    monkeypatch.setattr(loop, "_start", lambda *arguments: run)
+    write_json(tmp_path / "data_report.json", {})
+    (tmp_path / "recipe.yaml").write_text("model: {path: base}\n")
+    write_json(tmp_path / "status.json", {"state": "stopped"})
+    folder = RunFolder(run.recipe)
+    loop.evaluate_only(run.recipe, run.runtime, run.console, folder, run.watch)
+    assert (tmp_path / "recipe.yaml").read_text() == "model: {path: base}\n"

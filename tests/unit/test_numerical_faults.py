@@ -6,6 +6,7 @@ The engine is a fake, because CPUs of today do not train in float16.
 from __future__ import annotations
 
 import io
+import json
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -28,8 +29,9 @@ from dpo_scale.training import loop
 from dpo_scale.training.checkpoints import RunState
 from dpo_scale.training.guards import NumericalError, explain_non_finite
 from dpo_scale.training.loop import Run
-from dpo_scale.training.metrics import MetricSums
+from dpo_scale.training.metrics import MetricsFile, MetricSums
 from dpo_scale.training.optimizer import learning_rate
+from dpo_scale.training.records import Records
 from dpo_scale.training.status import StatusFile
 from dpo_scale.training.step import StepOutput, pair_batches, run_step
 
@@ -146,6 +148,22 @@ def test_no_progress_is_expected_while_a_checkpoint_is_written(monkeypatch: pyte
     monkeypatch.setattr(loop, "save", lambda *arguments, **settings: happened.append("checkpoint"))
     Run.commit(run, StatusFile(None, "train"))
     assert happened == ["rest", "reference rows", "checkpoint"]
+
+
+def test_a_held_out_line_says_of_which_pairs_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The file gets it all, the trackers the numbers alone: not all of them take text."""
+    run: Any = make_run(FakePolicy([]), "float32", monkeypatch, tmp_path)[0]
+    metrics = {"eval/loss": 0.5, "eval/rewards/accuracy": 0.5}
+    monkeypatch.setattr(loop, "evaluate", lambda *arguments, **settings: metrics)
+    monkeypatch.setattr(loop, "describe", lambda metrics: "")
+    run.data.evaluate = make_pairs(2)
+    tracked: list[dict[str, Any]] = []
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    run.records = Records(OneRank(), run.console, file, lambda values, step: tracked.append(values))
+    run.evaluate()
+    line = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert (line["eval/pairs"], line["eval/data"]) == (2, make_pairs(2).digest()[:12])
+    assert tracked == [{name: value for name, value in line.items() if name not in ("eval/data", "step", "time")}]
 
 
 def test_the_best_values_are_of_one_set_of_held_out_pairs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from made_up_runs import SECONDS_A_STEP, event, lines_of_a_run, make_run, training_line
+from made_up_runs import SECONDS_A_STEP, event, held_out_line, lines_of_a_run, make_run, training_line
 
 from dpo_scale.cli import main
 from dpo_scale.console import Console
@@ -158,6 +158,31 @@ def test_a_sweep_shows_what_differs_and_nothing_else(tmp_path: Path) -> None:
     assert "model.path" not in differences
     assert "beta0" in differences
     assert "beta1" in differences
+
+
+@pytest.mark.parametrize(("others", "told"), [("b" * 12, True), ("a" * 12, False)])
+def test_runs_with_other_held_out_pairs_are_told_apart(tmp_path: Path, others: str, told: bool) -> None:
+    folders = [
+        make_run(tmp_path / name, [training_line(1, random.Random(0)), held_out_line(1, **of_pairs(pairs))])
+        for name, pairs in (("one", "a" * 12), ("two", others))
+    ]
+    text = without_scripts(render([read_run(folder) for folder in folders]))
+    assert ("do not compare. one: 8 pairs (aaaaaaaaaaaa); two: 8 pairs (bbbbbbbbbbbb)." in text) == told
+    assert ("do not compare" in text) == told
+
+
+def test_a_run_with_passes_over_other_pairs_says_so_on_its_page_and_in_its_last_words(tmp_path: Path) -> None:
+    lines = [training_line(1, random.Random(0))]
+    lines += [held_out_line(step, **of_pairs(pairs)) for step, pairs in ((0, "a" * 12), (1, "b" * 12))]
+    run = read_run(make_run(tmp_path / "run", lines))
+    words = "Held-out passes over other pairs are left out (1); those shown are of 8 pairs (bbbbbbbbbbbb)."
+    assert words in without_scripts(render([run]))
+    assert f"            {words}" in summary(run, {})
+    assert re.match(r"Held out    loss 0\.\d+, ", summary(run, {})[1])
+
+
+def of_pairs(digest: str) -> dict[str, Any]:
+    return {"eval/data": digest, "eval/pairs": 8}
 
 
 def test_the_command_writes_beside_the_run_or_where_it_is_told(

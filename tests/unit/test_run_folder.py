@@ -252,6 +252,20 @@ def test_a_run_that_has_committed_nothing_may_change(tmp_path: Path) -> None:
     assert load_recipe(tmp_path / "recipe.yaml").loss.beta == 0.2
 
 
+@pytest.mark.parametrize("has_committed", [False, True])
+def test_whoever_only_evaluates_leaves_the_recipe_that_the_run_was_trained_with(
+    has_committed: bool, tmp_path: Path
+) -> None:
+    first = RunFolder(_recipe(tmp_path, data__evaluate=["held.jsonl"]))
+    first.claim(_reference(), {})
+    write_json(tmp_path / "data_report.json", {})
+    if has_committed:
+        commit(first)
+    first._lock.close()
+    RunFolder(_recipe(tmp_path, data__evaluate=["held2.jsonl"]))._lock.close()
+    assert load_recipe(tmp_path / "recipe.yaml").data.evaluate[0].path == "held.jsonl"
+
+
 def test_harmless_changes_are_taken_and_told(tmp_path: Path) -> None:
     first = RunFolder(_recipe(tmp_path))
     commit(first)

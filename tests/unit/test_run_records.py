@@ -96,3 +96,27 @@ def test_what_evaluate_adds_after_the_end_belongs_to_no_attempt(tmp_path: Path) 
     run = read_run(make_run(tmp_path / "run", lines))
     assert run.attempts[-1].ended == BEGAN + 40 * SECONDS_A_STEP
     assert run.held_out[-1]["eval/loss"] != 0.123  # the run's own pass of that step stays
+
+
+@pytest.mark.parametrize(
+    ("passes", "trained_beside", "expected"),
+    [
+        (["a", "a", "b"], "a", [0, 1]),  # `evaluate` was given others
+        (["a", "a", "b"], "b", [2]),  # resumed with others
+        (["a", "a", "b"], "c", [2]),  # resumed with others, and no pass made yet
+        ([None, None, "a"], None, [0, 1]),  # `evaluate` of this version in the folder of an older one
+        ([None, None, "a"], "a", [2]),
+        ([None, None], None, [0, 1]),
+    ],
+)
+def test_held_out_lines_are_of_one_set_of_pairs(
+    tmp_path: Path, passes: list[str | None], trained_beside: str | None, expected: list[int]
+) -> None:
+    noted = [{} if pairs is None else {"eval/data": pairs, "eval/pairs": 8} for pairs in passes]
+    lines = [held_out_line(step, **pairs) for step, pairs in enumerate(noted)]
+    data = {"evaluate": {} if trained_beside is None else {"digest": trained_beside}}
+    run = read_run(make_run(tmp_path / "run", lines, data_report=data))
+    assert [line["step"] for line in run.held_out] == expected
+    assert run.other_passes == len(passes) - len(expected)
+    told = f"Held-out passes over other pairs are left out ({run.other_passes}); those shown are of"
+    assert run.about_other_passes.startswith(told) == bool(run.other_passes)
