@@ -312,11 +312,12 @@ def _comparison(runs: Sequence[RunRecords]) -> Table:
     rows = []
     for run in runs:
         lines = run.held_out if held_out else run.training
-        last = [_number(column(lines[-1:], prefix + key)[0]) if lines else "" for key in keys]
+        last = [_number(column(lines[-1:], key)[0]) if lines else "" for key in ("step", *(prefix + k for k in keys))]
         rates = column(run.training, "tokens_per_second")
         speed = _number(float(_median(rates))) if len(rates) else ""
         rows.append([run.name, run.outcome, f"{run.last_step:,}", *last, speed])
-    return Table(rows, ["", "", "steps", *(f"{kind} {key.removeprefix('rewards/')}" for key in keys), "tokens/s"], True)
+    values = ("held out at step" if held_out else "logged at step", *(f"{kind} {k.split('/')[-1]}" for k in keys))
+    return Table(rows, ["", "", "steps", *values, "tokens/s"], numeric=True)
 
 
 def _differences(runs: Sequence[RunRecords]) -> Table | None:

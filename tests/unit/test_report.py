@@ -160,6 +160,16 @@ def test_a_sweep_shows_what_differs_and_nothing_else(tmp_path: Path) -> None:
     assert "beta1" in differences
 
 
+def test_a_sweep_says_at_which_step_its_held_out_figures_were_taken(tmp_path: Path) -> None:
+    stopped = [held_out_line(0), *(training_line(step, random.Random(0)) for step in (1, 2, 3))]
+    one, two = (make_run(tmp_path / name, lines) for name, lines in (("a", lines_of_a_run(8)), ("b", stopped)))
+    text = without_scripts(render([read_run(one), read_run(two)]))
+    table = text[text.index('id="comparison"') :]
+    assert re.findall(r">([^<>\n]+)</th>", table)[:3] == ["steps", "held out at step", "held-out loss"]
+    rows = [re.findall(r"<td[^>]*>([^<]*)</td>", row)[:5] for row in table.split("<tr>")[2:4]]
+    assert rows == [["a", "finished", "8", "8", "0.6112"], ["b", "unfinished", "3", "0", "0.6931"]]
+
+
 @pytest.mark.parametrize(("others", "told"), [("b" * 12, True), ("a" * 12, False)])
 def test_runs_with_other_held_out_pairs_are_told_apart(tmp_path: Path, others: str, told: bool) -> None:
     folders = [
