@@ -177,6 +177,7 @@ def test_evaluate_repeats_the_last_evaluation(launcher: Launcher, undisturbed: L
     run = launcher("evaluated", stage="evaluate")
     assert run.returncode == 0, run.output
     before, again = run.held_out_lines()[-2:]
+    assert again.pop("eval/data") == before.pop("eval/data")
     assert again == pytest.approx(before, rel=1e-6)
     lines = run.metrics()
     start = launcher("evaluated", ["run.resume=never"], stage="evaluate")
