@@ -129,7 +129,7 @@ def _remarks(run: RunRecords) -> Iterator[tuple[str, str]]:
     """(severity, text) of what a reader should know before believing the figures."""
     if run.status.get("state") == "failed":
         yield "error", f"Failed: {run.status.get('reason') or 'no reason was noted'}"
-    elif run.outcome == "unfinished" and run.attempts:
+    elif run.outcome == "unfinished" and (run.attempts or run.status):
         yield "warning", f"No end was noted after step {run.last_step:,}: the run was killed, failed, or still goes on."
     for line in run.unreadable:
         yield "warning", line

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy.typing as npt
 import yaml
 
 from dpo_scale.errors import UserError
+from dpo_scale.training.status import is_alive, read_status
 
 Line = Mapping[str, Any]
 Values = npt.NDArray[np.float64]
@@ -37,7 +39,7 @@ class Attempt:
     outcome: str
     """finished, stopped, or empty where nothing was noted: it was killed, failed, or still runs."""
     ended: float
-    """Seconds since 1970 of its last line."""
+    """Seconds since 1970 of its end, or else of its last logged step."""
     stage_seconds: Mapping[str, float]
 
 
@@ -60,6 +62,8 @@ class RunRecords:
     environment: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
     status: Mapping[str, Any] = field(default_factory=dict)
+    is_alive: bool = False
+    """Whether the process that wrote `status` still trains there."""
     unreadable: tuple[str, ...] = ()
     """What could not be read and why, a line each."""
 
@@ -97,8 +101,9 @@ class RunRecords:
         """How the run stands: finished, stopped, failed, running, or unfinished where nobody knows more."""
         if self.attempts and self.attempts[-1].outcome:
             return self.attempts[-1].outcome
-        state = str(self.status.get("state", ""))
-        return state if state in ("failed", "running") else "unfinished"
+        if self.is_alive:
+            return "running"
+        return "failed" if self.status.get("state") == "failed" else "unfinished"
 
     @property
     def skips(self) -> list[tuple[int, int]]:
@@ -143,8 +148,16 @@ def read_run(folder: Path) -> RunRecords:
         environment=environment,
         data=data,
         status=_document(folder / "status.json", unreadable, optional=True),
+        is_alive=_is_alive(folder),
         unreadable=tuple(unreadable),
     )
+
+
+def _is_alive(folder: Path) -> bool:
+    with suppress(UserError):  # a status of another form
+        status = read_status(folder, "train")
+        return status is not None and status.state == "running" and is_alive(folder, "train", status)
+    return False
 
 
 def _of_one_set(passes: Sequence[Line], trained_beside: str | None) -> list[Line]:
@@ -187,11 +200,10 @@ def _attempts(lines: Sequence[Line]) -> tuple[Attempt, ...]:
     starts = [index for index, line in enumerate(lines) if line.get("event") == "start"]
     found = []
     for index, following in pairwise([*starts, len(lines)]):
-        start, rest = lines[index], list(lines[index + 1 : following])
+        start, rest = lines[index], lines[index + 1 : following]
         end = next((line for line in rest if line.get("event") == "end"), None)
-        if end is not None:
-            rest = rest[: rest.index(end) + 1]  # what follows was written by `evaluate`
-        last = rest[-1] if rest else start
+        steps = [line for line in rest if "loss" in line]  # held-out lines may be of an `evaluate` much later
+        last = end or (steps[-1] if steps else start)
         seconds = end.get("stage_seconds") if end else None
         found.append(
             Attempt(

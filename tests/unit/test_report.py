@@ -139,6 +139,13 @@ def test_a_run_that_never_trained_has_a_page(tmp_path: Path, lines: list[dict[st
     assert "no space left on the disk" in text
 
 
+def test_a_run_that_was_killed_before_its_first_step_is_told(tmp_path: Path) -> None:
+    run = read_run(make_run(tmp_path / "run", [], status={"state": "running", "stage": "scoring"}))
+    text = without_scripts(render([run]))
+    assert 'class="badge unfinished"' in text
+    assert "No end was noted after step 0: the run was killed, failed, or still goes on." in text
+
+
 def test_losses_that_are_no_numbers_are_told(tmp_path: Path) -> None:
     lines = lines_of_a_run(12)
     lines[3]["loss"] = math.nan

@@ -12,6 +12,8 @@ from made_up_runs import BEGAN, SECONDS_A_STEP, event, held_out_line, lines_of_a
 
 from dpo_scale.errors import UserError
 from dpo_scale.operations.run_records import column, read_run
+from dpo_scale.training.run_folder import take_lock
+from dpo_scale.training.status import StatusFile
 
 
 def test_a_finished_run_is_read_whole(tmp_path: Path) -> None:
@@ -78,11 +80,27 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
         read_run(tmp_path)
 
 
-@pytest.mark.parametrize("state", ["failed", "running"])
-def test_a_run_without_an_end_has_the_state_that_it_noted(tmp_path: Path, state: str) -> None:
-    lines = [event("start", 0, resumes=0, world_size=2, host="n"), *lines_of_a_run(8)[2:4]]
-    run = read_run(make_run(tmp_path / "run", lines, status={"state": state, "reason": "disk full"}))
-    assert run.outcome == state
+BEGUN = [event("start", 0, resumes=0, world_size=2, host="n"), *lines_of_a_run(8)[2:4]]
+
+
+def test_a_run_without_an_end_has_the_failure_that_it_noted(tmp_path: Path) -> None:
+    run = read_run(make_run(tmp_path / "run", BEGUN, status={"state": "failed", "reason": "disk full"}))
+    assert run.outcome == "failed"
+
+
+def test_a_run_is_running_as_long_as_its_process_holds_the_lock(tmp_path: Path) -> None:
+    """One that is killed leaves the status that it had."""
+    folder = make_run(tmp_path / "run", BEGUN)
+    StatusFile(folder, "train")
+    lock = take_lock(folder / ".lock")
+    assert read_run(folder).outcome == "running"
+    lock.close()
+    assert read_run(folder).outcome == "unfinished"
+
+
+def test_a_status_of_another_form_is_no_sign_of_life(tmp_path: Path) -> None:
+    run = read_run(make_run(tmp_path / "run", BEGUN, status={"state": "running", "stages": []}))
+    assert run.outcome == "unfinished"
 
 
 def test_a_stop_between_two_logged_lines_counts_the_steps_that_were_made(tmp_path: Path) -> None:
@@ -96,6 +114,13 @@ def test_what_evaluate_adds_after_the_end_belongs_to_no_attempt(tmp_path: Path) 
     run = read_run(make_run(tmp_path / "run", lines))
     assert run.attempts[-1].ended == BEGAN + 40 * SECONDS_A_STEP
     assert run.held_out[-1]["eval/loss"] != 0.123  # the run's own pass of that step stays
+
+
+def test_what_evaluate_adds_after_a_kill_belongs_to_no_attempt(tmp_path: Path) -> None:
+    """It is of the checkpoint, hours later."""
+    run = read_run(make_run(tmp_path / "run", [*BEGUN, held_out_line(1, time=BEGAN + 1e6)]))
+    (attempt,) = run.attempts
+    assert (attempt.last_step, attempt.ended) == (2, BEGAN + 2 * SECONDS_A_STEP)
 
 
 @pytest.mark.parametrize(
