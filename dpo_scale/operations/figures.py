@@ -64,7 +64,7 @@ FIGURES = (
     Figure(
         "loss",
         "Loss",
-        "Starts at ln 2 = 0.693 (dotted), where policy and reference are equal, unless labels are smoothed.",
+        "Starts at ln 2 = 0.693 (dotted) where policy and reference are equal; with label smoothing it cannot reach 0.",
         (Curve("loss", "training", TRAINING), Curve("eval/loss", "held out", HELD_OUT)),
         level=math.log(2),
     ),
@@ -117,6 +117,7 @@ FIGURES = (
         "As the optimizer used it.",
         (Curve("learning_rate", "rate", TRAINING),),
         noisy=False,
+        from_zero=True,
     ),
     Figure(
         "throughput",

@@ -69,15 +69,19 @@ def render(runs: Sequence[RunRecords]) -> str:
         axes=[(axis, AXES[axis]) for axis in axes],
         axis_titles=AXIS_TITLES,
         first_axis="steps",
-        legend="Grey dashes are resumes, red dashes skipped steps." if any(map(_has_marks, runs)) else "",
+        legend=_legend(runs),
         footer=f"dpo_scale {__version__}, {datetime.now().astimezone():%Y-%m-%d %H:%M %Z}",
         plotly_js=Markup(get_plotlyjs()),
         **page,
     )
 
 
-def _has_marks(run: RunRecords) -> bool:
-    return len(run.attempts) > 1 or bool(run.skips)
+def _legend(runs: Sequence[RunRecords]) -> str:
+    """What the lines across the figures mean; empty where there are none."""
+    if not any(len(run.attempts) > 1 or run.skips for run in runs):
+        return ""
+    resumes = "Grey dashes are resumes" if len(runs) == 1 else "Upright dashes in a run's colour are its resumes"
+    return f"{resumes}, red dashes skipped steps."
 
 
 # --- one run

@@ -19,7 +19,7 @@ from dpo_scale.console import Console
 from dpo_scale.operations import conclusion
 from dpo_scale.operations import figures as module
 from dpo_scale.operations.conclusion import conclude, summary, time_by_stage
-from dpo_scale.operations.figures import FIGURES, figure_json, lengths_json, x_values
+from dpo_scale.operations.figures import FIGURES, MARKS, RUNS, figure_json, lengths_json, x_values
 from dpo_scale.operations.report import render
 from dpo_scale.operations.run_records import RunRecords, read_run
 
@@ -115,6 +115,23 @@ def test_a_page_shows_the_run(run: RunRecords) -> None:
         "rejected:  may I? certainly<mark>&lt;/s&gt;</mark>",
     ):
         assert expected in text, expected
+
+
+def test_the_legend_names_the_colours_that_are_drawn(run: RunRecords) -> None:
+    """Of one run resumes are grey; of several they are in the run's colour."""
+    alone, beside = (figure_json(LOSS, runs)["traces"] for runs in ([run], [run, run]))  # type: ignore[index]
+    colours = [{trace["line"]["color"] for trace in traces if trace["name"] == "resumes"} for traces in (alone, beside)]
+    assert colours == [{MARKS["resumes"]}, set(RUNS[:2])]
+    assert "Grey dashes are resumes, red dashes skipped" in render([run])
+    assert "Upright dashes in a run&#39;s colour are its resumes, red dashes skipped" in render([run, run])
+
+
+def test_a_learning_rate_that_was_logged_once_is_drawn_from_zero(tmp_path: Path) -> None:
+    """Around a single value plotly.js would draw from one below it to one above."""
+    rate = next(figure for figure in FIGURES if figure.name == "learning_rate")
+    found = figure_json(rate, [read_run(make_run(tmp_path / "run", [training_line(1, random.Random(0))]))])
+    assert found is not None
+    assert found["layout"]["yaxis"]["rangemode"] == "tozero"
 
 
 def test_hostile_names_are_text(tmp_path: Path) -> None:
