@@ -60,7 +60,7 @@ def _rows(run: RunRecords, stage_seconds: Mapping[str, float]) -> Iterator[tuple
     if run.held_out:
         parts = []
         for key, name in (("loss", "loss"), ("rewards/margin", "margin"), ("rewards/accuracy", "accuracy")):
-            values = [f"{value:.3f}" for value in column(run.held_out, f"eval/{key}")]
+            values = [f"{value:.3f}" for value in run.held_out_values(key)] or ["?"]
             parts.append(f"{name} {' to '.join(dict.fromkeys((values[0], values[-1])))}")
         yield "Held out", ", ".join(parts)
     if run.about_other_passes:

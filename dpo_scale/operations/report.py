@@ -19,7 +19,7 @@ from dpo_scale.console import duration
 from dpo_scale.errors import UserError
 from dpo_scale.files import write_whole
 from dpo_scale.operations.figures import DASHES, FIGURES, RUNS, figure_json, lengths_json, x_values
-from dpo_scale.operations.run_records import RunRecords, column, read_run
+from dpo_scale.operations.run_records import RunRecords, column, read_run, told_apart
 
 SHOWN_SAMPLES, SHOWN_PROMPT, SHOWN_COMPLETION = 3, 40, 60
 """Pairs, and tokens of their prompts and completions, that are shown in full."""
@@ -53,9 +53,11 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
 
 def render(runs: Sequence[RunRecords]) -> str:
     """The page of one run, or of several."""
+    runs = told_apart(runs)
     positions = [x_values(run) for run in runs]
+    trained = [place["training"] for run, place in zip(runs, positions, strict=True) if run.training]
     figures = [drawn for figure in FIGURES if (drawn := figure_json(figure, runs)) is not None]
-    axes = [axis for axis in AXES if all(axis in place["training"] for place in positions if place)]
+    axes = [axis for axis in AXES if all(axis in place for place in trained)] if trained else ["steps"]
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     template = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True).get_template(
         "report.html.jinja"
@@ -106,9 +108,8 @@ def _tiles(run: RunRecords) -> Iterator[dict[str, str]]:
         epoch = last.get("epoch")
         yield _tile("steps", f"{run.last_step:,}", f"{epoch:.2f} epochs" if isinstance(epoch, float) else "")
     for key, name in (("loss", "held-out loss"), ("rewards/accuracy", "held-out accuracy")):
-        values = column(run.held_out, f"eval/{key}")
-        values = values[[math.isfinite(value) for value in values]]
-        if len(values):
+        values = run.held_out_values(key)
+        if values:
             yield _tile(name, f"{values[-1]:.4g}", f"from {values[0]:.4g}" if len(values) > 1 else "")
     if "rewards/margin" in last:
         yield _tile("margin", _number(last["rewards/margin"]), "training, last interval")

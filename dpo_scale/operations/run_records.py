@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -67,11 +68,15 @@ class RunRecords:
     unreadable: tuple[str, ...] = ()
     """What could not be read and why, a line each."""
 
+    name_parts: int = 1
+    """How many folders of its path its name has at least."""
+
     @property
     def name(self) -> str:
-        """The folder's name; that of its parent too where it is as common as `run`."""
+        """The end of the folder's path; that of its parent too where it is as common as `run`."""
         path = self.folder.resolve()
-        return f"{path.parent.name}/{path.name}" if path.name in ("run", "output", "out") else path.name
+        parts = max(self.name_parts, 2 if path.name in ("run", "output", "out") else 1)
+        return "/".join(path.parts[1:][-parts:])
 
     @property
     def held_out_pairs(self) -> str:
@@ -81,6 +86,19 @@ class RunRecords:
         line = self.held_out[-1]
         noted = "eval/data" in line
         return f"{line.get('eval/pairs')} pairs ({line['eval/data']})" if noted else "pairs that were not noted"
+
+    def held_out_values(self, key: str) -> list[float]:
+        """A metric of the held-out passes, where it is a number.
+
+        Not an accuracy before the first step where another is known: of a policy that equals its reference it is
+        rounding.
+        """
+        values = column(self.held_out, f"eval/{key}")
+        pairs = zip(self.held_out, values.tolist(), strict=True)
+        by_step = {line["step"]: value for line, value in pairs if math.isfinite(value)}
+        if key == "rewards/accuracy" and self.recipe.get("reference", {}).get("path") is None and len(by_step) > 1:
+            by_step.pop(0, None)
+        return list(by_step.values())
 
     @property
     def about_other_passes(self) -> str:
@@ -115,6 +133,16 @@ class RunRecords:
                 found.append((int(line["step"]), int(count - before)))
             before = count if math.isfinite(count) else before
         return found
+
+
+def told_apart(runs: Sequence[RunRecords]) -> list[RunRecords]:
+    """Runs with names that differ: the same ones get more folders of their paths, as few as it takes."""
+    depth = max(len(run.folder.resolve().parts) for run in runs)
+    named = list(runs)
+    for parts in range(2, depth):
+        counts = Counter(run.name for run in named)
+        named = [replace(run, name_parts=parts) if counts[run.name] > 1 else run for run in named]
+    return named
 
 
 def column(lines: Sequence[Line], name: str) -> Values:

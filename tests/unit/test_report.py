@@ -115,6 +115,7 @@ def test_a_page_shows_the_run(run: RunRecords) -> None:
         "rejected:  may I? certainly<mark>&lt;/s&gt;</mark>",
     ):
         assert expected in text, expected
+    assert "<span>from 0.5</span>" not in text  # of accuracy before the first step, which is rounding
 
 
 def test_the_legend_names_the_colours_that_are_drawn(run: RunRecords) -> None:
@@ -132,6 +133,18 @@ def test_a_learning_rate_that_was_logged_once_is_drawn_from_zero(tmp_path: Path)
     found = figure_json(rate, [read_run(make_run(tmp_path / "run", [training_line(1, random.Random(0))]))])
     assert found is not None
     assert found["layout"]["yaxis"]["rangemode"] == "tozero"
+
+
+def test_a_run_that_logged_no_step_takes_no_axis_from_the_others(run: RunRecords, tmp_path: Path) -> None:
+    begun = read_run(make_run(tmp_path / "begun", [held_out_line(0), event("start", 0)]))
+    text = without_scripts(render([run, begun]))
+    assert re.findall(r'data-axis="(\w+)"', text) == ["steps", "hours", "tokens"]
+    assert re.findall(r'data-axis="(\w+)"', without_scripts(render([begun, begun]))) == ["steps"]
+
+
+def test_runs_of_one_name_are_told_apart_on_a_page(tmp_path: Path) -> None:
+    folders = [make_run(tmp_path / name / "seed0", lines_of_a_run(8)) for name in ("beta1", "beta2")]
+    assert "beta1/seed0, beta2/seed0" in without_scripts(render([read_run(folder) for folder in folders]))
 
 
 def test_hostile_names_are_text(tmp_path: Path) -> None:
@@ -238,6 +251,7 @@ def test_last_words_name_what_was_done_and_where_it_is(run: RunRecords) -> None:
     lines = summary(run, {"Training": 3600.0, "Saving the checkpoint": 30.0})
     assert lines[0] == "Finished    200 steps, 25,600 pairs, 12,000,000 tokens in 3 starts"
     assert "Held out    loss 0.693 to 0.17" in lines[1]
+    assert "accuracy 0.500" not in lines[1]
     assert lines[3] == "Time        1 h: training 1 h, saving the checkpoint 30 s"
     assert lines[-1] == f"Checkpoint  {run.folder / 'checkpoints' / 'step-00000200'}"
 

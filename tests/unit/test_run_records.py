@@ -11,7 +11,7 @@ import pytest
 from made_up_runs import BEGAN, SECONDS_A_STEP, event, held_out_line, lines_of_a_run, make_run
 
 from dpo_scale.errors import UserError
-from dpo_scale.operations.run_records import column, read_run
+from dpo_scale.operations.run_records import column, read_run, told_apart
 from dpo_scale.training.run_folder import take_lock
 from dpo_scale.training.status import StatusFile
 
@@ -58,6 +58,40 @@ def test_missing_keys_and_values_that_are_no_numbers_are_nan() -> None:
     assert actual[0] == 1
     assert all(map(math.isnan, actual[1:5]))
     assert actual[5] == math.inf
+
+
+@pytest.mark.parametrize(
+    ("folders", "expected"),
+    [
+        (["a/seed0", "a/seed1"], ["seed0", "seed1"]),
+        (["beta1/seed0", "beta2/seed0", "beta2/seed1"], ["beta1/seed0", "beta2/seed0", "seed1"]),
+        (["x/b/c", "y/b/c", "y/c"], ["x/b/c", "y/b/c", "y/c"]),
+        (["a/run", "b/run", "c/a/run"], ["sweep/a/run", "b/run", "c/a/run"]),
+    ],
+)
+def test_runs_of_one_name_get_as_much_of_their_path_as_tells_them_apart(
+    tmp_path: Path, folders: list[str], expected: list[str]
+) -> None:
+    runs = [read_run(make_run(tmp_path / "sweep" / folder, [])) for folder in folders]
+    assert [run.name for run in told_apart(runs)] == expected
+
+
+def test_a_run_that_is_given_twice_has_its_name_twice(tmp_path: Path) -> None:
+    run = read_run(make_run(tmp_path / "run", []))
+    assert len({twin.name for twin in told_apart([run, run])}) == 1
+
+
+@pytest.mark.parametrize(("reference", "expected"), [(None, [0.6, 0.8]), ("another", [0.5156, 0.6, 0.8])])
+def test_an_accuracy_before_the_first_step_is_rounding_where_policy_and_reference_are_equal(
+    tmp_path: Path, reference: str | None, expected: list[float]
+) -> None:
+    key = "eval/rewards/accuracy"
+    lines = [held_out_line(step, **{key: value}) for step, value in ((0, 0.5156), (2, 0.6), (3, math.nan), (4, 0.8))]
+    folder = make_run(tmp_path / "run", lines, recipe={"reference": {"path": reference}})
+    assert read_run(folder).held_out_values("rewards/accuracy") == expected
+    assert len(read_run(folder).held_out_values("loss")) == 4
+    (folder / "metrics.jsonl").write_text(json.dumps(lines[0]))
+    assert read_run(folder).held_out_values("rewards/accuracy") == [0.5156]
 
 
 def test_an_empty_run_is_a_run(tmp_path: Path) -> None:
