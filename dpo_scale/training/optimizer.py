@@ -28,20 +28,20 @@ def learning_rate(step: int, num_steps: int, optim: OptimSection) -> float:
     return optim.learning_rate * (1 + math.cos(math.pi * progress)) / 2
 
 
-def is_decayed(parameter: nn.Parameter) -> bool:
-    """Whether weight decay applies: to matrices, not to norms and biases.
+def is_decayed(name: str, parameter: nn.Parameter) -> bool:
+    """Whether weight decay applies: to matrices, not to norms and biases, of which those of experts are stacked.
 
     The true shape of a parameter that ZeRO-3 has sharded is its `ds_shape`.
     """
-    return len(getattr(parameter, "ds_shape", parameter.shape)) > 1
+    return len(getattr(parameter, "ds_shape", parameter.shape)) > 1 and not name.endswith("bias")
 
 
 def build_optimizer(model: nn.Module, optim: OptimSection) -> torch.optim.Optimizer:
     """AdamW with decoupled weight decay (Loshchilov & Hutter 2019, arXiv 1711.05101) in two groups."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    parameters = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     groups: list[dict[str, Any]] = [
         {
-            "params": [p for p in parameters if is_decayed(p) == decayed],
+            "params": [p for name, p in parameters if is_decayed(name, p) == decayed],
             "weight_decay": optim.weight_decay if decayed else 0.0,
         }
         for decayed in (True, False)

@@ -78,6 +78,13 @@ def test_decay_spares_norms_and_biases() -> None:
     assert _decay_of_names(model, optimizer) == EXPECTED_DECAY
 
 
+def test_decay_spares_the_stacked_biases_of_experts() -> None:
+    """A row an expert, as gpt-oss has them."""
+    experts = nn.ParameterDict({"gate_up_proj": torch.ones(2, 3, 4), "gate_up_proj_bias": torch.ones(2, 4)})
+    optimizer = build_optimizer(experts, OptimSection(weight_decay=0.1))
+    assert _decay_of_names(experts, optimizer) == {"gate_up_proj": 0.1, "gate_up_proj_bias": 0.0}
+
+
 def test_decay_goes_by_the_true_shape_of_a_sharded_parameter() -> None:
     """ZeRO-3 leaves an empty vector in its place."""
     model = _model()
