@@ -35,6 +35,13 @@ DTYPES = {
 }
 
 
+WITHOUT_GATE = frozenset({
+    "apertus", "apertus1p5_text", "arcee", "biogpt", "bloom", "codegen", "falcon", "gpt2", "gpt_bigcode", "gpt_neo",
+    "gpt_neox", "gpt_neox_japanese", "gptj", "jais2", "mpt", "nanochat", "nemotron", "openai-gpt", "opt", "persimmon",
+    "phi", "starcoder2", "xglm",
+})  # fmt: skip
+"""Kinds of models whose feed-forwards have two matrices, up and down; those of others have a gate beside them."""
+
 WEIGHTS = ["*.safetensors", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack"]
 """Files of a hub model that only a run needs."""
 NEVER_NEEDED = ["*.gguf", "*.onnx", "original/*"]
@@ -178,9 +185,10 @@ def cost_model(config: Any) -> CostModel:
     hidden, layers, heads = setting("hidden_size"), setting("num_hidden_layers"), setting("num_attention_heads")
     head_size = setting("head_dim") or hidden // max(heads, 1)
     kv_heads = setting("num_key_value_heads") or heads
+    matrices = 2 if text.model_type in WITHOUT_GATE else 3
     attention = 2 * hidden * head_size * (heads + kv_heads) if heads else 0
     return CostModel(
-        per_token=max(1, layers * attention + 3 * hidden * _feed_forward_width(text)),
+        per_token=max(1, layers * attention + matrices * hidden * _feed_forward_width(text)),
         per_scored_token=hidden * text.vocab_size,
         per_attended_position=2 * layers * heads * head_size,
     )

@@ -13,7 +13,8 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from dpo_scale.data.token_pairs import TokenPair, TokenPairs
 from dpo_scale.inputs import Data
-from dpo_scale.model.loading import cost_model
+from dpo_scale.model.last_layer import decoder_layers
+from dpo_scale.model.loading import WITHOUT_GATE, cost_model
 
 ROUTERS = ("gate.weight", "shared_expert_gate.weight")
 """What sends a token to its experts is left out: a vector an expert."""
@@ -43,6 +44,28 @@ def test_work_a_token_is_that_of_the_weights_it_passes(model_type: str) -> None:
             share = config.num_experts_per_tok / getattr(config, "num_experts", 4) if in_experts else 1
             passed += share * math.prod(parameter.shape)
     assert cost_model(config).per_token == pytest.approx(passed)
+
+
+UNGATED: dict[str, dict[str, Any]] = {
+    "biogpt": {"intermediate_size": 128},
+    "falcon": {"multi_query": False},
+    "gpt_bigcode": {"multi_query": False},
+    "gpt_neo": {"attention_types": [[["global"], 1]]},
+    "opt": {"ffn_dim": 128},
+    "xglm": {"ffn_dim": 128},
+}
+"""What a tiny configuration needs beside the usual."""
+
+
+@pytest.mark.parametrize("model_type", sorted(WITHOUT_GATE & set(CONFIG_MAPPING)))
+def test_feed_forwards_without_a_gate_have_two_matrices(model_type: str) -> None:
+    size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 4}
+    config = AutoConfig.for_model(model_type, **size, **UNGATED.get(model_type, {})).get_text_config()
+    with torch.device("meta"):
+        layers = decoder_layers(AutoModelForCausalLM.from_config(config))
+    assert layers is not None
+    passed = sum(math.prod(p.shape) for p in layers.parameters() if p.ndim > 1)
+    assert cost_model(config).per_token == passed
 
 
 @pytest.mark.parametrize("model_type", ["mamba", "mamba2", "falcon_mamba", "gemma3n_text", "gemma4_text", "jamba"])
