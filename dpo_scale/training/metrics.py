@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import resource
 import sys
 import time
@@ -29,8 +30,17 @@ AVERAGES = (
 )
 """Means over pairs. logps/accuracy is the share of pairs whose chosen completion the policy alone finds likelier."""
 
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
-"""Dense bf16 peak of a GPU, from NVIDIA's data sheets, by a part of its name."""
+PEAK_FLOPS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200 NVL": 835e12,
+    "H200": 989e12,
+    "GH200": 989e12,
+    "A100": 312e12,
+    "B200": 2250e12,
+}
+"""Dense bf16 peak of a GPU, from NVIDIA's data sheets, by words of its name; the first whose words are all in it."""
 
 
 class MetricSums:
@@ -92,6 +102,14 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
+def peak_flops(gpu: str) -> float | None:
+    """Dense bf16 peak of a GPU by its name; None where it is not known, as of a part of a GPU that is shared (MIG)."""
+    words = set(re.split(r"[\s-]+", gpu))
+    if "MIG" in words:
+        return None
+    return next((flops for name, flops in PEAK_FLOPS.items() if words >= set(name.split())), None)
+
+
 def model_flops_utilization(macs: float, seconds: float, world_size: int, device: torch.device) -> float | None:
     """Share of the GPUs' dense bf16 peak that went into the model.
 
@@ -100,8 +118,7 @@ def model_flops_utilization(macs: float, seconds: float, world_size: int, device
     """
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    peak = next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+    peak = peak_flops(torch.cuda.get_device_name(device))
     return None if peak is None else 6 * macs / (seconds * world_size * peak)
 
 

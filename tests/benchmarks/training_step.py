@@ -55,7 +55,7 @@ from dpo_scale.model.loading import cost_model
 from dpo_scale.operations.memory import peak, training_moments
 from dpo_scale.operations.memory_trace import build_meta_model, micro_batch_shape
 from dpo_scale.operations.zero_memory import ZeroSettings
-from dpo_scale.training.metrics import PEAK_FLOPS
+from dpo_scale.training.metrics import peak_flops
 
 OURS = ("shared", "packed", "padded")
 COLUMNS = (
@@ -262,10 +262,8 @@ def _planned_mib(model: Path, layout: Layout, lengths: np.ndarray, settings: Set
 
 
 def _mfu(work: float, seconds: float, processes: int) -> float | None:
-    if not torch.cuda.is_available():
-        return None
-    peak = next(flops for name, flops in PEAK_FLOPS.items() if name in torch.cuda.get_device_name())
-    return 6 * work / (seconds * processes * peak)
+    peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    return None if peak is None else 6 * work / (seconds * processes * peak)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from dpo_scale.console import Console
 from dpo_scale.distributed.lockstep import OneProcess
 from dpo_scale.objectives import PairLogProbs
 from dpo_scale.training.checkpoints import RunState
-from dpo_scale.training.metrics import MetricsFile, MetricSums, model_flops_utilization, peak_memory_gib
+from dpo_scale.training.metrics import MetricsFile, MetricSums, model_flops_utilization, peak_flops, peak_memory_gib
 from dpo_scale.training.records import Records
 
 CPU = torch.device("cpu")
@@ -208,6 +208,28 @@ def test_utilization_counts_six_flops_a_multiply_accumulate(monkeypatch: pytest.
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Unheard Of")
     assert model_flops_utilization(1e12, 1.0, 1, torch.device("cuda")) is None
     assert model_flops_utilization(1e12, 1.0, 1, CPU) is None
+
+
+@pytest.mark.parametrize(
+    ("gpu", "expected"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H200 NVL", 835e12),
+        ("NVIDIA GH200 480GB", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A100-PCIE-40GB", 312e12),
+        ("NVIDIA A100 80GB PCIe", 312e12),
+        ("NVIDIA B200", 2250e12),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA GB200", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+    ],
+)
+def test_a_peak_goes_by_whole_words_of_a_gpus_name(gpu: str, expected: float | None) -> None:
+    assert peak_flops(gpu) == expected
 
 
 def test_peak_memory_is_that_of_the_process() -> None:
