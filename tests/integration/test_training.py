@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from dpo_scale.cli import main
 from dpo_scale.files import write_json
+from dpo_scale.operations.run_records import read_run
 from dpo_scale.training.checkpoints import open_checkpoint
 from dpo_scale.training.status import FINISHED, UNFINISHED, USER_ERROR, committed_step
 
@@ -179,12 +180,16 @@ def test_evaluate_repeats_the_last_evaluation(launcher: Launcher, undisturbed: L
     before, again = run.held_out_lines()[-2:]
     assert again.pop("eval/data") == before.pop("eval/data")
     assert again == pytest.approx(before, rel=1e-6)
-    lines = run.metrics()
-    start = launcher("evaluated", ["run.resume=never"], stage="evaluate")
+    lines, recipe = run.metrics(), (run.folder / "recipe.yaml").read_bytes()
+    other_pairs = f"data.evaluate={launcher.base['data']['train']}"
+    start = launcher("evaluated", ["run.resume=never", other_pairs], stage="evaluate")
     assert start.returncode == 0, start.output
     assert f"Of no checkpoint of this run, but of {launcher.base['model']['path']}:" in start.output
     assert start.metrics()[:-1] == lines  # it adds a line, and drops none
     assert start.metrics()[-1]["step"] == 0
+    records = read_run(start.folder)
+    assert (records.other_passes, records.held_out[0]["eval/loss"]) == (1, lines[0]["eval/loss"])
+    assert (start.folder / "recipe.yaml").read_bytes() == recipe
 
 
 def test_a_held_out_pair_over_the_budget_ends_a_run_before_anything_is_scored(launcher: Launcher) -> None:
