@@ -159,7 +159,7 @@ def test_a_held_out_line_says_of_which_pairs_it_is(monkeypatch: pytest.MonkeyPat
     run.data.evaluate = make_pairs(2)
     tracked: list[dict[str, Any]] = []
     file = MetricsFile(tmp_path / "metrics.jsonl")
-    run.records = Records(OneRank(), run.console, file, lambda values, step: tracked.append(values))
+    run.records = Records(OneProcess(), run.console, file, lambda values, step: tracked.append(values))
     run.evaluate()
     line = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert (line["eval/pairs"], line["eval/data"]) == (2, make_pairs(2).digest()[:12])
