@@ -90,6 +90,39 @@ def test_values_and_gradients_equal_fp64_autograd(
         assert gap < gradient_tolerance
 
 
+class PlainKernels:
+    """What the GPU's kernels of the head compute; `interpreted_kernels.py` holds those against their definition."""
+
+    @staticmethod
+    def log_softmax_at(logits_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:
+        return logits_CV.log_softmax(-1).gather(1, targets_C[:, None])[:, 0], logits_CV.logsumexp(-1)
+
+    @staticmethod
+    def softmax_less_target(logits_CV: Tensor, targets_C: Tensor, lse_C: Tensor, dtype: torch.dtype) -> Tensor:
+        one_hot_CV = torch.nn.functional.one_hot(targets_C, logits_CV.shape[1])
+        return ((logits_CV - lse_C[:, None]).exp() - one_hot_CV).to(dtype)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+def test_values_and_gradients_over_kernels_equal_fp64_autograd(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over several chunks, in the way of a GPU: which kernels go over the logits is all that a CPU lacks of it."""
+
+    class Head(log_probs._Head):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            self.kernels = PlainKernels  # type: ignore[assignment]
+
+    monkeypatch.setattr(log_probs, "_Head", Head)
+    hidden, weight, _, targets, grad = _operands(torch.float32, bias=False)
+    expected, expected_gradients = _oracle(hidden, weight, None, targets, grad, LogitTransform(scale))
+    actual = ChunkedLogProbs.apply(hidden, weight, None, targets, LogitTransform(scale))
+    assert (actual - expected).abs().max() < 1e-5
+    for leaf, oracle in zip(
+        torch.autograd.grad(actual, [hidden, weight], grad.to(actual.dtype)), expected_gradients, strict=True
+    ):
+        assert (leaf - oracle).abs().max() < 1e-5 * oracle.abs().max()
+
+
 def test_the_weight_gradient_is_accumulated_in_fp32_over_chunks() -> None:
     """Sums of bfloat16 chunks would be off by several roundings; one rounding at the end is half a unit."""
     hidden, weight, _, targets, grad = _operands(torch.bfloat16, bias=False)
