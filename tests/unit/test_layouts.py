@@ -151,6 +151,8 @@ def test_moving_moves_every_tensor(layout: Layout) -> None:
         tensors += [batch.segments.cu_queries, batch.segments.cu_keys]
         assert batch.segments.key_index is None or isinstance(batch.segments.key_index, Tensor)
         assert batch.segments.key_index is None or batch.segments.key_index.is_meta
+        assert batch.segments.read is not None
+        tensors.append(batch.segments.read)
         assert batch.segments.max_queries > 0
     assert all(tensor.is_meta for tensor in tensors)
 
