@@ -191,9 +191,7 @@ def plan_step(pairs: Indices, costs: Costs, *, world_size: int, rank_tokens: int
     layer, and the ranks' totals are balanced too.
     """
     assert int(costs.tokens_alone[pairs].max()) <= rank_tokens, "a pair is over the budget"
-    count = 1  # where the longest row sets the width, the sum says little
-    if not costs.padded_rows:
-        count = max(1, math.ceil(int(costs.tokens[pairs].sum()) / (rank_tokens * world_size)))
+    count = math.ceil(int(costs.tokens_alone[pairs].sum()) / (rank_tokens * world_size))
     while True:
         bins = _pack(pairs, costs, count * world_size, rank_tokens)
         if bins is not None:

@@ -221,12 +221,12 @@ def test_the_heavier_of_two_micro_batches_goes_to_the_rank_that_is_behind() -> N
 
 
 def test_costs_are_those_of_the_layouts() -> None:
-    lengths = np.array([[10, 4, 6], [3, 5, 0]])
+    lengths = np.array([[10, 4, 6], [3, 5, 0], [5, 1, 1]])
     cost = CostModel(per_token=1.0, per_scored_token=100.0, per_attended_position=10000.0)
     shared, packed, padded = (layout_costs(lengths, layout, cost) for layout in LAYOUTS)
-    assert shared.tokens.tolist() == [20, 8]
-    assert packed.tokens.tolist() == [30, 8]
-    assert padded.tokens.tolist() == [16, 8]
+    assert shared.tokens.tolist() == [20, 8, 7]
+    assert packed.tokens.tolist() == [30, 8, 12]
+    assert padded.tokens.tolist() == [16, 8, 6]
     assert (shared.padded_rows, packed.padded_rows, padded.padded_rows) == (0, 0, 2)
     # prompt^2/2 + prompt*completion + completion^2/2 for each completion
     assert shared.work[0] == 20 + 1000 + 10000 * (50 + 40 + 8 + 60 + 18)
@@ -270,6 +270,12 @@ def test_a_pass_begins_with_its_largest_micro_batch() -> None:
     plan = plan_pass(costs, world_size=4, rank_tokens=8192)
     work = [sum(costs.work[part].sum() for part in round_) for round_ in plan.micro_batches]
     assert work == sorted(work, reverse=True)
+
+
+def test_a_pass_fills_its_micro_batches_to_the_last_token() -> None:
+    costs = Costs(tokens=np.array([4, 4, 4]), work=np.array([3.0, 2.0, 1.0]))
+    plan = plan_pass(costs, world_size=1, rank_tokens=8)
+    assert [[part.tolist() for part in round_] for round_ in plan.micro_batches] == [[[0, 1]], [[2]]]
 
 
 def test_a_pass_over_nothing_has_no_micro_batches() -> None:
