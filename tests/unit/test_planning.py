@@ -213,6 +213,18 @@ def test_costs_of_many_items_are_worked_out_in_blocks(monkeypatch: pytest.Monkey
         np.testing.assert_array_equal(costs.work, expected.work)
 
 
+def test_what_balance_leaves_no_room_for_is_packed_to_the_last_token() -> None:
+    costs = Costs(tokens=np.array([6, 4, 5, 5]), work=np.array([1.0, 1.0, 10.0, 10.0]))
+    plan = _plan(costs, world_size=1, rank_tokens=10)
+    assert sorted(part.tolist() for (part,) in plan.micro_batches) == [[0, 1], [2, 3]]
+
+
+def test_a_micro_batch_without_room_for_one_pair_takes_a_smaller_one() -> None:
+    costs = Costs(tokens=np.array([2, 8, 7, 2]), work=np.array([10.0, 8.0, 3.0, 1.0]))
+    plan = _plan(costs, world_size=1, rank_tokens=10)
+    assert sorted(part.tolist() for (part,) in plan.micro_batches) == [[0, 2], [1, 3]]
+
+
 def test_the_heavier_of_two_micro_batches_goes_to_the_rank_that_is_behind() -> None:
     costs = Costs(tokens=np.array([9, 9, 9, 9]), work=np.array([10.0, 6.0, 4.0, 1.0]))
     plan = _plan(costs, world_size=2, rank_tokens=9)
