@@ -22,7 +22,7 @@ def learning_rate(step: int, num_steps: int, optim: OptimSection) -> float:
         return optim.learning_rate * (step + 1) / warmup
     if optim.schedule == "constant":
         return optim.learning_rate
-    progress = (step - warmup) / max(1, num_steps - warmup)
+    progress = (step - warmup) / (num_steps - warmup)
     if optim.schedule == "linear":
         return optim.learning_rate * (1 - progress)
     return optim.learning_rate * (1 + math.cos(math.pi * progress)) / 2
