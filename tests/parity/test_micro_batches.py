@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,11 +11,11 @@ import torch
 from one_process_policy import OneProcessPolicy, reference_of
 from plain_dpo import assert_same_gradients, gradients, plain_losses
 from tiny_llamas import LENGTHS, our_llama, plain_llama, random_pairs
-from torch import Tensor
+from torch import Tensor, nn
 
 from dpo_scale.data.layouts import Layout, PromptCompletions, collate
 from dpo_scale.data.planning import CostModel, Schedule, StepPlan, layout_costs, plan_step
-from dpo_scale.data.token_pairs import TokenPairs
+from dpo_scale.data.token_pairs import TokenPair, TokenPairs
 from dpo_scale.distributed.lockstep import OneProcess
 from dpo_scale.recipe import LossSection
 from dpo_scale.training.metrics import MetricSums
@@ -23,7 +23,7 @@ from dpo_scale.training.step import PairBatch, pair_batches, run_step
 
 CPU = torch.device("cpu")
 POLICY, REFERENCE = 1, 2
-LOSS = LossSection(beta=2.0, reduction="mean")
+LOSS = LossSection(beta=2.0, reduction="mean", label_smoothing=0.01)
 
 
 def batches_of(pairs: TokenPairs, sizes: Sequence[int], layout: Layout = "shared") -> list[PairBatch]:
@@ -45,6 +45,18 @@ def gradients_of(
     return policy.gradients, sums.reduce(OneProcess())
 
 
+def plain_loss(policy: nn.Module, pairs: Iterable[TokenPair]) -> Tensor:
+    """The mean loss of the pairs in its plain form."""
+    return plain_losses(
+        policy,
+        plain_llama(REFERENCE),
+        pairs,
+        beta=LOSS.beta,
+        reduction=LOSS.reduction,
+        label_smoothing=LOSS.label_smoothing,
+    ).mean()
+
+
 @pytest.mark.parametrize("sizes", [[8], [4, 4], [1] * 8, [5, 1, 2]], ids=str)
 @pytest.mark.parametrize("layout", ["shared", "padded"])
 def test_unequal_micro_batches_give_the_mean_over_all_pairs(sizes: list[int], layout: Layout) -> None:
@@ -52,7 +64,7 @@ def test_unequal_micro_batches_give_the_mean_over_all_pairs(sizes: list[int], la
     actual, metrics = gradients_of(pairs, batches_of(pairs, sizes, layout), len(pairs))
 
     policy = plain_llama(POLICY)
-    expected = plain_losses(policy, plain_llama(REFERENCE), pairs, beta=LOSS.beta, reduction=LOSS.reduction).mean()
+    expected = plain_loss(policy, pairs)
     expected.backward()
     assert_same_gradients(actual, gradients(policy), 1e-6)
     assert metrics["loss"] == pytest.approx(expected.item(), rel=1e-6)
@@ -71,7 +83,7 @@ def test_a_filler_of_weight_zero_changes_nothing() -> None:
 def test_a_filler_is_the_shortest_pair_of_its_round_and_looked_for_in_that_alone() -> None:
     """There may be millions of others."""
     pairs = random_pairs()
-    plan = StepPlan(0, 3, (tuple(np.array(indices, np.int64) for indices in ([3, 1], [], [2], [])),))
+    plan = StepPlan(0, 3, (tuple(np.array(indices, np.int64) for indices in ([1, 3], [], [2], [])),))
     totals = pairs.lengths.sum(axis=1)
     looked_at: list[int] = []
 
@@ -113,6 +125,5 @@ def test_ranks_and_token_budgets_give_the_mean_over_the_steps_true_pairs(
     actual = {name: torch.stack([part[name] for part in parts]).sum(0) for name in parts[0]}
 
     policy = plain_llama(POLICY)
-    chosen = [pairs[int(index)] for index in members]
-    plain_losses(policy, plain_llama(REFERENCE), chosen, beta=LOSS.beta, reduction=LOSS.reduction).mean().backward()
+    plain_loss(policy, [pairs[int(index)] for index in members]).backward()
     assert_same_gradients(actual, gradients(policy), 1e-6)
