@@ -16,6 +16,7 @@ from dpo_scale.training.guards import (
     check_first_step,
     check_held_out,
     check_weights,
+    explain_non_finite,
     first_step_gap,
 )
 
@@ -26,6 +27,24 @@ def test_weights_that_are_not_finite_on_one_rank_stop_all() -> None:
     assert isinstance(first, NumericalError)
     assert str(first) == str(second)
     assert str(first).startswith("step 7: the weights are not finite any more (head), and nothing is committed")
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all_though_the_scale_may_be_lowered() -> None:
+    pairs: Any = [SimpleNamespace(row="pairs.jsonl:1"), SimpleNamespace(row="pairs.jsonl:2")]
+    batches: Any = [SimpleNamespace(pairs=[0]), SimpleNamespace(pairs=[1])]
+
+    def explain(ranks: Any) -> None:
+        losses = torch.tensor([1.0, float("nan") if ranks.rank == faulty else 1.0])
+        output: Any = SimpleNamespace(micro_losses=tuple(losses), grad_norm=float("nan"))
+        explain_non_finite(7, batches, output, pairs, ranks, may_rescale=True)
+
+    faulty = 1
+    first, second = on_ranks(2, explain)
+    assert isinstance(first, NumericalError)
+    assert str(first) == str(second)
+    assert "\n  rank 1: pairs.jsonl:2\n" in str(first)
+    faulty = -1
+    assert on_ranks(2, explain) == [None, None]
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])
