@@ -24,7 +24,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from dpo_scale import files
 from dpo_scale.data.token_pairs import TokenPair, TokenPairs
@@ -149,6 +149,15 @@ def test_the_index_equals_a_dict_under_random_additions() -> None:
     assert len(index._tables) <= 10
 
 
+def test_keys_are_found_in_the_part_that_theirs_were_merged_into() -> None:
+    keys, index = _keys(range(9)), KeyIndex()
+    index.add([keys[:3], keys[3:6], keys[6:]], 0)
+    index.move({2: 0, 0: 3}, 7)
+    parts, rows = index.find(keys)
+    assert parts.tolist() == [7, 7, 7, 1, 1, 1, 7, 7, 7]
+    assert rows.tolist() == [3, 4, 5, 0, 1, 2, 0, 1, 2]
+
+
 def test_a_million_rows_are_indexed_in_seconds(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     num_rows, part_rows = 1_000_000, 50_000
@@ -195,7 +204,7 @@ def test_sums_are_float64_sums_of_the_rows_in_the_order_asked_for(tmp_path: Path
     store = ReferenceStore.open(tmp_path, FINGERPRINT)
     for start in range(0, 40, 10):
         _append(store, range(start, start + 10))
-    numbers = [39, 0, 14, 7, 22, 14, 6]  # 0, 14 and 7 are empty rows
+    numbers = [34, 0, 14, 7, 24, 14, 6]  # 0, 14 and 7 are empty rows; the sums of 34 and 24 are rounded in fp32
     sums, counts = store.sums_and_counts(_keys(numbers))
     expected_sums = [math.fsum(row.tolist()) for row in _rows(numbers)]
     np.testing.assert_allclose(sums, expected_sums, rtol=1e-15)
@@ -306,6 +315,7 @@ def test_refresh_picks_up_what_others_wrote(tmp_path: Path) -> None:
         pytest.param(_truncate, id="truncated"),
         pytest.param(lambda path: path.write_bytes(b""), id="empty"),
         pytest.param(lambda path: path.write_bytes(b"\x00" * 400), id="zeros"),
+        pytest.param(lambda path: path.write_bytes(b"\xff" * 400), id="ones"),
         pytest.param(_flip_a_byte, id="flipped byte of a key"),
         pytest.param(lambda path: _flip_a_byte(path, -90), id="flipped byte of a value"),
         pytest.param(lambda path: _flip_a_byte(path, 40), id="flipped byte of the header"),
@@ -331,6 +341,46 @@ def test_only_the_rows_of_a_damaged_part_are_scored_again(
     assert ReferenceStore.open(tmp_path, FINGERPRINT).contains(_keys(range(20))).all()
 
 
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"more": np.zeros(1)}, "holds keys, more, offsets, values"),
+        ({"offsets": np.zeros(4, np.int32)}, "layout"),
+        ({"offsets": np.zeros(3, np.int64)}, "layout"),
+    ],
+)
+def test_a_file_of_another_layout_is_no_part(
+    changes: dict[str, npt.NDArray[np.generic]], reason: str, tmp_path: Path
+) -> None:
+    (path,) = _append(ReferenceStore.open(tmp_path, FINGERPRINT), range(3))
+    save_file({**load_file(path), **changes}, path, metadata={"reference": FINGERPRINT.key})
+    store = ReferenceStore.open(tmp_path, FINGERPRINT)
+    assert len(store) == 0
+    assert store.damaged[0].startswith(f"{path.name}: {reason}")
+
+
+def test_a_part_that_is_cut_after_it_was_checked_is_set_aside_where_it_is_read(tmp_path: Path) -> None:
+    store = ReferenceStore.open(tmp_path, FINGERPRINT)
+    (path,) = _append(store, range(5))
+    _append(store, range(5, 8))
+    assert store.contains(_keys(range(8))).all()
+    _truncate(path)
+    with pytest.raises(MissingRowsError, match="5 of 8"):
+        store.lookup(_keys(range(8)))
+    assert path.with_name(f"damaged-{path.name}").exists()
+    _assert_holds(store, range(5, 8))
+
+
+def test_the_parts_of_a_large_store_are_not_all_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "_MAX_OPEN_PARTS", 2)
+    store = ReferenceStore.open(tmp_path, FINGERPRINT)
+    for n in range(5):
+        _append(store, [n])
+    _assert_holds(store, [4, 0, 3, 1, 2])
+    links = (Path("/proc/self/fd") / name for name in os.listdir("/proc/self/fd"))
+    assert sum(link.exists() and link.resolve().parent == store.folder for link in links) == 2
+
+
 def test_a_damaged_part_that_cannot_be_renamed_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (path,) = _append(ReferenceStore.open(tmp_path, FINGERPRINT), range(5))
     _append(ReferenceStore.open(tmp_path, FINGERPRINT), range(5, 8))
@@ -349,6 +399,31 @@ def test_a_damaged_part_that_cannot_be_renamed_is_ignored(tmp_path: Path, monkey
 
 def test_a_damaged_part_that_another_process_renamed_first_is_no_error(tmp_path: Path) -> None:
     assert set_aside(tmp_path / "part-0.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("broken", "action"),
+    [
+        ("Part", lambda store: None),
+        ("check_digest", lambda store: store.contains(_keys([1]))),
+        ("Part.log_probs", lambda store: store.lookup(_keys([1]))),
+        ("read_whole", lambda store: store.merge(part_paths(store.folder))),
+    ],
+)
+def test_a_disk_that_fails_is_an_error_and_no_missing_row(
+    broken: str, action: Callable[[ReferenceStore], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = ReferenceStore.open(tmp_path, FINGERPRINT)
+    for numbers in (range(3), range(3, 6)):
+        _append(writer, numbers)
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(f"dpo_scale.reference.cache.{broken}", fail)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        action(ReferenceStore.open(tmp_path, FINGERPRINT))
+    assert len(part_paths(writer.folder)) == 2
 
 
 def test_a_copy_of_a_row_in_a_sound_part_replaces_the_damaged_one(tmp_path: Path) -> None:
@@ -714,6 +789,9 @@ def test_near_misses_say_why_a_similar_store_does_not_serve(tmp_path: Path) -> N
     for fingerprint in (FINGERPRINT, both, other_precision, other_weights, unrelated, retrained):
         _append(ReferenceStore.open(tmp_path, fingerprint), range(2))
     ReferenceStore.open(tmp_path, replace(FINGERPRINT, dtype="float16")).ensure_writable()  # empty
+    damaged = ReferenceStore.open(tmp_path, replace(FINGERPRINT, dtype="float64"))
+    _append(damaged, range(2))
+    (damaged.folder / "reference.json").write_text("{")
     lines = near_misses(tmp_path, FINGERPRINT)
     assert len(lines) == 4
     reasons = [line.partition("): ")[2] for line in lines]
@@ -746,6 +824,8 @@ def test_list_shows_what_each_store_holds(tmp_path: Path) -> None:
     assert FINGERPRINT.key in text
     assert "10 in 1 part\n" in text
     assert path.name in text
+    (store.folder / "reference.json").unlink()
+    assert [found.folder for found in commands.list_stores(tmp_path)] == [store.folder]
     assert commands.format_stores(commands.list_stores(tmp_path / "nowhere")) == "no stores"
 
 
