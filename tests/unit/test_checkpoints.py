@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from dpo_scale.distributed.parameter_slices import SliceAddress, slice_bounds
+from dpo_scale.files import sha256_of_file
 from dpo_scale.training import checkpoints, stored_state
 from dpo_scale.training.checkpoints import CheckpointError, RunState, digest_of, find_checkpoint
 from dpo_scale.training.stored_state import StoredState, check_fits
@@ -225,7 +226,7 @@ def let_the_name_differ(path: Path) -> None:
     [
         (flip_a_byte, r"rank-00001-of-00002.safetensors: its contents changed"),
         (cut_a_file, r"rank-00001-of-00002.safetensors: 1000 bytes, and the commit says \d+"),
-        (lose_a_rank, r"rank-00001-of-00002.safetensors: No such file"),
+        (lose_a_rank, r"rank-00001-of-00002.safetensors: No such file or directory$"),
         (lose_the_record, r"writing it was not finished"),
         (cut_the_record, r"commit.json: not a commit record"),
         (flip_a_bit_of_the_record, r"commit.json: not a commit record \(.*it changed after the commit"),
@@ -262,6 +263,24 @@ def test_a_changed_byte_of_any_file_is_seen_by_any_number_of_ranks(tmp_path: Pat
     found, passed_over = find(tmp_path, world_size=world_size)
     assert found is None
     assert passed_over == [f"{path}: {name}.safetensors: its contents changed after the commit (checksum)"]
+
+
+def test_a_file_that_the_disk_does_not_give_is_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = damaged(tmp_path)
+
+    def fail_in_the_second(file: Path) -> str:
+        if file == path / "rank-00001-of-00002.safetensors":
+            raise OSError(errno.EIO, "Input/output error")
+        return sha256_of_file(file)
+
+    monkeypatch.setattr(checkpoints, "sha256_of_file", fail_in_the_second)
+    found, passed_over = find(tmp_path)
+    assert found.step == 1
+    assert passed_over == [f"{path}: rank-00001-of-00002.safetensors: Input/output error"]
+
+
+def test_the_order_of_its_settings_is_no_part_of_a_trajectory() -> None:
+    assert digest_of({"a": 1, "b": {"c": 2, "d": 3}}) == digest_of({"b": {"d": 3, "c": 2}, "a": 1})
 
 
 def test_a_record_of_an_earlier_version_without_a_checksum_is_one(tmp_path: Path) -> None:
@@ -544,15 +563,17 @@ def test_a_checkpoint_that_cannot_be_removed_is_told_and_ends_no_run(
             raise PermissionError(errno.EACCES, "Permission denied", str(source))
         replace_path(source, target)
 
-    def keep_the_removed(path: Any, **options: Any) -> None:
+    def keep_the_removed(path: Any, *, ignore_errors: bool = False) -> None:
         if not Path(path).name.startswith(".step-00000001.removed"):
-            remove_tree(path, **options)
+            remove_tree(path, ignore_errors=ignore_errors)
+        elif not ignore_errors:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", refuse)
         patch.setattr(shutil, "rmtree", keep_the_removed)
-        answers = save(tmp_path, make_parameters(SHAPES), step=4, keep_last=1)
-    assert answers == [tmp_path / "step-00000004"] * 2
+        answers = save(tmp_path, make_parameters(SHAPES), step=4, keep_last=1, world_size=3)
+    assert answers == [tmp_path / "step-00000004"] * 3
     (hidden,) = tmp_path.glob(".step-00000001.removed-*")
     assert names(tmp_path) == [hidden.name, "latest", "step-00000002", "step-00000004"]
     assert [record.message for record in caplog.records] == [
