@@ -74,7 +74,10 @@ IRRELEVANT: dict[str, Callable[[Path], object]] = {
     "generation settings": lambda folder: _edit_config(folder, temperature=0.6, eos_token_id=[1, 2]),
     "generation file": lambda folder: (folder / "generation_config.json").write_text("{}"),
     "tokenizer": lambda folder: (folder / "tokenizer.json").write_text('{"changed": true}'),
-    "code that nobody runs": lambda folder: _edit_config(folder, auto_map={"AutoModel": "m.M"}),
+    "code that nobody runs": lambda folder: (
+        _edit_config(folder, auto_map={"AutoModel": "m.M"}),
+        (folder / "m.py").write_text("class M: ..."),
+    ),
     "other files": lambda folder: (folder / "README.md").write_text("about"),
 }
 
@@ -111,6 +114,12 @@ def test_precision_and_scoring_version_are_in_the_key(tmp_path: Path, monkeypatc
     assert len({bfloat16.key, float32.key, _fingerprint(folder).key}) == 3
     monkeypatch.undo()
     assert _fingerprint(folder, "torch.bfloat16").key == bfloat16.key
+
+
+def test_the_key_stays_the_same_in_later_versions() -> None:
+    """Else every store is scored again."""
+    fingerprint = ReferenceFingerprint(1, "bfloat16", {"a": "b"}, {"hidden_size": 64}, {"m.py": "c"})
+    assert fingerprint.key == "cd6c4d75c8d387a0413f8a0c03df79f7be44abb2cf5c1de74310995537e92adb"
 
 
 def test_trusted_code_is_in_the_key_by_its_contents(tmp_path: Path) -> None:
@@ -160,8 +169,10 @@ def test_other_shards_are_explained_with_few_words(tmp_path: Path) -> None:
 
 def test_json_brings_back_the_same_fingerprint(tmp_path: Path) -> None:
     folder = _model(tmp_path / "model", num_shards=2)
-    _edit_config(folder, time_step_limit=[0.0, float("inf")])  # as Mamba's config has it
-    expected = _fingerprint(folder)
+    _edit_config(folder, time_step_limit=[0.0, float("inf")], auto_map={"AutoModel": "m.M"})  # as Mamba's config has it
+    (folder / "m.py").write_text("class M: ...")
+    expected = _fingerprint(folder, trust_remote_code=True)
+    assert expected.code
     actual = ReferenceFingerprint.from_json(json.loads(json.dumps(expected.to_json())))
     assert (actual, actual.key, actual.source) == (expected, expected.key, expected.source)
 
@@ -205,6 +216,14 @@ def test_a_folder_that_is_no_model_is_refused_with_the_reason(
     spoil(folder)
     with pytest.raises(UserError, match=message):
         _fingerprint(folder)
+
+
+@pytest.mark.parametrize("index", [{}, {"weight_map": {}}, {"weight_map": ["model.safetensors"]}])
+def test_an_index_that_names_no_weights_is_refused(index: dict[str, Any], tmp_path: Path) -> None:
+    folder = _model(tmp_path / "model", num_shards=2)
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="no weight_map; the download or copy is damaged"):
+        weight_files(folder)
 
 
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:

@@ -209,7 +209,7 @@ def test_log_probs_that_are_not_numbers_are_refused(engine: Callable[..., InProc
 
 def test_the_longest_sequence_is_among_the_samples(engine: Callable[..., InProcess]) -> None:
     """Not the pair with most tokens: windows and position limits count along one sequence."""
-    most_tokens, longest_sequence = (2, 20, 20), (30, 3, 1)
+    most_tokens, longest_sequence = (2, 20, 20), (4, 29, 1)
     pairs = _pairs([(3, 2, 2), (4, 2, 2), (5, 2, 2), most_tokens, longest_sequence])
     probe = InProcess(engine("llama").model)
     _check(probe, "padded", pairs)
