@@ -22,6 +22,7 @@ from dpo_scale import files
 from dpo_scale.errors import UserError
 from dpo_scale.files import (
     DigestMemory,
+    fsync_folder,
     leftovers,
     remembered_sha256,
     sha256_of_file,
@@ -105,6 +106,21 @@ def test_missing_parents_are_made_and_made_durable(tmp_path: Path, monkeypatch: 
     write_json(tmp_path / "a" / "b" / "value.json", {"x": 1})
     assert json.loads((tmp_path / "a" / "b" / "value.json").read_text()) == {"x": 1}
     assert synced == [tmp_path, tmp_path / "a", tmp_path / "a" / "b"]
+
+
+def test_a_folder_whose_names_do_not_reach_the_disk_is_an_error_but_where_none_ever_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = errno.EINVAL
+
+    def fail(descriptor: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    fsync_folder(tmp_path)
+    code = errno.EIO
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        fsync_folder(tmp_path)
 
 
 def test_new_files_have_the_permissions_that_the_user_asked_for(tmp_path: Path) -> None:
