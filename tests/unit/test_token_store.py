@@ -30,7 +30,7 @@ def data(tmp_path: Path) -> DataSection:
     rows = [{"prompt": "Q:", "chosen": f" yes {n}", "rejected": " no"} for n in range(3)]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return DataSection(train=[str(path)], cache_dir=str(tmp_path / "store"), workers=1)
+    return DataSection(train=[str(path)], cache_dir=str(tmp_path / "not" / "there"), workers=1)
 
 
 def test_a_store_reaches_the_disk_before_its_name_does(
