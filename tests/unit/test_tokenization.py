@@ -105,6 +105,18 @@ def test_every_format_gives_the_tokens_of_its_texts(hand, format_name, name):
         assert "<|im_end|>" in end
 
 
+def test_pairs_tokenized_together_are_those_tokenized_alone(hand):
+    tokenizer = hand["bpe"]
+    pairs = [strings("say:", f" {'yes ' * n}", " no") for n in range(1, 4)]
+    pairs.insert(1, strings("say:", " no", " no"))  # dropped
+    together = PairTokenizer(tokenizer, section()).tokenize(pairs)
+    assert isinstance(together.pop(1), Dropped)
+    alone = [kept(tokenizer, pair) for pair in (pairs[0], *pairs[2:])]
+    for actual, expected in zip(together, alone, strict=True):
+        assert pieces(tokenizer, actual) == pieces(tokenizer, expected)
+        assert actual.boundary_moved == expected.boundary_moved
+
+
 # --- ends, beginnings, boundaries ----------------------------------------------------------------
 
 
@@ -418,6 +430,11 @@ def test_a_pair_over_a_limit_is_cut_or_dropped_as_the_recipe_says(hand, settings
     # An end token is at the end of what was not cut, and nowhere else.
     ends = [ids[-1] == 2 for ids in (outcome.pair.chosen, outcome.pair.rejected)]
     assert ends == [tokenization.CHOSEN_CUT not in cuts, True]
+
+
+def test_a_pair_that_fills_every_limit_is_kept_whole(hand):
+    outcome = kept(hand["bpe"], LONG, max_prompt_length=6, max_completion_length=5, max_length=11)
+    assert (outcome.cuts, len(outcome.pair.prompt), len(outcome.pair.chosen)) == ((), 6, 5)
 
 
 @pytest.mark.parametrize(
