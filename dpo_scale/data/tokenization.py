@@ -174,7 +174,7 @@ class PairTokenizer:
             prompt=pair.prompt,
             chosen=pair.prompt + pair.chosen,
             rejected=pair.prompt + pair.rejected,
-            add_prefix=bool(written) and not pair.prompt.startswith(written),
+            add_prefix=not pair.prompt.startswith(written),
             add_end=(True, True),
         )
 

@@ -139,6 +139,17 @@ def test_an_end_token_of_the_tokenizers_own_is_not_written_into_the_middle():
     assert (pair.chosen == 0).tolist() == [False] * (len(pair.chosen) - 1) + [True]
 
 
+def test_a_tokenizers_own_truncation_and_padding_change_no_pair():
+    """Many tokenizer.json files keep the limit and the padding of whoever wrote them."""
+    plain, limited = byte_level(), byte_level()
+    limited.backend_tokenizer.enable_truncation(2)
+    limited.backend_tokenizer.enable_padding(length=40)
+    pair = PreferencePair("the river is behind the mill", " yes", " no", "rows.jsonl:1", "")
+    expected, found = kept(plain, pair).pair, kept(limited, pair).pair
+    for part in ("prompt", "chosen", "rejected"):
+        assert getattr(found, part).tolist() == getattr(expected, part).tolist()
+
+
 def test_an_end_that_the_text_already_has_is_not_doubled(hand):
     outcome = kept(hand["byte_level"], strings(chosen=" yes<|end|>"))
     assert pieces(hand["byte_level"], outcome)[1] == ["Ġyes", "<|end|>"]
@@ -149,6 +160,9 @@ def test_a_template_without_a_turn_end_gets_the_end_token(hand):
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}:{{ m.content }}{% endfor %}"
     tokenizer.chat_template += "{% if add_generation_prompt %}assistant:{% endif %}"
     assert pieces(tokenizer, kept(tokenizer, chat()))[1:] == (["yes", "<|end|>"], ["no", "<|end|>"])
+    tokenizer.add_tokens(["</think>"])  # a token of its own that ends no turn
+    endings = pieces(tokenizer, kept(tokenizer, chat("yes</think>", "no</think>")))[1:]
+    assert endings == (["yes", "</think>", "<|end|>"], ["no", "</think>", "<|end|>"])
 
 
 def test_a_token_across_the_boundary_is_scored_whole_and_counted(hand):
