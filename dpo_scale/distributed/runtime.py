@@ -18,11 +18,11 @@ from accelerate.commands.config.config_args import default_config_file
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs, ProjectConfiguration
 
-from dpo_scale.distributed import zero_config
+from dpo_scale.distributed import launch_environment, zero_config
 from dpo_scale.distributed.build_locks import own_ninja_first, wait_for_builds
 from dpo_scale.distributed.ops import extensions_folder, leave_out_unused_ops, load_muon_uncompiled, needed_ops
 from dpo_scale.distributed.patience import work_and_wait
-from dpo_scale.errors import RecipeError, UserError
+from dpo_scale.errors import RecipeError
 from dpo_scale.recipe import Recipe
 from dpo_scale.shipped_files import shipped_file
 
@@ -93,8 +93,8 @@ def start(recipe: Recipe, say: Callable[[str], None] = logger.warning) -> Runtim
     """
     if os.environ.get("DS_ACCELERATOR") == "cpu":  # torch and Accelerate would still put tensors on a GPU
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    policy_path = policy_config_path()
-    zero_config.check_launcher(os.environ, policy_path)
+    policy_path = launch_environment.policy_config_path(os.environ)
+    launch_environment.check_launcher(os.environ, policy_path)
     policy = zero_config.fit_to_node(
         zero_config.policy_config(zero_config.read_policy_config(policy_path), recipe),
         policy_path,
@@ -115,8 +115,7 @@ def start(recipe: Recipe, say: Callable[[str], None] = logger.warning) -> Runtim
     if backend == "gloo":
         _keep_one_heap()
         _ask_for_huge_pages()
-    # Read by the plugin as a second source of the configuration that is already given.
-    os.environ.pop("ACCELERATE_DEEPSPEED_CONFIG_FILE", None)
+    launch_environment.forget(os.environ)
     accelerator = Accelerator(
         deepspeed_plugins={
             "policy": DeepSpeedPlugin(hf_ds_config=policy),
@@ -163,20 +162,6 @@ def _ask_for_huge_pages() -> None:
     reads this once, at the first tensor on the CPU.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-
-
-def policy_config_path() -> Path:
-    """The DeepSpeed JSON that the launcher was given, looked up beside the caller and then in the package.
-
-    Raises UserError where it was given none, or the file is in neither place.
-    """
-    named = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true" or not named:
-        raise UserError(
-            "this command runs under Accelerate with DeepSpeed: accelerate launch --config_file "
-            "launch/zero3.yaml -m dpo_scale.train RECIPE (zero3_cpu.yaml without a GPU)"
-        )
-    return Path(named) if Path(named).exists() else shipped_file(named)
 
 
 def default_launch_file() -> str | None:

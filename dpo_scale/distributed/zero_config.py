@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,23 +28,6 @@ OWNED_BY_THE_RECIPE = {
     "scheduler": "optim.schedule",
 }
 """Key of a DeepSpeed JSON -> the recipe's key for the same thing."""
-
-LAUNCHERS_TWINS = {
-    "ACCELERATE_MIXED_PRECISION": ("mixed_precision", "the recipe (model.dtype)"),
-    "ACCELERATE_GRADIENT_CLIPPING": ("gradient_clipping", "the recipe (optim.max_grad_norm)"),
-    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("gradient_accumulation_steps", "the recipe (batch.rank_tokens)"),
-    "ACCELERATE_DEEPSPEED_ZERO_STAGE": ("zero_stage", "zero_optimization.stage"),
-    "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": (
-        "offload_optimizer_device",
-        "zero_optimization.offload_optimizer.device",
-    ),
-    "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": ("offload_param_device", "zero_optimization.offload_param.device"),
-    "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": (
-        "zero3_save_16bit_model",
-        "nobody (the export needs it not)",
-    ),
-}
-"""What `accelerate launch` sets where its configuration or its command line states a field -> the field, its owner."""
 
 
 def read_policy_config(path: Path) -> Config:
@@ -79,24 +61,6 @@ def read_policy_config(path: Path) -> Config:
         raise RecipeError("\n".join(mistakes))
     kept = {key: value for key, value in config.items() if key not in OWNED_BY_THE_RECIPE}
     return {**kept, "zero_optimization": zero}
-
-
-def check_launcher(environment: Mapping[str, str], path: Path) -> None:
-    """Refuse numbers that the launcher's configuration states and does not own; `path` is the DeepSpeed JSON.
-
-    Raises RecipeError naming both places of each.
-    """
-    mistakes = []
-    for variable, (field, owner) in LAUNCHERS_TWINS.items():
-        value = environment.get(variable, "no")
-        if value not in ("no", "auto", "none", "false"):
-            place = f"{path} ({owner})" if owner.startswith("zero_") else owner
-            mistakes.append(
-                f"{field}: {value} in the configuration or the options of accelerate launch belongs to {place}; "
-                "remove it there"
-            )
-    if mistakes:
-        raise RecipeError("\n".join(mistakes))
 
 
 def fit_to_node(config: Config, path: Path, *, own_folder: str, ranks_per_node: int) -> Config:

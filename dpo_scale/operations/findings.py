@@ -10,6 +10,7 @@ from typing import Any, Literal
 from packaging.specifiers import SpecifierSet
 
 from dpo_scale.console import counted
+from dpo_scale.distributed.launch_environment import out_of_place
 from dpo_scale.distributed.ops import ASYNC_IO, CompiledOp
 from dpo_scale.operations.cluster import GIB
 
@@ -223,8 +224,9 @@ def _launch(facts: Facts) -> Iterator[Finding]:
     launch, settings = facts.launch, facts.launch.settings
     for problem in launch.problems:
         yield Finding("error", "accelerate", problem, "accelerate launch --config_file launch/zero3.yaml ...")
-    if facts.accelerate_variables.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
-        yield Finding("error", "accelerate", "ACCELERATE_USE_CPU drops DeepSpeed", "unset ACCELERATE_USE_CPU")
+    for line in out_of_place(facts.accelerate_variables):
+        found, _, mend = line.partition("; ")
+        yield Finding("error", "accelerate", found, mend)
     if launch.problems:
         return
     processes, machines = settings.get("num_processes") or 1, settings.get("num_machines") or 1

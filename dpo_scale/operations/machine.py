@@ -19,6 +19,7 @@ import torch
 import yaml
 from packaging.requirements import Requirement
 
+from dpo_scale.distributed.launch_environment import check_launcher, environment_of
 from dpo_scale.distributed.ops import extensions_folder, needed_ops, probe_ops
 from dpo_scale.distributed.runtime import default_launch_file, missing_trackers
 from dpo_scale.distributed.zero_config import read_policy_config
@@ -147,6 +148,10 @@ def launch_file(named: str | None, *, on_gpu: bool) -> LaunchFile:
             deepspeed = str(shipped_file(deepspeed))
         except UserError as error:
             return LaunchFile(path, settings, "", (f"{path}: {error}",))
+    try:
+        check_launcher(environment_of(settings), Path(deepspeed))
+    except UserError as error:
+        return LaunchFile(path, settings, deepspeed, tuple(f"{path}: {line}" for line in str(error).splitlines()))
     return LaunchFile(path, settings, deepspeed, ())
 
 

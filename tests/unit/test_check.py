@@ -122,6 +122,19 @@ def test_check_tells_mistakes_of_several_parts_at_once(own: Path, capsys: pytest
     assert "model" in error
 
 
+def test_check_judges_a_launch_file_as_the_run_does(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    deepspeed = {"deepspeed_config_file": "ds_configs/zero3.json", "offload_param_device": "none"}
+    launch: dict[str, Any] = {"distributed_type": "DEEPSPEED", "mixed_precision": "no", "deepspeed_config": deepspeed}
+    (own / "mine.yaml").write_text(yaml.safe_dump(launch))
+    assert main(["check", "own.yaml", "--config_file", "mine.yaml"]) == 0
+    deepspeed |= {"offload_param_device": "cpu", "gradient_clipping": 0.5}
+    (own / "mine.yaml").write_text(yaml.safe_dump(launch))
+    assert main(["check", "own.yaml", "--config_file", "mine.yaml"]) == 2
+    error = capsys.readouterr().err
+    assert "mine.yaml: gradient_clipping: 0.5 in the configuration" in error
+    assert "mine.yaml: offload_param_device: cpu in the configuration" in error
+
+
 def test_check_reads_the_rows_as_text_where_the_model_is_not_found(
     own: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -111,6 +111,7 @@ def test_a_laptop_would_start_and_is_told_that_it_has_no_gpu() -> None:
         ),
         (GPU_NODE, {"launch": dataclasses.replace(LAUNCH, problems=("zero.json: stage 2",))}, "accelerate", "stage 2"),
         (GPU_NODE, {"accelerate_variables": {"ACCELERATE_USE_CPU": "true"}}, "accelerate", "drops DeepSpeed"),
+        (GPU_NODE, {"accelerate_variables": {"ACCELERATE_USE_FSDP": "true"}}, "accelerate", "another sharding"),
         (GPU_NODE, {"memlock_bytes": 2**23, "nodes": 2}, "locked memory", "8 MiB"),
         (
             GPU_NODE,

@@ -81,6 +81,14 @@ def test_a_folder_is_writable_where_it_could_be_made(tmp_path: Path, monkeypatch
             {"distributed_type": "DEEPSPEED", "deepspeed_config": {"deepspeed_config_file": "nowhere.json"}},
             "nowhere.json",
         ),
+        (
+            {
+                "distributed_type": "DEEPSPEED",
+                "mixed_precision": "bf16",
+                "deepspeed_config": {"deepspeed_config_file": "ds_configs/zero3.json"},
+            },
+            "accelerate.yaml: mixed_precision: bf16 in the configuration or the options of accelerate launch belongs",
+        ),
     ],
 )
 def test_a_launch_file_that_starts_no_zero3_run_says_why(tmp_path: Path, settings: dict[str, Any], said: str) -> None:

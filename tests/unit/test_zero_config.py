@@ -11,9 +11,7 @@ import pytest
 
 from dpo_scale.distributed.ops import needed_ops
 from dpo_scale.distributed.zero_config import (
-    LAUNCHERS_TWINS,
     OWNED_BY_THE_RECIPE,
-    check_launcher,
     fit_to_node,
     own_folder,
     pinning_fits,
@@ -150,36 +148,6 @@ def test_a_machine_pins_at_most_half_of_its_free_memory() -> None:
     gib = 1 << 30
     assert pinning_fits(140 * gib, 1 / 8, 36 * gib)
     assert not pinning_fits(140 * gib, 1 / 8, 34 * gib)
-
-
-def test_what_the_launcher_states_beside_its_owner_is_refused_with_both_places() -> None:
-    check_launcher({"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_DEEPSPEED": "true"}, Path("zero.json"))
-    with pytest.raises(RecipeError) as caught:
-        check_launcher(dict.fromkeys(LAUNCHERS_TWINS, "7"), Path("zero.json"))
-    lines = str(caught.value).splitlines()
-    assert [line.partition(":")[0] for line in lines] == [field for field, _ in LAUNCHERS_TWINS.values()]
-    assert (
-        "gradient_clipping: 7 in the configuration or the options of accelerate launch belongs to the recipe"
-        in lines[1]
-    )
-    assert "(optim.max_grad_norm)" in lines[1]
-    assert "zero.json (zero_optimization.stage)" in lines[3]
-
-
-def test_the_launcher_still_says_it_in_these_variables() -> None:
-    """Stated as options, the fields arrive under the names that are checked."""
-    from accelerate.commands.launch import launch_command_parser
-    from accelerate.utils.launch import prepare_deepspeed_cmd_env
-
-    values = {"mixed_precision": "bf16", "zero3_save_16bit_model": "true"}
-    flags = [f"--{field}={values.get(field, 3)}" for field, _ in LAUNCHERS_TWINS.values()]
-    flags += ["--use_deepspeed", "--num_machines=1", "--num_processes=1", "--main_process_port=0"]
-    options = launch_command_parser().parse_args([*flags, "train.py"])
-    options.deepspeed_fields_from_accelerate_config = ""
-    _, environment = prepare_deepspeed_cmd_env(options)
-    with pytest.raises(RecipeError) as caught:
-        check_launcher(environment, Path("zero.json"))
-    assert len(str(caught.value).splitlines()) == len(LAUNCHERS_TWINS)
 
 
 def test_a_policy_on_nvme_gets_a_folder_of_its_own_run_and_role(tmp_path: Path) -> None:
