@@ -8,26 +8,14 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dpo_scale.console import counted
+from dpo_scale.distributed.zero_rules import OWNED_BY_THE_RECIPE, TRAINED_WITH, Config, mistakes_in
 from dpo_scale.errors import RecipeError
 from dpo_scale.recipe import Recipe
-
-Config = dict[str, Any]
-
-OWNED_BY_THE_RECIPE = {
-    "train_batch_size": "batch.global_pairs",
-    "train_micro_batch_size_per_gpu": "batch.rank_tokens",
-    "gradient_accumulation_steps": "batch.rank_tokens",
-    "gradient_clipping": "optim.max_grad_norm",
-    "bf16": "model.dtype",
-    "fp16": "model.dtype",
-    "optimizer": "optim",
-    "scheduler": "optim.schedule",
-}
-"""Key of a DeepSpeed JSON -> the recipe's key for the same thing."""
 
 
 def read_policy_config(path: Path) -> Config:
@@ -36,30 +24,10 @@ def read_policy_config(path: Path) -> Config:
     Raises RecipeError for a file that is no ZeRO-3 config or states owned keys.
     """
     config = read_config(path)
-    mistakes = [
-        f"{path}: {key!r} belongs to the recipe ({owner}); remove it here"
-        for key, owner in OWNED_BY_THE_RECIPE.items()
-        if config.get(key, "auto") != "auto"
-    ]
-    stated = config.get("zero_optimization")
-    zero = {key: value for key, value in stated.items() if value is not None} if isinstance(stated, dict) else {}
-    if zero.get("stage") != 3:
-        mistakes.append(f"{path}: zero_optimization.stage is {zero.get('stage')}; this trainer runs stage 3")
-    size = zero.get("zero_hpz_partition_size", "auto")
-    if size != "auto" and not (isinstance(size, int) and size >= 1):
-        mistakes.append(
-            f"{path}: zero_optimization.zero_hpz_partition_size is {json.dumps(size)}; it takes a number of ranks from "
-            '1 on, or "auto"'
-        )
-    if zero.get("offload_param", {}).get("device") == "nvme":
-        # It lacks buffers in its first forward, or shows placeholders to what looks for weights that are not finite.
-        mistakes.append(
-            f"{path}: zero_optimization.offload_param.device is nvme, where DeepSpeed cannot train reliably; "
-            "use cpu, and nvme for offload_optimizer alone"
-        )
-    if mistakes:
-        raise RecipeError("\n".join(mistakes))
-    kept = {key: value for key, value in config.items() if key not in OWNED_BY_THE_RECIPE}
+    if mistakes := mistakes_in(config):
+        raise RecipeError("\n".join(f"{path}: {mistake}" for mistake in mistakes))
+    zero = {key: value for key, value in config["zero_optimization"].items() if value is not None}
+    kept = {key: value for key, value in config.items() if key not in OWNED_BY_THE_RECIPE and value is not None}
     return {**kept, "zero_optimization": zero}
 
 
@@ -108,18 +76,13 @@ def policy_config(base: Config, recipe: Recipe) -> Config:
     DeepSpeed's own batch arithmetic is switched off with ones: the planner decides micro-batches, and the loss is
     divided by the true number of pairs.
     """
-    config = copy.deepcopy(base)
+    config = copy.deepcopy(base) | copy.deepcopy(TRAINED_WITH)
     config |= _precision(recipe)
     config |= {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": recipe.optim.max_grad_norm,
-        "zero_allow_untested_optimizer": True,
-        # Else an offloaded optimizer is swapped for DeepSpeed's, which a C++ compiler builds for minutes at the first
-        # start; a start that is killed meanwhile leaves a lock that later ones wait for.
-        "zero_force_ds_cpu_optimizer": False,
     }
-    config["data_types"] = {"grad_accum_dtype": "fp32"}  # DeepSpeed's default is the model's dtype
     return config
 
 
@@ -161,7 +124,11 @@ def _precision(recipe: Recipe) -> Config:
 def read_config(path: Path) -> Config:
     """A DeepSpeed JSON as it is, such as one of the reference's. Raises RecipeError for a file that is none."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
+    except _RepeatedKeyError as error:
+        raise RecipeError(f"{path}: {error} stands in it twice; keep one") from None
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: not UTF-8: {error}; save it as UTF-8") from error
     except OSError as error:
         raise RecipeError(f"{path}: {error.strerror}; name a DeepSpeed JSON file") from error
     except json.JSONDecodeError as error:
@@ -169,3 +136,14 @@ def read_config(path: Path) -> Config:
     if not isinstance(config, dict):
         raise RecipeError(f"{path}: a DeepSpeed configuration is a JSON object")
     return config
+
+
+class _RepeatedKeyError(Exception):
+    """A key that an object has twice. JSON allows it and the last one counts."""
+
+
+def _without_repeats(pairs: Sequence[tuple[str, Any]]) -> Config:
+    keys = [key for key, _ in pairs]
+    if repeated := next((key for key in keys if keys.count(key) > 1), None):
+        raise _RepeatedKeyError(repr(repeated))
+    return dict(pairs)

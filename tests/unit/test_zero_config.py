@@ -11,7 +11,6 @@ import pytest
 
 from dpo_scale.distributed.ops import needed_ops
 from dpo_scale.distributed.zero_config import (
-    OWNED_BY_THE_RECIPE,
     fit_to_node,
     own_folder,
     pinning_fits,
@@ -20,6 +19,7 @@ from dpo_scale.distributed.zero_config import (
     read_policy_config,
     reference_config,
 )
+from dpo_scale.distributed.zero_rules import OWNED_BY_THE_RECIPE, TRAINED_WITH
 from dpo_scale.errors import RecipeError
 from dpo_scale.recipe import Recipe
 
@@ -41,7 +41,8 @@ def _recipe(**model: Any) -> Recipe:
 
 def _write(folder: Path, value: Any) -> Path:
     path = folder / "zero.json"
-    path.write_text(value if isinstance(value, str) else json.dumps(value))
+    text = value if isinstance(value, str | bytes) else json.dumps(value)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
     return path
 
 
@@ -64,7 +65,8 @@ def test_auto_states_nothing_and_is_dropped(tmp_path: Path) -> None:
 
 
 def test_a_null_states_nothing(tmp_path: Path) -> None:
-    path = _write(tmp_path, {"zero_optimization": {"stage": 3, "offload_param": None, "offload_optimizer": None}})
+    zero = {"stage": 3, "offload_param": None, "offload_optimizer": None}
+    path = _write(tmp_path, {"zero_optimization": zero, "fp16": None, "aio": None, "communication_data_type": None})
     config = read_policy_config(path)
     assert config == {"zero_optimization": {"stage": 3}}
     assert fit_to_node(config, path, own_folder="", ranks_per_node=8) == config
@@ -88,10 +90,19 @@ def test_other_stages_are_refused(zero: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "expected"), [("{", "not JSON"), ("[]", "is a JSON object"), ("3", "is a JSON object")]
+    ("content", "expected"),
+    [
+        ("{", "not JSON"),
+        ("[]", "is a JSON object"),
+        ("3", "is a JSON object"),
+        ('{"aio": {"queue_depth": 8, "queue_depth": 16}}', "'queue_depth' stands in it twice; keep one"),
+        (b'{"zero_optimization": {"stage": 3}, "\xe9": 1}', "not UTF-8: .*0xe9 in position 37.*; save it as UTF-8"),
+    ],
 )
 @pytest.mark.parametrize("read", [read_policy_config, read_config])
-def test_files_that_are_no_configuration_are_refused(read: Any, content: str, expected: str, tmp_path: Path) -> None:
+def test_files_that_are_no_configuration_are_refused(
+    read: Any, content: str | bytes, expected: str, tmp_path: Path
+) -> None:
     with pytest.raises(RecipeError, match=rf"zero\.json: .*{expected}"):
         read(_write(tmp_path, content))
     with pytest.raises(RecipeError, match=r"absent\.json: No such file or directory; name a DeepSpeed JSON file"):
@@ -108,6 +119,7 @@ def test_the_recipes_numbers_arrive(dtype: str, bf16: bool, fp16: bool) -> None:
     assert config["fp16"] == {"enabled": fp16, "auto_cast": False, "hysteresis": 1}
     assert config["gradient_clipping"] == 0.25
     assert config["train_micro_batch_size_per_gpu"] == config["gradient_accumulation_steps"] == 1
+    assert {key: config[key] for key in TRAINED_WITH} == TRAINED_WITH
     assert config["data_types"] == {"grad_accum_dtype": "fp32"}
     assert config["zero_optimization"] == BASE["zero_optimization"]
     assert before == BASE
@@ -142,6 +154,17 @@ def test_a_policys_weights_on_nvme_are_refused(tmp_path: Path) -> None:
 def test_shipped_configurations_state_nothing_that_the_recipe_owns(path: Path) -> None:
     config = read_policy_config(path)
     assert config == read_config(path)
+
+
+def test_all_mistakes_of_a_file_are_told_together_each_with_its_path(tmp_path: Path) -> None:
+    path = _write(tmp_path, {"zero_optimization": {"stage": "3", "overlap_com": True}, "prescale_gradients": True})
+    with pytest.raises(RecipeError) as caught:
+        read_policy_config(path)
+    assert str(caught.value).splitlines() == [
+        f"{path}: prescale_gradients is true, and this trainer runs with false; remove it here",
+        f'{path}: zero_optimization.stage is "3"; this trainer runs stage 3',
+        f"{path}: zero_optimization.overlap_com: DeepSpeed has no such key; did you mean 'overlap_comm'?",
+    ]
 
 
 def test_a_machine_pins_at_most_half_of_its_free_memory() -> None:
