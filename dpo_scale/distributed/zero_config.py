@@ -19,9 +19,9 @@ from dpo_scale.recipe import Recipe
 
 
 def read_policy_config(path: Path) -> Config:
-    """A DeepSpeed JSON for the policy, without what it leaves open: a null of zero_optimization.
+    """A DeepSpeed JSON for the policy, without what it leaves open: nulls, and the recipe's keys at "auto".
 
-    Raises RecipeError for a file that is no ZeRO-3 config or states owned keys.
+    Raises RecipeError with all mistakes of a file that is no ZeRO-3 config or states what is not its own.
     """
     config = read_config(path)
     if mistakes := mistakes_in(config):
@@ -76,14 +76,12 @@ def policy_config(base: Config, recipe: Recipe) -> Config:
     DeepSpeed's own batch arithmetic is switched off with ones: the planner decides micro-batches, and the loss is
     divided by the true number of pairs.
     """
-    config = copy.deepcopy(base) | copy.deepcopy(TRAINED_WITH)
-    config |= _precision(recipe)
-    config |= {
+    numbers = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": recipe.optim.max_grad_norm,
     }
-    return config
+    return copy.deepcopy(base | TRAINED_WITH) | _precision(recipe) | numbers
 
 
 def reference_config(base: Config, recipe: Recipe) -> Config:
@@ -144,6 +142,6 @@ class _RepeatedKeyError(Exception):
 
 def _without_repeats(pairs: Sequence[tuple[str, Any]]) -> Config:
     keys = [key for key, _ in pairs]
-    if repeated := next((key for key in keys if keys.count(key) > 1), None):
-        raise _RepeatedKeyError(repr(repeated))
+    if repeated := [key for key in keys if keys.count(key) > 1]:
+        raise _RepeatedKeyError(repr(repeated[0]))
     return dict(pairs)

@@ -143,9 +143,9 @@ def _refused_by_deepspeed(zero: Config) -> Iterator[str]:
         from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
         old = {
-            name: field.json_schema_extra["new_param"]
+            name: extra["new_param"]
             for name, field in DeepSpeedZeroConfig.model_fields.items()
-            if name in zero and isinstance(field.json_schema_extra, dict)
+            if name in zero and isinstance(extra := field.json_schema_extra, dict) and "new_param" in extra
         }
         yield from (f"zero_optimization.{name} is an old name; use {new}" for name, new in old.items())
         try:
