@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from dpo_scale.distributed import runtime
 from dpo_scale.distributed.launch_environment import (
     LAUNCHERS_TWINS,
     OF_A_LAUNCHER,
@@ -18,6 +19,7 @@ from dpo_scale.distributed.launch_environment import (
     policy_config_path,
 )
 from dpo_scale.errors import RecipeError, UserError
+from dpo_scale.recipe import Recipe
 
 LAUNCHED = {
     **dict.fromkeys(OF_A_LAUNCHER, "1"),
@@ -137,6 +139,40 @@ def test_a_configuration_that_states_nothing_is_fine() -> None:
     assert out_of_place(environment_of(settings)) == []
     check_launcher(environment_of(settings), Path("zero.json"))
     assert environment_of({"mixed_precision": "no", "deepspeed_config": None}) == {"ACCELERATE_MIXED_PRECISION": "no"}
+
+
+class _ReachedError(Exception):
+    """A start came as far as Accelerate, with its plugins built."""
+
+
+@pytest.mark.parametrize(
+    ("brought", "expected"),
+    [
+        ({"ACCELERATE_CONFIG_DS_FIELDS": "mixed_precision", "ACCELERATE_MIXED_PRECISION": "no"}, _ReachedError),
+        ({"ACCELERATE_USE_FSDP": "true"}, RecipeError),
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, RecipeError),
+        ({"MASTER_ADDR": ""}, UserError),
+    ],
+)
+def test_a_start_heeds_its_launcher(
+    brought: dict[str, str], expected: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def reached(**_: object) -> None:
+        raise _ReachedError
+
+    for name in ("leave_out_unused_ops", "load_muon_uncompiled", "_keep_one_heap", "_ask_for_huge_pages"):
+        monkeypatch.setattr(runtime, name, lambda: None)
+    monkeypatch.setattr(runtime, "Accelerator", reached)
+    monkeypatch.setattr(os, "environ", dict(os.environ) | LAUNCHED | brought)
+    recipe = {
+        "model": {"path": "base"},
+        "data": {"train": ["pairs.jsonl"]},
+        "batch": {"global_pairs": 8},
+        "loss": {"beta": 2.0},
+        "run": {"output_dir": "run"},
+    }
+    with pytest.raises(expected):
+        runtime.start(Recipe.model_validate(recipe))
 
 
 def test_accelerate_takes_what_states_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
