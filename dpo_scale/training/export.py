@@ -340,6 +340,7 @@ def _write_index(folder: Path, shards: Sequence[Sequence[TensorEntry]], files: S
 def _write_config(hidden: Path, weights: Weights, folder: ModelFolder) -> None:
     config = json.loads((folder.source_model / "config.json").read_text("utf-8"))
     config.pop("torch_dtype", None)  # the older spelling of dtype
+    config.pop("transformers_weights", None)  # the name of the source's file of weights
     config["dtype"] = str(weights.dtype).removeprefix("torch.")
     config["architectures"] = [weights.architecture]
     write_json(hidden / "config.json", config)

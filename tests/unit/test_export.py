@@ -250,6 +250,19 @@ def test_everything_but_the_weights_comes_from_the_source(tmp_path: Path) -> Non
     assert {path.name for path in (tmp_path / "out").iterdir()} == {".model.lock", "model"}
 
 
+@pytest.mark.parametrize("max_shard_bytes", [export.MAX_SHARD_BYTES, 8000])
+def test_a_source_that_names_its_file_of_weights_exports_to_one_that_loads(
+    tmp_path: Path, max_shard_bytes: int
+) -> None:
+    model = llama()
+    source = source_folder(model, tmp_path / "source")
+    config = json.loads((source / "config.json").read_text()) | {"transformers_weights": "theirs.safetensors"}
+    (source / "config.json").write_text(json.dumps(config))
+    path = checkpoint_of(model, tmp_path / "checkpoints")
+    export_checkpoint(path, tmp_path / "model", beside(source), max_shard_bytes=max_shard_bytes)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()), logits(model))
+
+
 def test_a_tokenizer_of_its_own_replaces_the_source_s_and_a_template_replaces_both(
     tmp_path: Path,
 ) -> None:
