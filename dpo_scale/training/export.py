@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -347,7 +347,7 @@ def _write_config(hidden: Path, weights: Weights, folder: ModelFolder) -> None:
 
 
 def _copy_files(hidden: Path, folder: ModelFolder) -> None:
-    """The tokenizer, the generation config and the model's own code, unchanged."""
+    """The tokenizer, the generation config and the model's own code, unchanged but for another chat template."""
     tokenizer = folder.tokenizer or folder.source_model
     wanted = {path.name: path for name in MODEL_FILES for path in folder.source_model.glob(name)}
     wanted |= {str(path.relative_to(tokenizer)): path for path in tokenizer_files(tokenizer)}
@@ -355,4 +355,22 @@ def _copy_files(hidden: Path, folder: ModelFolder) -> None:
         if path.is_file():
             write_whole(hidden / name, path.read_bytes())
     if folder.chat_template is not None:
-        write_whole(hidden / "chat_template.jinja", folder.chat_template)
+        _set_chat_template(hidden, folder.chat_template)
+
+
+def _set_chat_template(folder: Path, template: str) -> None:
+    """Make a template the only one of the tokenizer in a folder.
+
+    It was used for every chat of the training. transformers would prefer a `tool_use` beside it for chats with tools,
+    and other programs one in tokenizer_config.json.
+    """
+    for path in (*folder.glob("chat_template*.j*"), *folder.glob("additional_chat_templates/*")):
+        path.unlink()
+    with suppress(FileNotFoundError):
+        (folder / "additional_chat_templates").rmdir()
+    config = folder / "tokenizer_config.json"
+    if config.exists():
+        settings = json.loads(config.read_text("utf-8"))
+        settings.pop("chat_template", None)
+        write_json(config, settings)
+    write_whole(folder / "chat_template.jinja", template)

@@ -15,12 +15,14 @@ from disks import note_order
 from fake_engine import TRAJECTORY, make_parameters, save
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tokenizers import Tokenizer, models
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
     MixtralConfig,
     MixtralForCausalLM,
+    PreTrainedTokenizerFast,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
@@ -447,19 +449,44 @@ def test_a_checkpoint_with_a_flipped_byte_is_not_exported(tmp_path: Path) -> Non
     assert not (tmp_path / "model").exists()
 
 
-def test_an_exported_tokenizer_can_be_loaded(tmp_path: Path) -> None:
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
+def save_tokenizer(folder: Path, **settings: Any) -> None:
+    """A tokenizer of two words."""
+    words = Tokenizer(models.WordLevel({"a": 0, "<unk>": 1}, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=words, **settings).save_pretrained(folder)
 
+
+def test_an_exported_tokenizer_can_be_loaded(tmp_path: Path) -> None:
     model = llama()
     source = source_folder(model, tmp_path / "source")
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "<unk>": 1}, unk_token="<unk>")),
-        chat_template="{{ messages[0] }}",
-    )
-    fast.save_pretrained(source)
+    save_tokenizer(source, chat_template="{{ messages[0] }}")
     path = checkpoint_of(model, tmp_path / "checkpoints")
     export_checkpoint(path, tmp_path / "model", beside(source))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     assert tokenizer.encode("a") == [0]
     assert tokenizer.chat_template == "{{ messages[0] }}"
+
+
+OLD_TEMPLATES = {"default": "old", "tool_use": "old, with tools"}
+
+
+@pytest.mark.parametrize("where", ["one in the configuration", "named in the configuration", "files", "legacy file"])
+def test_the_template_of_the_training_is_the_only_one_exported(tmp_path: Path, where: str) -> None:
+    model = llama()
+    source = source_folder(model, tmp_path / "source")
+    (source / "chat_template.jinja").unlink()
+    save_tokenizer(source, chat_template=OLD_TEMPLATES if where == "files" else None)
+    config = json.loads((source / "tokenizer_config.json").read_text())
+    if where == "one in the configuration":
+        config["chat_template"] = "old"
+    elif where == "named in the configuration":
+        config["chat_template"] = [{"name": name, "template": text} for name, text in OLD_TEMPLATES.items()]
+    elif where == "legacy file":
+        (source / "chat_template.json").write_text('{"chat_template": "old"}')
+    (source / "tokenizer_config.json").write_text(json.dumps(config))
+    path, out = checkpoint_of(model, tmp_path / "checkpoints"), tmp_path / "model"
+    export_checkpoint(path, out, beside(source, chat_template="new"))
+    assert AutoTokenizer.from_pretrained(out).chat_template == "new"
+    assert [str(file) for file in out.rglob("*") if file.is_file() and "old" in file.read_text("latin-1")] == []
+    assert list(out.glob("*chat_template*")) == [out / "chat_template.jinja"]
+    written = json.loads((out / "tokenizer_config.json").read_text())
+    assert written == {name: value for name, value in config.items() if name != "chat_template"}
