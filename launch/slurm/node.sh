@@ -9,11 +9,17 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$cores}"   # an offloaded optimizer n
 ulimit -l unlimited 2>/dev/null ||
     echo "$(hostname): offload cannot pin much memory here (ulimit -l); ask for an unlimited memlock" >&2
 
-# Compilers lock their caches, and network file systems lock badly.
-cache="${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/dpo_scale-$(id -un)"
+# Compilers lock their caches, and network file systems lock badly. What lies there is run, so nobody else may have made
+# or filled it: in /tmp it has no name that can be foretold. This user's next job finds it again.
+local_files="${SLURM_TMPDIR:-${TMPDIR:-/tmp}}"
+mkdir -p "$local_files"
+cache="$(find "$local_files/" -maxdepth 1 -name 'dpo_scale-compiled-*' -type d -uid "$UID" ! -perm /077 -print -quit ||
+    true)"
+cache="${cache:-$(mktemp -d "$local_files/dpo_scale-compiled-XXXXXX")}"
 export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$cache/torch_extensions}"
+export TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR:-$cache/inductor}"
 export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$cache/triton}"
-mkdir -p "$TORCH_EXTENSIONS_DIR" "$TRITON_CACHE_DIR"
+mkdir -p "$TORCH_EXTENSIONS_DIR" "$TORCHINDUCTOR_CACHE_DIR" "$TRITON_CACHE_DIR"
 
 export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"       # nodes seldom have a way out: fetch models before
 export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"   # micro-batches differ in length

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -160,6 +161,53 @@ def test_a_batch_script_is_edited_at_its_top(path: Path) -> None:
     lines = path.read_text().splitlines()
     edits = [number for number, line in enumerate(lines) if "# EDIT" in line]
     assert edits == [1, 2, 3, 4]
+
+
+COMPILED = ("TORCH_EXTENSIONS_DIR", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+"""Where a compiler's results are, from which they are loaded as code."""
+
+
+def compiled_on_a_node(local_files: Path, **environment: str) -> list[Path]:
+    """The folders of compiled code that node.sh gives to its launcher."""
+    tools = local_files.parent / "tools"
+    tools.mkdir(exist_ok=True)
+    (tools / "accelerate").write_text("#!/bin/sh\nprintenv " + " ".join(COMPILED) + "\n")
+    (tools / "accelerate").chmod(0o755)
+    environment = {
+        "PATH": f"{tools}:{os.environ['PATH']}",
+        "TMPDIR": str(local_files),
+        **dict.fromkeys(["DPO_SCALE_LOGS", "LAUNCH_CONFIG", "FIRST_NODE"], "any"),
+        **dict.fromkeys(["SLURM_CPUS_ON_NODE", "SLURM_JOB_NUM_NODES", "SLURM_NODEID", "PORT"], "1"),
+        **environment,
+    }
+    command = ["bash", "launch/slurm/node.sh", "train", "recipe.yaml"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    return [Path(line) for line in done.stdout.splitlines()]
+
+
+def test_what_a_node_compiles_is_kept_for_the_next_job_where_nobody_else_can_put_code(tmp_path: Path) -> None:
+    local_files = tmp_path / "local files"
+    local_files.mkdir(mode=0o1777)
+    mine = tmp_path / "mine"
+    mine.mkdir(mode=0o700)
+    (local_files / "dpo_scale-compiled-link").symlink_to(mine)
+    (local_files / "dpo_scale-compiled-open").mkdir()
+    (local_files / "dpo_scale-compiled-open").chmod(0o770)
+    if os.geteuid() == 0:
+        (local_files / "dpo_scale-compiled-theirs").mkdir(mode=0o700)
+        os.chown(local_files / "dpo_scale-compiled-theirs", 65534, 65534)
+    there = set(local_files.iterdir())
+    folders = compiled_on_a_node(local_files)
+    (made,) = set(local_files.iterdir()) - there
+    assert [folder.parent for folder in folders] == [made] * len(COMPILED)
+    assert made.stat().st_mode & 0o777 == 0o700
+    assert all(folder.is_dir() for folder in folders)
+    assert compiled_on_a_node(local_files) == folders
+
+
+def test_a_folder_of_compiled_code_may_be_named(tmp_path: Path) -> None:
+    named = str(tmp_path / "kernels")
+    assert Path(named) == compiled_on_a_node(tmp_path / "not there yet", TRITON_CACHE_DIR=named)[-1]
 
 
 def test_a_file_that_is_not_shipped_is_named() -> None:
