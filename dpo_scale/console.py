@@ -248,7 +248,7 @@ def route_output(log_path: Path, *, is_main: bool) -> Console:
     sys.stdout.flush()
     sys.stderr.flush()
     voice = Voice(os.dup(1))
-    log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.close(log)

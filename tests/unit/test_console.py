@@ -208,3 +208,10 @@ def test_streams_may_be_closed_from_the_beginning(tmp_path: Path) -> None:
     command = f"exec {shlex.quote(sys.executable)} -c {shlex.quote(SPEAKS)} {shlex.quote(str(log))} <&- >&- 2>&-"
     subprocess.run(["sh", "-c", command], check=True)
     assert log.read_text() == "a library speaks\n"
+
+
+def test_a_log_has_the_permissions_that_the_user_asked_for(tmp_path: Path) -> None:
+    """A colleague who may write to the run's folder goes on with the run."""
+    command = [sys.executable, "-c", SPEAKS, str(tmp_path / "log")]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, umask=0o002)
+    assert (tmp_path / "log").stat().st_mode & 0o777 == 0o664
