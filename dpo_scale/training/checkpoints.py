@@ -249,16 +249,18 @@ def find_checkpoint(
 def named_checkpoint(path: Path) -> Path:
     """The checkpoint that a path means: itself, the one that `latest` names, or the newest of a run.
 
-    Raises CheckpointError where there is none.
+    Raises CheckpointError where there is none, OSError where a folder cannot be looked into.
     """
     if path.name == "latest" and path.is_file():
         return path.with_name(path.read_text(encoding="utf-8").strip())
     if (path / "commit.json").is_file():
         return path
-    committed = [*path.glob("step-*/commit.json"), *path.glob("checkpoints/step-*/commit.json")]
-    if not committed:
-        raise CheckpointError(f"{path}: no committed checkpoint; give RUN/checkpoints/step-..., or RUN for its newest")
-    return max(committed).parent
+    folders = [folder for folder in (path, path / "checkpoints") if folder.is_dir()]
+    steps = [step for folder in folders for step in folder.iterdir() if step.name.startswith("step-") and step.is_dir()]
+    for step in sorted(steps, reverse=True):
+        if "commit.json" in os.listdir(step):
+            return step
+    raise CheckpointError(f"{path}: no committed checkpoint; give RUN/checkpoints/step-..., or RUN for its newest")
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

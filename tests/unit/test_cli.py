@@ -8,7 +8,9 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers.utils import logging
@@ -164,6 +166,24 @@ def test_a_checkpoint_is_found_by_its_run_and_by_its_name(run: Path, given: str,
 def test_what_is_no_checkpoint_is_told_from_one(run: Path, given: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", str(run / given), str(run / "model")]) == 2
     assert f"{given}: no committed checkpoint; give RUN/checkpoints/step-..." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("closed", ["checkpoints", "checkpoints/step-00000011"])
+def test_a_folder_that_may_not_be_read_is_not_taken_for_an_empty_one(
+    run: Path, closed: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refusing(look: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def refuse(path: Any = ".") -> Any:
+            if Path(path) == run / closed:
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return look(path)
+
+        return refuse
+
+    monkeypatch.setattr(os, "listdir", refusing(os.listdir))
+    monkeypatch.setattr(os, "scandir", refusing(os.scandir))
+    assert main(["export", str(run), str(run / "model")]) == USER_ERROR
+    assert capsys.readouterr().err == f"error: {run / closed}: Permission denied\n"
 
 
 def test_a_checkpoint_away_from_its_run_lacks_the_runs_recipe(
