@@ -273,27 +273,44 @@ def _reserve(out: Path) -> TextIO:
         in_use = f"{out}: {error.holder} is exporting to it; wait for its end, or name another folder"
         raise ExportError(in_use + error.remedy, may_pass=error.is_elsewhere) from error
     except OSError as error:
-        raise ExportError(f"{out}: no lock can be had at {path}: {error.strerror}") from error
+        theirs = isinstance(error, PermissionError) and path.exists()
+        remedy = "; name another folder, or remove the lock if its owner is done exporting" if theirs else ""
+        raise ExportError(f"{out}: no lock can be had at {path}: {error.strerror}{remedy}") from error
 
 
 def _prepare(hidden: Path, out: Path, folder: ModelFolder) -> None:
     check_replaceable(out, folder.trajectory_digest)
+    _check_removable(_replaced(out))
     if hidden.exists():
         shutil.rmtree(hidden)
     hidden.mkdir(parents=True)
 
 
 def check_replaceable(out: Path, trajectory_digest: str) -> None:
-    """Only nothing, an empty folder, or an earlier export of the same run may stand at `out`; else ExportError."""
+    """Only nothing, an empty folder, or an earlier export of the same run may stand at `out`; else ExportError.
+
+    That export is to be one that this user may remove.
+    """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     try:
         provenance = json.loads((out / "provenance.json").read_text("utf-8"))
-        if provenance.get("trajectory_digest") == trajectory_digest:
-            return
+        is_of_this_run = provenance.get("trajectory_digest") == trajectory_digest
     except (OSError, ValueError, AttributeError):
-        pass
-    raise ExportError(f"{out} holds something else than an export of this run; name another folder")
+        is_of_this_run = False
+    if not is_of_this_run:
+        raise ExportError(f"{out} holds something else than an export of this run; name another folder")
+    _check_removable(out)
+
+
+def _check_removable(export: Path) -> None:
+    if export.exists() and not os.access(export, os.W_OK):
+        raise ExportError(f"{export}: another user's export, which you may not remove; name another folder")
+
+
+def _replaced(out: Path) -> Path:
+    """Where an earlier export is for the moment in which another takes its name."""
+    return out.with_name(f".{out.name}.replaced")
 
 
 def _finish(
@@ -321,8 +338,9 @@ def _finish(
         if not (hidden / file.name).is_file() or (hidden / file.name).stat().st_size != file.bytes:
             raise ExportError(f"{hidden / file.name}: changed or removed by another process; export again")
     fsync_folder(hidden)
-    replaced = out.with_name(f".{out.name}.replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
+    replaced = _replaced(out)
+    if replaced.exists():
+        shutil.rmtree(replaced)
     if out.exists():
         os.replace(out, replaced)
     os.replace(hidden, out)

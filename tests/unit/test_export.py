@@ -381,6 +381,44 @@ def test_a_folder_beside_which_no_lock_can_be_had_is_refused(tmp_path: Path, mon
     assert str(caught.value) == f"{tmp_path / 'model'}: no lock can be had at {path}: No locks available"
 
 
+def test_another_users_idle_lock_is_told_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    lock = tmp_path / ".model.lock"
+    lock.touch()
+    monkeypatch.setattr(export, "take", refuse)
+    with pytest.raises(ExportError) as caught:
+        exported(llama(), tmp_path)
+    assert str(caught.value) == (
+        f"{tmp_path / 'model'}: no lock can be had at {lock}: Permission denied; "
+        "name another folder, or remove the lock if its owner is done exporting"
+    )
+
+
+@pytest.mark.parametrize("name", ["model", ".model.replaced"])
+def test_another_users_export_is_refused_before_anything_is_written(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It could be renamed in a shared folder, but its files not be removed from there."""
+    out = exported(llama(), tmp_path)
+    theirs = tmp_path / name
+    theirs.mkdir(exist_ok=True)
+    writing(monkeypatch, lambda shard: pytest.fail("weights were written"))
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != theirs)
+    with pytest.raises(ExportError, match=f"{theirs}: another user's export, which you may not remove; name another"):
+        export_checkpoint(tmp_path / "checkpoints/step-00000001", out, beside(tmp_path / "source"))
+    assert theirs.exists()
+
+
+def test_an_export_that_a_kill_left_aside_makes_way(tmp_path: Path) -> None:
+    out = exported(llama(), tmp_path)
+    os.replace(out, tmp_path / ".model.replaced")
+    export_checkpoint(tmp_path / "checkpoints/step-00000001", out, beside(tmp_path / "source"))
+    assert (out / "model.safetensors").exists()
+    assert not (tmp_path / ".model.replaced").exists()
+
+
 def test_weights_that_are_gone_before_the_end_are_not_published(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
