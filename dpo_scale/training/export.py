@@ -31,6 +31,7 @@ from dpo_scale.model.tokenizer import load_tokenizer, save_tokenizer, tokenizer_
 from dpo_scale.recipe import Recipe
 from dpo_scale.training.checkpoints import CheckpointError, open_checkpoint, verify
 from dpo_scale.training.hub_names import HubNames, hub_names
+from dpo_scale.training.provenance import without_folders
 from dpo_scale.training.stored_state import StoredState
 from dpo_scale.training.tensor_files import FileRecord, TensorEntry, aligned, write_tensors
 
@@ -56,7 +57,7 @@ class ModelFolder:
     chat_template: str | None = None
     """Jinja template in place of the tokenizer's own."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    """What else to say about where the model comes from, as JSON values."""
+    """What else to say about where the model comes from, as JSON values; of absolute paths the names are told."""
 
 
 @contextmanager
@@ -333,7 +334,7 @@ def _finish(
         "source_model": str(folder.source_model),
         "weights": {file.name: file.sha256 for file in files},
     }
-    write_json(hidden / "provenance.json", provenance)
+    write_json(hidden / "provenance.json", without_folders(provenance))
     for file in files:
         if not (hidden / file.name).is_file() or (hidden / file.name).stat().st_size != file.bytes:
             raise ExportError(f"{hidden / file.name}: changed or removed by another process; export again")

@@ -265,6 +265,24 @@ def test_a_source_that_names_its_file_of_weights_exports_to_one_that_loads(
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()), logits(model))
 
 
+def test_the_provenance_tells_names_and_no_folders(tmp_path: Path) -> None:
+    model = llama()
+    data = {"train": [{"path": "/home/ada/pairs.jsonl", "limit": 3}, {"path": "hub/pairs:train"}], "cache_dir": None}
+    recipe = {"data": data, "run": {"output_dir": str(tmp_path / "run")}, "model": {"path": "meta-llama/Llama"}}
+    path, source = checkpoint_of(model, tmp_path / "checkpoints"), source_folder(model, tmp_path / "source")
+    export_checkpoint(path, tmp_path / "model", beside(source, provenance={"recipe": recipe}))
+    written = json.loads((tmp_path / "model" / "provenance.json").read_text())
+    assert written["source_model"] == "source"
+    assert written["recipe"] == {
+        "data": {
+            "train": [{"path": "pairs.jsonl", "limit": 3}, {"path": "hub/pairs:train"}],
+            "cache_dir": None,
+        },
+        "run": {"output_dir": "run"},
+        "model": {"path": "meta-llama/Llama"},
+    }
+
+
 def test_a_tokenizer_of_its_own_replaces_the_source_s_and_a_template_replaces_both(
     tmp_path: Path,
 ) -> None:
