@@ -91,12 +91,6 @@ def _parser() -> argparse.ArgumentParser:
     export = commands.add_parser("export", help="checkpoint -> Hugging Face folder")
     export.add_argument("checkpoint", type=Path, help="RUN/checkpoints/step-..., or RUN for its newest")
     export.add_argument("out", type=Path, help="the folder to write")
-    export.add_argument(
-        "--model",
-        type=_path,
-        metavar="FOLDER",
-        help="a copy of the model that training started from, if that is no longer where it was",
-    )
     export.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: as trained")
     export.set_defaults(run=_export)
 
@@ -304,27 +298,22 @@ def _export(options: argparse.Namespace) -> int:
     import torch
 
     from dpo_scale.training.checkpoints import named_checkpoint, open_checkpoint
-    from dpo_scale.training.export import export_checkpoint, model_folder
-    from dpo_scale.training.run_folder import refuse_another_start
+    from dpo_scale.training.export import ModelFolder, export_checkpoint
+    from dpo_scale.training.model_files import MODEL_FILES
+    from dpo_scale.training.provenance import provenance
 
     checkpoint = named_checkpoint(options.checkpoint)
-    stored = checkpoint.resolve().parent.parent / "recipe.yaml"
-    if not stored.is_file():
-        raise UserError(
-            f"{stored} is missing: the recipe of the checkpoint's run, which names its tokenizer; "
-            "export from RUN/checkpoints/, or copy RUN/recipe.yaml there"
-        )
-    recipe, commit = load_recipe(stored), open_checkpoint(checkpoint).commit
+    run = checkpoint.resolve().parent.parent
+    for kept in (run / "recipe.yaml", run / MODEL_FILES):
+        if not kept.exists():
+            raise UserError(
+                f"{kept} is missing, which an export takes from the checkpoint's run; export from RUN/checkpoints/, or "
+                f"copy RUN/recipe.yaml and RUN/{MODEL_FILES} to {run}"
+            )
+    recipe, commit = load_recipe(run / "recipe.yaml"), open_checkpoint(checkpoint).commit
     dtype = getattr(torch, options.dtype) if options.dtype else None
-    source = options.model or Path(commit.source_model)
-    if not source.is_dir():
-        raise UserError(
-            f"{source}: the model that training started from is not there, and an export takes its configuration and "
-            "tokenizer; name a copy with --model FOLDER"
-        )
-    refuse_another_start(stored.parent, commit.trajectory, source)
-    with model_folder(recipe, source, commit.trajectory_digest) as folder:
-        export_checkpoint(checkpoint, options.out, folder, dtype=dtype)
+    folder = ModelFolder(run / MODEL_FILES, commit.trajectory_digest, provenance(recipe, commit.source_model))
+    export_checkpoint(checkpoint, options.out, folder, dtype=dtype)
     print(f"exported {checkpoint} to {options.out}")
     return 0
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -127,12 +127,6 @@ def fingerprint_model(
         code=code,
         source=_source_name(folder),
     )
-
-
-def explain_settings(folder: Path, reference: ReferenceFingerprint) -> list[str]:
-    """What a model's config.json says otherwise than that of the reference did, a line each."""
-    settings = _settings(folder, has_code=bool(reference.code))
-    return explain_difference(replace(reference, config=settings), reference)
 
 
 def settings_digest(folder: Path) -> str:

@@ -9,9 +9,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -20,24 +19,18 @@ from typing import Any, TextIO
 
 import torch
 
-from dpo_scale import __version__
-from dpo_scale.data.tokenization import DEFAULT_TEMPLATE, chat_templates
 from dpo_scale.distributed import engine_state
 from dpo_scale.distributed.lockstep import OneProcess, Ranks, by_main, on_main, together
 from dpo_scale.errors import UserError
-from dpo_scale.files import fsync_folder, write_json, write_whole
+from dpo_scale.files import fsync_folder, write_json
 from dpo_scale.locks import HeldError, take
-from dpo_scale.model.tokenizer import load_tokenizer, save_tokenizer, tokenizer_files
-from dpo_scale.recipe import Recipe
+from dpo_scale.training import model_files
 from dpo_scale.training.checkpoints import CheckpointError, open_checkpoint, verify
 from dpo_scale.training.hub_names import HubNames, hub_names
-from dpo_scale.training.provenance import without_folders
 from dpo_scale.training.stored_state import StoredState
 from dpo_scale.training.tensor_files import FileRecord, TensorEntry, aligned, write_tensors
 
 MAX_SHARD_BYTES = 5_000_000_000
-
-MODEL_FILES = ("generation_config.json", "*.py", "LICENSE*", "NOTICE*")
 
 
 class ExportError(UserError):
@@ -48,39 +41,12 @@ class ExportError(UserError):
 class ModelFolder:
     """Everything in an exported folder but the weights."""
 
-    source_model: Path
-    """Folder whose config, generation config and code the model keeps."""
+    files: Path
+    """Folder of its configuration, tokenizer and code, as `model_files.keep` left it."""
     trajectory_digest: str
     """The run that the weights come from; an export of another run is never replaced."""
-    tokenizer: Path | None = None
-    """Folder of the tokenizer; None means the source model's."""
-    chat_template: str | None = None
-    """Jinja template in place of the tokenizer's own."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    """What else to say about where the model comes from, as JSON values; of absolute paths the names are told."""
-
-
-@contextmanager
-def model_folder(recipe: Recipe, source_model: Path, trajectory_digest: str) -> Iterator[ModelFolder]:
-    """What an export of this run holds beside weights; valid inside the `with`.
-
-    The tokenizer is written anew where plain transformers would misread the source's files.
-    """
-    path = recipe.model.tokenizer or str(source_model)
-    template = recipe.data.chat_template
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer = load_tokenizer(path, trust_remote_code=recipe.model.trust_remote_code)
-        save_tokenizer(tokenizer, path, Path(folder))
-        yield ModelFolder(
-            source_model=source_model,
-            trajectory_digest=trajectory_digest,
-            tokenizer=Path(folder),
-            chat_template=template and chat_templates(tokenizer, template)[DEFAULT_TEMPLATE],
-            provenance={
-                "made_by": f"dpo_scale {__version__}",
-                "recipe": recipe.model_dump(mode="json"),
-            },
-        )
+    """What else to say about where the model comes from, as JSON values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +132,7 @@ def _export(weights: Weights, folder: ModelFolder, out: Path, max_shard_bytes: i
     """Both ways of exporting, from the point on where they are one."""
     out = out.resolve()  # what a link leads to is replaced, and not the link
     hidden = out.parent / f".{out.name}.partial"
-    names = hub_names(weights.architecture, folder.source_model, weights.parameters)
+    names = hub_names(weights.architecture, folder.files, weights.parameters)
     shards = plan_shards(_entries(weights, names), max_shard_bytes)
     with by_main(ranks, lambda: _reserve(out)) or nullcontext():
         try:
@@ -326,15 +292,14 @@ def _finish(
     if len(shards) > 1:
         _write_index(hidden, shards, files)
     _write_config(hidden, weights, folder)
-    _copy_files(hidden, folder)
+    model_files.copy(folder.files, hidden)
     provenance = {
         **folder.provenance,
         "trajectory_digest": folder.trajectory_digest,
         "step": weights.step,
-        "source_model": str(folder.source_model),
         "weights": {file.name: file.sha256 for file in files},
     }
-    write_json(hidden / "provenance.json", without_folders(provenance))
+    write_json(hidden / "provenance.json", provenance)
     for file in files:
         if not (hidden / file.name).is_file() or (hidden / file.name).stat().st_size != file.bytes:
             raise ExportError(f"{hidden / file.name}: changed or removed by another process; export again")
@@ -357,39 +322,9 @@ def _write_index(folder: Path, shards: Sequence[Sequence[TensorEntry]], files: S
 
 
 def _write_config(hidden: Path, weights: Weights, folder: ModelFolder) -> None:
-    config = json.loads((folder.source_model / "config.json").read_text("utf-8"))
+    config = json.loads((folder.files / "config.json").read_text("utf-8"))
     config.pop("torch_dtype", None)  # the older spelling of dtype
     config.pop("transformers_weights", None)  # the name of the source's file of weights
     config["dtype"] = str(weights.dtype).removeprefix("torch.")
     config["architectures"] = [weights.architecture]
     write_json(hidden / "config.json", config)
-
-
-def _copy_files(hidden: Path, folder: ModelFolder) -> None:
-    """The tokenizer, the generation config and the model's own code, unchanged but for another chat template."""
-    tokenizer = folder.tokenizer or folder.source_model
-    wanted = {path.name: path for name in MODEL_FILES for path in folder.source_model.glob(name)}
-    wanted |= {str(path.relative_to(tokenizer)): path for path in tokenizer_files(tokenizer)}
-    for name, path in wanted.items():
-        if path.is_file():
-            write_whole(hidden / name, path.read_bytes())
-    if folder.chat_template is not None:
-        _set_chat_template(hidden, folder.chat_template)
-
-
-def _set_chat_template(folder: Path, template: str) -> None:
-    """Make a template the only one of the tokenizer in a folder.
-
-    It was used for every chat of the training. transformers would prefer a `tool_use` beside it for chats with tools,
-    and other programs one in tokenizer_config.json.
-    """
-    for path in (*folder.glob("chat_template*.j*"), *folder.glob("additional_chat_templates/*")):
-        path.unlink()
-    with suppress(FileNotFoundError):
-        (folder / "additional_chat_templates").rmdir()
-    config = folder / "tokenizer_config.json"
-    if config.exists():
-        settings = json.loads(config.read_text("utf-8"))
-        settings.pop("chat_template", None)
-        write_json(config, settings)
-    write_whole(folder / "chat_template.jinja", template)

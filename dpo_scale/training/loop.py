@@ -27,10 +27,10 @@ from dpo_scale.model.loading import DTYPES
 from dpo_scale.recipe import Recipe
 from dpo_scale.reference.fingerprint import settings_digest
 from dpo_scale.reference.session import Reference
-from dpo_scale.training import guards
+from dpo_scale.training import guards, model_files
 from dpo_scale.training.checkpoints import RunState, digest_of, save
 from dpo_scale.training.evaluation import best_of, describe, evaluate
-from dpo_scale.training.export import export_engine, model_folder
+from dpo_scale.training.export import ModelFolder, export_engine
 from dpo_scale.training.interruption import (
     Interruption,
     StopRequestedError,
@@ -43,6 +43,7 @@ from dpo_scale.training.interruption import (
 from dpo_scale.training.metrics import MetricsFile, MetricSums
 from dpo_scale.training.optimizer import learning_rate, set_learning_rate
 from dpo_scale.training.policy import load_policy
+from dpo_scale.training.provenance import provenance
 from dpo_scale.training.records import Records
 from dpo_scale.training.run_folder import RunFolder, trajectory_of
 from dpo_scale.training.status import UNFINISHED, StatusFile
@@ -78,6 +79,7 @@ def train(
         if folder is not None:
             write_json(folder.path / "data_report.json", data.report)
             folder.write_environment(ranks.world_size, str(ranks.device))
+            model_files.keep(folder.path / model_files.MODEL_FILES, recipe, data.model_folder)
         if recipe.reference.schedule == "upfront":
             status.enter("scoring")
             reference.score_all(reference.train_rows, reference.evaluate_rows)
@@ -384,12 +386,11 @@ class Run:
     def export(self) -> None:
         """Write RUN/model, a Hugging Face folder. Collective."""
         self.watch.rest()
-        out, elements = Path(self.recipe.run.output_dir) / "model", self.policy.num_parameters
-        with (
-            model_folder(self.recipe, self.data.model_folder, digest_of(self.trajectory)) as folder,
-            self.console.progress("Exporting the model", elements, "parameters") as bar,
-        ):
-            export_engine(self.policy.engine, out, folder, self.ranks, step=self.state.step, progress=bar.advance)
+        run, told = Path(self.recipe.run.output_dir), provenance(self.recipe, str(self.data.model_folder))
+        folder = ModelFolder(run / model_files.MODEL_FILES, digest_of(self.trajectory), told)
+        with self.console.progress("Exporting the model", self.policy.num_parameters, "parameters") as bar:
+            engine, step = self.policy.engine, self.state.step
+            export_engine(engine, run / "model", folder, self.ranks, step=step, progress=bar.advance)
 
 
 def _is_due(step: int, every: int | None) -> bool:

@@ -27,9 +27,7 @@ from dpo_scale.recipe import Recipe, dump_recipe
 from dpo_scale.reference.fingerprint import (
     ReferenceFingerprint,
     explain_difference,
-    explain_settings,
     read_fingerprint,
-    settings_digest,
 )
 from dpo_scale.training.status import committed_step, last_known_commit, read_status
 
@@ -85,22 +83,6 @@ def trajectory_of(
     values = what_matters(flatten(recipe))
     values |= {"tokens of the training pairs": train_digest, REFERENCE: reference_key}
     return values if policy_settings is None else {**values, POLICY_SETTINGS: policy_settings}
-
-
-def refuse_another_start(run: Path, trajectory: Mapping[str, Any], folder: Path) -> None:
-    """Raise UserError if the config.json of a model folder is not the one that a run's trajectory began with."""
-    differing = []
-    if POLICY_SETTINGS in trajectory:
-        if trajectory[POLICY_SETTINGS] != settings_digest(folder):
-            differing = ["config.json is another"]
-    elif (reference := read_fingerprint(run)) is not None and reference.key == trajectory.get(REFERENCE):
-        differing = [line.replace("store", "the run") for line in explain_settings(folder, reference)]
-    if differing:
-        raise UserError(
-            f"{folder}: not the model that {run} started from\n"
-            + "\n".join(f"  {line}" for line in differing)
-            + "\nrestore it, or name a copy of that model with --model FOLDER"
-        )
 
 
 def what_matters(settings: Mapping[str, Any]) -> dict[str, Any]:

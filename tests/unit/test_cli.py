@@ -194,7 +194,7 @@ def test_a_checkpoint_away_from_its_run_lacks_the_runs_recipe(
     assert main(["export", str(copied), str(tmp_path / "model")]) == 2
     error = capsys.readouterr().err
     assert f"{tmp_path / 'elsewhere' / 'recipe.yaml'} is missing" in error
-    assert "copy RUN/recipe.yaml there" in error
+    assert f"copy RUN/recipe.yaml and RUN/model_files to {tmp_path / 'elsewhere'}" in error
 
 
 # --- status of what is no run

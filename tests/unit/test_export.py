@@ -265,40 +265,6 @@ def test_a_source_that_names_its_file_of_weights_exports_to_one_that_loads(
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()), logits(model))
 
 
-def test_the_provenance_tells_names_and_no_folders(tmp_path: Path) -> None:
-    model = llama()
-    data = {"train": [{"path": "/home/ada/pairs.jsonl", "limit": 3}, {"path": "hub/pairs:train"}], "cache_dir": None}
-    recipe = {"data": data, "run": {"output_dir": str(tmp_path / "run")}, "model": {"path": "meta-llama/Llama"}}
-    path, source = checkpoint_of(model, tmp_path / "checkpoints"), source_folder(model, tmp_path / "source")
-    export_checkpoint(path, tmp_path / "model", beside(source, provenance={"recipe": recipe}))
-    written = json.loads((tmp_path / "model" / "provenance.json").read_text())
-    assert written["source_model"] == "source"
-    assert written["recipe"] == {
-        "data": {
-            "train": [{"path": "pairs.jsonl", "limit": 3}, {"path": "hub/pairs:train"}],
-            "cache_dir": None,
-        },
-        "run": {"output_dir": "run"},
-        "model": {"path": "meta-llama/Llama"},
-    }
-
-
-def test_a_tokenizer_of_its_own_replaces_the_source_s_and_a_template_replaces_both(
-    tmp_path: Path,
-) -> None:
-    tokenizer = tmp_path / "tokenizer"
-    tokenizer.mkdir()
-    (tokenizer / "tokenizer.json").write_text("{}")
-    (tokenizer / "generation_config.json").write_text("not this one")
-    model, out = llama(), tmp_path / "model"
-    folder = beside(source_folder(model, tmp_path / "source"), tokenizer=tokenizer, chat_template="{{ 1 }}")
-    export_checkpoint(checkpoint_of(model, tmp_path / "checkpoints"), out, folder)
-    assert (out / "tokenizer.json").read_text() == "{}"
-    assert not (out / "tokenizer_config.json").exists()
-    assert (out / "generation_config.json").read_text() != "not this one"
-    assert (out / "chat_template.jinja").read_text() == "{{ 1 }}"
-
-
 def test_only_an_export_of_the_same_run_is_replaced(tmp_path: Path) -> None:
     model = llama()
     out = exported(model, tmp_path)
@@ -520,29 +486,3 @@ def test_an_exported_tokenizer_can_be_loaded(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     assert tokenizer.encode("a") == [0]
     assert tokenizer.chat_template == "{{ messages[0] }}"
-
-
-OLD_TEMPLATES = {"default": "old", "tool_use": "old, with tools"}
-
-
-@pytest.mark.parametrize("where", ["one in the configuration", "named in the configuration", "files", "legacy file"])
-def test_the_template_of_the_training_is_the_only_one_exported(tmp_path: Path, where: str) -> None:
-    model = llama()
-    source = source_folder(model, tmp_path / "source")
-    (source / "chat_template.jinja").unlink()
-    save_tokenizer(source, chat_template=OLD_TEMPLATES if where == "files" else None)
-    config = json.loads((source / "tokenizer_config.json").read_text())
-    if where == "one in the configuration":
-        config["chat_template"] = "old"
-    elif where == "named in the configuration":
-        config["chat_template"] = [{"name": name, "template": text} for name, text in OLD_TEMPLATES.items()]
-    elif where == "legacy file":
-        (source / "chat_template.json").write_text('{"chat_template": "old"}')
-    (source / "tokenizer_config.json").write_text(json.dumps(config))
-    path, out = checkpoint_of(model, tmp_path / "checkpoints"), tmp_path / "model"
-    export_checkpoint(path, out, beside(source, chat_template="new"))
-    assert AutoTokenizer.from_pretrained(out).chat_template == "new"
-    assert [str(file) for file in out.rglob("*") if file.is_file() and "old" in file.read_text("latin-1")] == []
-    assert list(out.glob("*chat_template*")) == [out / "chat_template.jinja"]
-    written = json.loads((out / "tokenizer_config.json").read_text())
-    assert written == {name: value for name, value in config.items() if name != "chat_template"}

@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -31,7 +30,6 @@ from dpo_scale.training.run_folder import (
     compare_with_stored,
     differences,
     flatten,
-    refuse_another_start,
     take_lock,
     trajectory_of,
     what_matters,
@@ -294,29 +292,6 @@ def test_a_start_that_is_refused_late_leaves_the_recipe_of_the_run(tmp_path: Pat
     assert (tmp_path / "recipe.yaml").read_bytes() == before
     second.claim(_reference(), {"tokens of the training pairs": "a"})
     assert load_recipe(tmp_path / "recipe.yaml").model.tokenizer == "another"
-
-
-def test_an_export_takes_the_settings_of_the_model_that_training_started_from_or_none(tmp_path: Path) -> None:
-    start = {"rms_norm_eps": 1e-6, "vocab_size": 380, "architectures": ["LlamaForCausalLM"]}
-    reference = replace(_reference(), config={"rms_norm_eps": 1e-6, "vocab_size": 380})
-    write_json(tmp_path / "reference.json", reference.to_json())
-    of_start = {"files of the reference": reference.key}
-    write_json(tmp_path / "base" / "config.json", {**start, "auto_map": {}, "use_cache": False})
-    refuse_another_start(tmp_path, of_start, tmp_path / "base")
-    apart = {**of_start, "config.json of the policy": settings_digest(tmp_path / "base")}
-    refuse_another_start(tmp_path, apart, tmp_path / "base")
-    write_json(tmp_path / "base" / "config.json", {**start, "rms_norm_eps": 1e-3})
-    with pytest.raises(UserError) as caught:
-        refuse_another_start(tmp_path, of_start, tmp_path / "base")
-    assert str(caught.value).splitlines() == [
-        f"{tmp_path / 'base'}: not the model that {tmp_path} started from",
-        "  config.json rms_norm_eps 0.001, the run has 1e-06",
-        "restore it, or name a copy of that model with --model FOLDER",
-    ]
-    with pytest.raises(UserError, match=r"config\.json is another"):
-        refuse_another_start(tmp_path, apart, tmp_path / "base")
-    (tmp_path / "reference.json").unlink()  # nothing to compare with is no reason to keep a model from its owner
-    refuse_another_start(tmp_path, of_start, tmp_path / "base")
 
 
 TRAJECTORY = {
