@@ -5,10 +5,13 @@ Values in, values out, plus the text of each for a terminal. Nothing is deleted 
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +32,7 @@ from dpo_scale.reference.parts import (
 
 _DEAD_AFTER_S = 3600.0
 """A part is written in seconds; a temporary file this old has lost its writer."""
+_PRUNED_NAME = re.compile(r"\.pruned-[0-9a-f]{12}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,9 +137,10 @@ def verify(folder: Path) -> list[str]:
 
 
 def prune_stores(cache_dir: Path, names: Sequence[str] = (), older_than_days: float | None = None) -> Pruned:
-    """Delete whole stores: those named, and those last written more than some days ago.
+    """Delete whole stores: those named, those last written more than some days ago, and what killed prunings left.
 
-    Raises UserError if neither is given, or a name means no store; nothing is deleted then.
+    Raises UserError if neither is given, a name means no store, or one is not this user's to delete; nothing is
+    deleted then.
     """
     if not names and older_than_days is None:
         raise UserError("nothing to prune: name the stores, or give --older-than DAYS")
@@ -147,16 +152,59 @@ def prune_stores(cache_dir: Path, names: Sequence[str] = (), older_than_days: fl
             for store in list_stores(cache_dir)
             if (store.last_write or store.folder.stat().st_mtime) < before
         }
-    freed = 0
-    for folder in sorted(doomed):
-        freed += _bytes_below(folder)
-        # Renamed first: a kill in the middle leaves no half store under a name that is looked up.
-        hidden = folder.with_name(f".pruned-{uuid.uuid4().hex[:12]}")
-        folder.rename(hidden)
-        shutil.rmtree(hidden)
-    for parent in {folder.parent for folder in doomed}:
+    for folder in doomed:
+        _refuse_undeletable(folder)
+    half_pruned = _half_pruned({cache_dir, *(folder.parent for folder in doomed)})
+    pruned, freed = [], 0
+    for folder in (*sorted(doomed), *half_pruned):
+        size = _bytes_below(folder)
+        if folder in doomed:
+            _delete(folder)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)  # it may be another user's
+        if not folder.exists():
+            pruned.append(folder)
+            freed += size
+    for parent in {folder.parent for folder in pruned}:
         fsync_folder(parent)
-    return Pruned(tuple(sorted(doomed)), freed)
+    return Pruned(tuple(pruned), freed)
+
+
+def _refuse_undeletable(folder: Path) -> None:
+    """Raise UserError for a folder whose files are not this user's to delete; renaming it would lose it for others."""
+    for place in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise UserError(f"{place}: may not be written to; have its owner prune {folder}, or give you write access")
+
+
+def _delete(folder: Path) -> None:
+    """Delete a store, or leave it as it was. Raises UserError where it cannot be deleted."""
+    # Renamed first: a kill in the middle leaves no half store under a name that is looked up.
+    hidden = folder.with_name(f".pruned-{uuid.uuid4().hex[:12]}")
+    try:
+        folder.rename(hidden)
+    except OSError as error:
+        raise UserError(f"{folder}: {error.strerror}; have its owner prune it") from error
+    contents = set(hidden.rglob("*"))
+    try:
+        shutil.rmtree(hidden)
+    except OSError as error:
+        is_whole = set(hidden.rglob("*")) == contents
+        if is_whole:
+            hidden.rename(folder)
+        done = "not deleted" if is_whole else "only partly deleted"
+        raise UserError(f"{folder}: {done}: {error.strerror}; have its owner prune it") from error
+
+
+def _half_pruned(cache_dirs: Iterable[Path]) -> list[Path]:
+    """What kills left of stores that were being pruned."""
+    before = time.time() - _DEAD_AFTER_S
+    found = []
+    for folder in sorted(path for cache_dir in cache_dirs for path in cache_dir.glob(".pruned-*")):
+        with suppress(FileNotFoundError):  # its pruner has just finished
+            if _PRUNED_NAME.fullmatch(folder.name) and folder.stat().st_ctime < before:
+                found.append(folder)
+    return found
 
 
 def prune_waste(folder: Path) -> Pruned:

@@ -917,6 +917,51 @@ def test_prune_deletes_only_what_it_was_asked_to(tmp_path: Path) -> None:
     _assert_holds(ReferenceStore.open(tmp_path, kept.fingerprint), range(4))
 
 
+@pytest.mark.parametrize("closed", ["", "verified"])
+def test_prune_leaves_the_store_of_another_user_where_it_is(
+    closed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, theirs = [ReferenceStore.open(tmp_path, replace(FINGERPRINT, dtype=dtype)) for dtype in "ab"]
+    for store in (mine, theirs):
+        _append(store, range(4))
+    place = theirs.folder / closed
+    place.mkdir(exist_ok=True)
+    monkeypatch.setattr(commands.os, "access", lambda path, mode: path != place)
+    with pytest.raises(UserError, match=f"{place}: may not be written to; have its owner prune"):
+        commands.prune_stores(tmp_path, [mine.folder.name, theirs.folder.name])
+    assert {path.name for path in tmp_path.iterdir()} == {mine.folder.name, theirs.folder.name}
+
+
+@pytest.mark.parametrize(("deleted", "said"), [(0, "not deleted"), (1, "only partly deleted")])
+def test_a_store_that_cannot_be_deleted_keeps_its_name_while_it_is_whole(
+    deleted: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = ReferenceStore.open(tmp_path, FINGERPRINT)
+    for numbers in (range(4), range(4, 6)):
+        _append(store, numbers)
+
+    def fail(folder: Path) -> None:
+        for path in part_paths(folder)[:deleted]:
+            path.unlink()
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(commands.shutil, "rmtree", fail)
+    with pytest.raises(UserError, match=f"{store.folder}: {said}: Operation not permitted"):
+        commands.prune_stores(tmp_path, [store.folder.name])
+    assert len(part_paths(store.folder)) == (0 if deleted else 2)
+
+
+def test_prune_takes_what_a_killed_pruning_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left, own = tmp_path / ".pruned-0123456789ab", tmp_path / ".pruned-notes"
+    for folder in (left, own):
+        folder.mkdir()
+        (folder / "part-0.safetensors").write_bytes(b"half")
+    assert commands.prune_stores(tmp_path, older_than_days=1).paths == ()  # its pruner may be at it
+    monkeypatch.setattr(commands, "_DEAD_AFTER_S", -60.0)
+    assert commands.prune_stores(tmp_path, older_than_days=1) == commands.Pruned((left,), 4)
+    assert [path.name for path in tmp_path.iterdir()] == [own.name]
+
+
 def test_a_store_that_no_row_was_written_to_is_as_old_as_its_folder(tmp_path: Path) -> None:
     old, fresh = [ReferenceStore.open(tmp_path, replace(FINGERPRINT, dtype=dtype)) for dtype in "ab"]
     for store in (old, fresh):
