@@ -132,12 +132,20 @@ class TokenStore:
         return cls(root / hashlib.sha256(text.encode()).hexdigest()[:32])
 
     def load(self) -> tuple[TokenPairs, DataReport] | None:
-        """The pairs mapped into memory and their report; None if they are not there, or damaged."""
+        """The pairs mapped into memory and their report; None if they are not there, or damaged.
+
+        Raises UserError where they are another user's and cannot be read.
+        """
         try:
             document = json.loads((self.folder / "report.json").read_text(encoding="utf-8"))
             pairs = _open_pairs(self.folder, document["files"])
             report = DataReport.from_json(document["report"])
             return (pairs, report) if pairs.digest() == document["digest"] else None
+        except PermissionError as error:
+            raise UserError(
+                f"data.cache_dir: {self.folder} belongs to another user and cannot be read; have it made readable "
+                "(chmod -R a+rX), or set data.cache_dir"
+            ) from error
         except (FileNotFoundError, AttributeError, KeyError, TypeError, ValueError):
             return None
 
@@ -304,7 +312,7 @@ def _abandoned(root: Path) -> list[Path]:
 def _last_write(folder: Path) -> float:
     try:
         return max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
-    except FileNotFoundError:  # its writer has just put it in place
+    except (FileNotFoundError, PermissionError):  # its writer has just put it in place, or is another user
         return math.inf
 
 

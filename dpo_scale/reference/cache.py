@@ -1,16 +1,15 @@
 """The store of reference log-probs: computed once, found by content, checked before it is believed.
 
-A store is a folder for one reference: `reference.json` says which, and append-only parts hold rows
-(parts.py). A row is one (prompt, completion) sequence; its key is made of its token ids alone, so
-rows do not care about the order of the data, the number of ranks or the loss. Writers share
-nothing: each adds whole parts under names of their own, and merges its small ones. A row that is
-stored twice, by two writers or by a merge that a kill interrupted, is counted once. A part that is
-gone was merged or set aside: readers list the folder again and find what others have of its rows.
+A store is a folder for one reference: `reference.json` says which, and append-only parts hold rows (parts.py). A row is
+one (prompt, completion) sequence; its key is made of its token ids alone, so rows do not care about the order of the
+data, the number of ranks or the loss. Writers share nothing: each adds whole parts under names of their own, and merges
+its small ones. A row that is stored twice, by two writers or by a merge that a kill interrupted, is counted once. A
+part that is gone was merged or set aside: readers list the folder again and find what others have of its rows. A part
+that another user lets nobody read is as good as absent.
 
-What is believed: a part's layout is checked when the store is opened, and its SHA-256 before its
-first row is served, once a part and machine (1.5 GB/s on one core; `verified/` remembers it by size
-and time stamps). A part that fails is set aside under the name `damaged-...`, and its rows count as
-missing.
+What is believed: a part's layout is checked when the store is opened, and its SHA-256 before its first row is served,
+once a part and machine (1.5 GB/s on one core; `verified/` remembers it by size and time stamps). A part that fails is
+set aside under the name `damaged-...`, and its rows count as missing.
 """
 
 from __future__ import annotations
@@ -29,7 +28,12 @@ import numpy.typing as npt
 
 from dpo_scale.errors import UserError
 from dpo_scale.files import DigestMemory, write_json
-from dpo_scale.reference.fingerprint import ReferenceFingerprint, explain_difference, read_fingerprint
+from dpo_scale.reference.fingerprint import (
+    ReferenceFingerprint,
+    explain_difference,
+    read_fingerprint,
+    readable_fingerprint,
+)
 from dpo_scale.reference.key_index import KeyIndex, first_positions
 from dpo_scale.reference.parts import (
     KEY_BYTES,
@@ -39,6 +43,7 @@ from dpo_scale.reference.parts import (
     Part,
     batches,
     check_digest,
+    is_forbidden,
     is_gone,
     read_whole,
     set_aside,
@@ -87,6 +92,7 @@ class ReferenceStore:
         self.damaged: list[str] = []
         self._held: dict[bytes, LogProbs] = {}
         self._ignored: set[str] = set()
+        self._unreadable: set[str] = set()
         self._reference_key = fingerprint.key
         self._sound = DigestMemory(folder / "verified" / f"{platform.node()}.jsonl")
         self._forget_parts()
@@ -107,7 +113,7 @@ class ReferenceStore:
         return len(self) - rows_before
 
     def _add_listed(self, gone: set[str]) -> set[str]:
-        """Add the parts in the folder; returns those that are listed and can no longer be opened, without `gone`."""
+        """Add the parts in the folder; returns those that are listed and cannot be opened, without `gone`."""
         names: list[str] = []
         tables: list[Keys] = []
         newly_gone: set[str] = set()
@@ -121,8 +127,7 @@ class ReferenceStore:
             except DamagedPartError as error:
                 self._set_aside(path, error)
             except OSError as error:
-                if not is_gone(error):
-                    raise
+                self._do_without(path, error)
                 newly_gone.add(path.name)
         self._add_parts(names, tables)
         return newly_gone
@@ -291,8 +296,7 @@ class ReferenceStore:
             self._set_aside(path, error)
             return False
         except OSError as error:
-            if not is_gone(error):
-                raise
+            self._do_without(path, error)
             return False
         self._trusted.add(number)
         return True
@@ -333,8 +337,7 @@ class ReferenceStore:
         except DamagedPartError as error:
             self._set_aside(self._paths[number], error)
         except OSError as error:
-            if not is_gone(error):
-                raise
+            self._do_without(self._paths[number], error)
         return None
 
     def _part(self, number: int) -> Part:
@@ -349,6 +352,14 @@ class ReferenceStore:
             self._ignored.add(path.name)
         self.damaged.append(str(reason))
         logger.warning("%s: set aside; its rows are scored again. %s", path.parent, reason)
+
+    def _do_without(self, path: Path, error: OSError) -> None:
+        """Let a part go that is gone, or that may not be read, which is told once. Raises any other error."""
+        if is_forbidden(error) and path.name not in self._unreadable:
+            self._unreadable.add(path.name)
+            logger.warning("%s: %s; its rows are scored again. Have it made readable: chmod a+r", path, error.strerror)
+        elif not (is_forbidden(error) or is_gone(error)):
+            raise error
 
 
 def store_folder(cache_dir: Path, fingerprint: ReferenceFingerprint) -> Path:
@@ -376,7 +387,7 @@ def near_misses(cache_dir: Path, fingerprint: ReferenceFingerprint) -> list[str]
     """
     found: list[tuple[int, str]] = []
     for folder in store_folders(cache_dir):
-        stored = read_fingerprint(folder)
+        stored = readable_fingerprint(folder)
         if stored is None or stored.key == fingerprint.key or not part_paths(folder):
             continue
         same_weights = set(stored.weights.values()) & set(fingerprint.weights.values())

@@ -21,7 +21,7 @@ from dpo_scale.console import counted
 from dpo_scale.errors import UserError
 from dpo_scale.files import fsync_folder, leftovers, sha256_of_file
 from dpo_scale.reference.cache import part_paths, store_folders
-from dpo_scale.reference.fingerprint import ReferenceFingerprint, read_fingerprint
+from dpo_scale.reference.fingerprint import ReferenceFingerprint, readable_fingerprint
 from dpo_scale.reference.parts import (
     DamagedPartError,
     Keys,
@@ -41,7 +41,7 @@ class StoreSummary:
 
     folder: Path
     fingerprint: ReferenceFingerprint | None
-    """None where reference.json is missing or damaged; the next run that scores restores it."""
+    """None where reference.json is missing, damaged or not readable; the next run that scores restores it."""
     parts: int
     rows: int
     """Rows in all parts; a row that two writers scored counts twice."""
@@ -51,6 +51,8 @@ class StoreSummary:
     """Of all files, set-aside parts included."""
     damaged: tuple[str, ...]
     """Parts that were set aside, or whose layout is not a part's."""
+    unreadable: tuple[str, ...]
+    """Parts of another user that may not be read."""
     last_write: float | None
     """Seconds since the epoch; None without parts."""
 
@@ -93,13 +95,17 @@ def find_store(cache_dir: Path, name: str) -> Path:
 def summarize(folder: Path) -> StoreSummary:
     """What a store holds, from the headers of its parts."""
     parts, rows, tokens, last_write = 0, 0, 0, None
+    unreadable = []
     damaged = [path.name for path in sorted(folder.glob("damaged-*"))]
-    fingerprint = read_fingerprint(folder)
+    fingerprint = readable_fingerprint(folder)
     for path in part_paths(folder):
         try:
-            part = Part(path, fingerprint.key if fingerprint else None)
             last_write = max(last_write or 0.0, path.stat().st_mtime)
+            part = Part(path, fingerprint.key if fingerprint else None)
         except FileNotFoundError:  # set aside or pruned meanwhile
+            continue
+        except PermissionError:
+            unreadable.append(path.name)
             continue
         except DamagedPartError as error:
             damaged.append(str(error))
@@ -113,6 +119,7 @@ def summarize(folder: Path) -> StoreSummary:
         tokens=tokens,
         bytes=_bytes_below(folder),
         damaged=tuple(damaged),
+        unreadable=tuple(unreadable),
         last_write=last_write,
     )
 
@@ -122,14 +129,16 @@ def verify(folder: Path) -> list[str]:
 
     Returns what is wrong, as `file: reason`.
     """
-    fingerprint = read_fingerprint(folder)
-    wrong = [] if fingerprint else [f"reference.json: missing or damaged in {folder}"]
+    fingerprint = readable_fingerprint(folder)
+    wrong = [] if fingerprint else [f"reference.json: missing, damaged or not readable in {folder}"]
     for path in part_paths(folder):
         try:
             check_digest(path, sha256_of_file(path))
             Part(path, fingerprint.key if fingerprint else None)
         except FileNotFoundError:  # set aside or pruned meanwhile
             continue
+        except PermissionError as error:
+            wrong.append(f"{path.name}: {error.strerror}; have it made readable (chmod a+r)")
         except DamagedPartError as error:
             set_aside(path)
             wrong.append(str(error))
@@ -240,7 +249,7 @@ def format_stores(stores: Sequence[StoreSummary]) -> str:
                 f"{store.tokens:,}",
                 _size(store.bytes),
                 _time(store.last_write),
-                f"{len(store.damaged)} damaged" if store.damaged else "",
+                _troubles(store),
             )
         )
     widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
@@ -275,18 +284,24 @@ def format_store(store: StoreSummary) -> str:
         ]
         for name, digest in {**reference.weights, **reference.code}.items():
             lines.append(f"sha256       {digest}  {name}")
-    return "\n".join(lines + [f"damaged      {name}" for name in store.damaged])
+    lines += [f"damaged      {name}" for name in store.damaged]
+    return "\n".join(lines + [f"not readable {name}" for name in store.unreadable])
+
+
+def _troubles(store: StoreSummary) -> str:
+    found = {"damaged": store.damaged, "not readable": store.unreadable}
+    return ", ".join(f"{len(names)} {trouble}" for trouble, names in found.items() if names)
 
 
 def _repeated_parts(folder: Path) -> list[Path]:
     """Parts that can go without losing a row: found smallest first, so that the large ones stay."""
-    fingerprint = read_fingerprint(folder)
+    fingerprint = readable_fingerprint(folder)
     tables: list[tuple[Path, Keys]] = []
     for path in part_paths(folder):
         try:
             check_digest(path, sha256_of_file(path))
             part = Part(path, fingerprint.key if fingerprint else None)
-        except (FileNotFoundError, DamagedPartError):  # its copies of rows prove nothing
+        except (FileNotFoundError, PermissionError, DamagedPartError):  # its copies of rows prove nothing
             continue
         tables.append((path, np.unique(part.keys(), axis=0)))
     if not tables:

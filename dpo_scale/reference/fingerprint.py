@@ -164,6 +164,14 @@ def read_fingerprint(folder: Path) -> ReferenceFingerprint | None:
         return None
 
 
+def readable_fingerprint(folder: Path) -> ReferenceFingerprint | None:
+    """Which reference a folder says that it is for; None where that is missing, damaged, or may not be read."""
+    try:
+        return read_fingerprint(folder)
+    except PermissionError:
+        return None
+
+
 def explain_difference(wanted: ReferenceFingerprint, stored: ReferenceFingerprint) -> list[str]:
     """Why a store does not serve, a line for each difference; empty if the keys are equal."""
     lines = []

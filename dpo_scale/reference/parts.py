@@ -99,6 +99,11 @@ def is_gone(error: OSError) -> bool:
     return error.errno in (errno.ENOENT, errno.ESTALE)
 
 
+def is_forbidden(error: OSError) -> bool:
+    """Whether a file is another user's who lets nobody else read it."""
+    return error.errno in (errno.EACCES, errno.EPERM)
+
+
 def size_of(path: Path) -> int:
     """Bytes of a part; 0 if it is gone."""
     try:

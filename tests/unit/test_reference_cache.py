@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import builtins
 import errno
 import hashlib
+import io
 import math
 import multiprocessing
 import os
@@ -17,6 +19,7 @@ import tracemalloc
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -83,6 +86,23 @@ def _flip_a_byte(path: Path, position: int = -5) -> None:
 
 def _truncate(path: Path) -> None:
     os.truncate(path, path.stat().st_size - 7)
+
+
+def _close(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let nobody read a file, not even root."""
+    os_open, io_open = os.open, io.open
+
+    def refusing(opened: Callable[..., Any]) -> Callable[..., Any]:
+        def call(file: Any, *arguments: Any, **named: Any) -> Any:
+            if str(file) == str(path):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(file))
+            return opened(file, *arguments, **named)
+
+        return call
+
+    monkeypatch.setattr(os, "open", refusing(os_open))
+    monkeypatch.setattr(io, "open", refusing(io_open))
+    monkeypatch.setattr(builtins, "open", refusing(io_open))
 
 
 # Keys of rows
@@ -424,6 +444,43 @@ def test_a_disk_that_fails_is_an_error_and_no_missing_row(
     with pytest.raises(OSError, match=os.strerror(errno.EIO)):
         action(ReferenceStore.open(tmp_path, FINGERPRINT))
     assert len(part_paths(writer.folder)) == 2
+
+
+def test_a_part_that_may_not_be_read_is_passed_over_and_its_rows_count_as_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    writer = ReferenceStore.open(tmp_path, FINGERPRINT)
+    (closed,) = _append(writer, range(5))
+    _append(writer, range(5, 8))
+    with monkeypatch.context() as patch:
+        _close(closed, patch)
+        store = ReferenceStore.open(tmp_path, FINGERPRINT)
+        store.refresh()
+        np.testing.assert_array_equal(store.contains(_keys(range(8))), [False] * 5 + [True] * 3)
+        _assert_holds(store, range(5, 8))
+        (warning,) = caplog.messages
+        assert warning.startswith(f"{closed}: Permission denied; its rows are scored again")
+        assert len(_append(store, range(3))) == 1
+        _assert_holds(store, [0, 1, 2, 5, 6, 7])
+    store.refresh()  # its owner has made it readable
+    _assert_holds(store, range(8))
+
+
+@pytest.mark.parametrize("broken", ["Part.log_probs", "Part", "check_digest"])
+def test_rows_of_a_part_that_is_closed_after_it_was_listed_are_missing(
+    broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (path,) = _append(ReferenceStore.open(tmp_path, FINGERPRINT), range(5))
+    store = ReferenceStore.open(tmp_path, FINGERPRINT)
+    _close(path, monkeypatch)
+
+    def fail(*_: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(f"dpo_scale.reference.cache.{broken}", fail)
+    with pytest.raises(MissingRowsError):
+        store.lookup(_keys(range(5)))
+    assert path.exists()
 
 
 def test_a_copy_of_a_row_in_a_sound_part_replaces_the_damaged_one(tmp_path: Path) -> None:
@@ -827,6 +884,30 @@ def test_list_shows_what_each_store_holds(tmp_path: Path) -> None:
     (store.folder / "reference.json").unlink()
     assert [found.folder for found in commands.list_stores(tmp_path)] == [store.folder]
     assert commands.format_stores(commands.list_stores(tmp_path / "nowhere")) == "no stores"
+
+
+def test_what_may_not_be_read_is_told_and_stops_no_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = ReferenceStore.open(tmp_path, FINGERPRINT)
+    (closed,) = _append(store, range(3))
+    (own,) = _append(ReferenceStore(store.folder, FINGERPRINT), range(5))
+    _close(closed, monkeypatch)
+    (summary,) = commands.list_stores(tmp_path)
+    assert (summary.parts, summary.rows, summary.unreadable) == (1, 5, (closed.name,))
+    assert commands.format_stores([summary]).endswith("1 not readable")
+    assert f"\nnot readable {closed.name}" in commands.format_store(summary)
+    assert commands.verify(store.folder) == [f"{closed.name}: Permission denied; have it made readable (chmod a+r)"]
+    assert commands.prune_waste(store.folder).paths == ()
+    assert part_paths(store.folder) == sorted([closed, own])
+
+
+def test_a_store_whose_reference_may_not_be_read_is_of_an_unknown_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = ReferenceStore.open(tmp_path, FINGERPRINT)
+    _append(store, range(3))
+    _close(store.folder / "reference.json", monkeypatch)
+    assert [found.fingerprint for found in commands.list_stores(tmp_path)] == [None]
+    assert near_misses(tmp_path, replace(FINGERPRINT, dtype="float32")) == []
 
 
 def test_a_store_is_named_by_the_start_of_its_folder_or_by_its_reference(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from dpo_scale.data import store_lock, token_pairs, token_store
 from dpo_scale.data.preparation import prepare_pairs
 from dpo_scale.data.token_pairs import TokenPairs
 from dpo_scale.data.token_store import TokenStore, tokenizer_fingerprint
+from dpo_scale.errors import UserError
 from dpo_scale.recipe import DataSection
 
 
@@ -178,6 +180,36 @@ def test_a_damaged_store_is_made_anew(name: str, data: DataSection) -> None:
     assert [path for path in folder.parent.iterdir() if path.is_dir()] == [folder]
 
 
+def test_a_store_of_another_user_that_cannot_be_read_says_what_mends_it(
+    data: DataSection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared(data)
+
+    def refuse(folder: Path, column: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+
+    monkeypatch.setattr(token_store, "_map", refuse)
+    with pytest.raises(UserError, match=r"another user and cannot be read; have it made readable \(chmod -R a\+rX\)"):
+        prepared(data)
+
+
+def test_an_unfinished_store_of_another_user_stops_nobody(data: DataSection, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Path(str(data.cache_dir))
+    closed = root / f".{'0' * 32}.{'1' * 32}"
+    closed.mkdir(parents=True)
+    os.utime(closed, (0, 0))
+    iterdir = Path.iterdir
+
+    def refuse(folder: Path) -> Iterator[Path]:
+        if folder == closed:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+        return iterdir(folder)
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    assert len(prepared(data))
+    assert closed.is_dir()
+
+
 def test_the_digest_of_a_loaded_store_is_remembered(data: DataSection, monkeypatch: pytest.MonkeyPatch) -> None:
     prepared(data)
     pairs = prepared(data)
@@ -221,6 +253,7 @@ import sys, time
 from pathlib import Path
 from small_tokenizers import byte_level
 from dpo_scale.data.preparation import prepare_pairs
+from dpo_scale.errors import UserError
 from dpo_scale.recipe import DataSection
 
 rows, cache, begun, go_on = sys.argv[1:]
