@@ -114,6 +114,11 @@ def remembered_sha256(path: Path, memory_dir: Path, progress: Callable[[int], No
     return _digest_in_name(path) or _memory_in(memory_dir).sha256(path, progress)
 
 
+def known_sha256(path: Path, memory_dir: Path) -> str | None:
+    """As `remembered_sha256`, but a file that it would have to read is None."""
+    return _digest_in_name(path) or _memory_in(memory_dir).recall(_file_state(path))
+
+
 class DigestMemory:
     """SHA-256 of files by (path, size, modification and change time), in an append-only text file.
 
@@ -130,9 +135,7 @@ class DigestMemory:
     def sha256(self, path: Path, progress: Callable[[int], None] | None = None) -> str:
         """The file's SHA-256 in hex. Raises UserError if the file changes while it is read."""
         state = _file_state(path)
-        if state not in self._digests:
-            self._read_new_lines()
-        if state not in self._digests:
+        if self.recall(state) is None:
             digest = sha256_of_file(path, progress)
             if _file_state(path) != state:
                 raise UserError(f"{path}: changed while it was read; wait until it is complete")
@@ -140,6 +143,12 @@ class DigestMemory:
                 return digest
             self._remember(state, digest)
         return self._digests[state]
+
+    def recall(self, state: str) -> str | None:
+        """What is remembered of a file in this state."""
+        if state not in self._digests:
+            self._read_new_lines()
+        return self._digests.get(state)
 
     def _remember(self, state: str, digest: str) -> None:
         self._digests[state] = digest

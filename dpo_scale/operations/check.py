@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from dpo_scale.console import Console, counted
 from dpo_scale.data.preparation import check_rows
 from dpo_scale.data.samples import sample_pairs, show
@@ -16,7 +18,7 @@ from dpo_scale.distributed.lockstep import OneProcess
 from dpo_scale.distributed.runtime import missing_trackers
 from dpo_scale.distributed.zero_config import read_policy_config
 from dpo_scale.errors import UserError
-from dpo_scale.inputs import Data, check_budgets, hoped_layout, prepare_data
+from dpo_scale.inputs import Data, check_budgets, hoped_layout, prepare_data, schedule_of
 from dpo_scale.model.loading import load_config, resolve_folder, stored_elements
 from dpo_scale.operations.cluster import GIB, GPU_GIB, HOST_GIB, Assumptions, Cluster
 from dpo_scale.operations.findings import LaunchFile
@@ -24,8 +26,11 @@ from dpo_scale.operations.machine import launch_file, why_not_writable
 from dpo_scale.operations.plan import Plan, make_plan
 from dpo_scale.operations.plan_report import verdict
 from dpo_scale.recipe import DataSource, Recipe, reference_cache_dir
+from dpo_scale.reference.cache import ReferenceStore, store_folder
 from dpo_scale.reference.fingerprint import weight_files
-from dpo_scale.reference.source import check_same_tokens
+from dpo_scale.reference.key_index import first_positions
+from dpo_scale.reference.scoring import ReferenceRows
+from dpo_scale.reference.source import check_same_tokens, known_fingerprint
 from dpo_scale.training.checkpoints import CheckpointError, open_checkpoint
 from dpo_scale.training.run_folder import compare_with_stored
 from dpo_scale.training.status import committed_step
@@ -61,7 +66,7 @@ def check(recipe: Recipe, rows: int | None = None, config_file: str | None = Non
         mistakes.raise_all()
     with mistakes.noted():
         data = prepare_data(recipe, OneProcess(), console, weights=False)
-        for check_data in (_check_reference_tokens, _check_budgets):
+        for check_data in (_check_reference_tokens, _check_budgets, _check_store):
             with mistakes.noted():
                 check_data(recipe, data)
         console.show(show(sample_pairs(data.train, data.tokenizer, seed=recipe.run.seed, count=PAIRS_SHOWN)))
@@ -80,7 +85,7 @@ def _parts(recipe: Recipe, launches: list[LaunchFile]) -> Iterator[Callable[[], 
         yield partial(_check_launch_file, launch)
     yield partial(_check_writable, "run.output_dir", Path(recipe.run.output_dir))
     yield partial(compare_with_stored, recipe)
-    if not reference_cache_dir(recipe).is_dir():  # one that is there may hold every row
+    if not reference_cache_dir(recipe).is_dir():  # one that is there may hold every row: see _check_store
         yield partial(_check_writable, "reference.cache_dir", reference_cache_dir(recipe))
     yield partial(_check_trackers, recipe)
     yield partial(_check_resume, recipe)
@@ -125,6 +130,28 @@ def _check_reference_tokens(recipe: Recipe, data: Data) -> None:
         folder = resolve_folder(recipe.reference.path, recipe.reference.revision, "reference.path", weights=False)
         config = load_config(folder, trust_remote_code=recipe.model.trust_remote_code, setting="reference.path")
         check_same_tokens(folder, config, recipe, data)
+
+
+def _check_store(recipe: Recipe, data: Data) -> None:
+    """Rows that a store lacks must find room in it; one that has them all may be read-only.
+
+    Which store it is, is known once a run has hashed the reference.
+    """
+    fingerprint = known_fingerprint(recipe)
+    if fingerprint is None:
+        return
+    folder = store_folder(reference_cache_dir(recipe), fingerprint)
+    if problem := why_not_writable(folder):
+        store = ReferenceStore.open(folder.parent, fingerprint)
+        trained_on = schedule_of(recipe, len(data.train)).pairs_reached()
+        needed = ((data.train, trained_on), (data.evaluate, np.arange(len(data.evaluate))))
+        keys = np.concatenate([ReferenceRows.of_pairs(pairs).of(indices) for pairs, indices in needed])
+        is_first = first_positions(keys) == np.arange(len(keys))
+        if missing := int((is_first & ~store.contains(keys)).sum()):
+            raise UserError(
+                f"reference.cache_dir: {problem}, and {counted(missing, 'row')} are still to be scored; choose another "
+                "folder"
+            )
 
 
 def _check_writable(setting: str, folder: Path) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 
 from dpo_scale.console import BYTES, Console
 from dpo_scale.distributed.lockstep import Ranks, once_a_machine, together
-from dpo_scale.errors import RecipeError
-from dpo_scale.files import remembered_sha256
+from dpo_scale.errors import RecipeError, UserError
+from dpo_scale.files import known_sha256, remembered_sha256
 from dpo_scale.inputs import Data
 from dpo_scale.model.loading import check_vocabulary, load_config, resolve_folder
 from dpo_scale.model.tokenizer import load_tokenizer
@@ -55,6 +55,19 @@ def check_same_tokens(folder: Path, config: Any, recipe: Recipe, data: Data) -> 
         )
     largest = max(data.train.largest_token_id, data.evaluate.largest_token_id)
     check_vocabulary(largest, config, "reference.path")
+
+
+def known_fingerprint(recipe: Recipe) -> ReferenceFingerprint | None:
+    """The fingerprint of a recipe's reference where no weight has to be read for it: all digests are remembered."""
+    folder = resolve_folder(recipe.reference_path, recipe.reference_revision, "reference.path", weights=False)
+    try:
+        digests = {file.name: known_sha256(file, reference_cache_dir(recipe)) for file in weight_files(folder)}
+    except UserError:  # a hub model that is not fetched yet
+        return None
+    known = {name: digest for name, digest in digests.items() if digest is not None}
+    if len(known) < len(digests):
+        return None
+    return fingerprint_model(folder, recipe.model.dtype, known, trust_remote_code=recipe.model.trust_remote_code)
 
 
 def _fingerprint(folder: Path, recipe: Recipe, ranks: Ranks, console: Console) -> ReferenceFingerprint:

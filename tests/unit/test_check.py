@@ -7,15 +7,23 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from launching import make_model, make_pairs
 
+from dpo_scale import files
 from dpo_scale.cli import main
+from dpo_scale.console import Console
+from dpo_scale.distributed.lockstep import OneProcess
 from dpo_scale.files import write_json
+from dpo_scale.inputs import prepare_data
 from dpo_scale.operations import check, machine
 from dpo_scale.recipe import dump_recipe, load_recipe
+from dpo_scale.reference.cache import KEY_BYTES, ReferenceStore
+from dpo_scale.reference.row_keys import pair_row_keys
+from dpo_scale.reference.source import find_reference
 
 ROOT = Path(__file__).parents[2]
 
@@ -202,6 +210,26 @@ def test_a_store_that_may_only_be_read_is_no_mistake(own: Path, monkeypatch: pyt
     monkeypatch.setattr(machine.os, "access", lambda path, _: Path(path) != own / "store")
     assert main(["check", "own.yaml", "reference.cache_dir=store"]) == 0
     assert main(["check", "own.yaml", "reference.cache_dir=store/new"]) == 2
+
+
+def test_a_store_that_lacks_rows_and_may_not_be_written_is_a_mistake(
+    own: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load_recipe("own.yaml", ["reference.cache_dir=store"])
+    monkeypatch.setattr(files, "_is_settled", lambda changed_ns: True)
+    data = prepare_data(recipe, OneProcess(), Console(is_main=False))
+    fingerprint = find_reference(recipe, data, OneProcess(), Console(is_main=False)).fingerprint  # as a run leaves it
+    store = ReferenceStore.open(Path("store"), fingerprint)
+    store.ensure_writable()
+    with monkeypatch.context() as patch:
+        patch.setattr(machine.os, "access", lambda path, _: Path(path) != own / store.folder)
+        assert main(["check", "own.yaml", "reference.cache_dir=store"]) == 2
+    said = f"reference.cache_dir: {own / store.folder} may not be written to, and 80 rows are still to be scored"
+    assert said in capsys.readouterr().err
+    keys = pair_row_keys(data.train).reshape(-1, KEY_BYTES)
+    store.append(keys, [np.zeros(3, np.float32)] * len(keys))
+    monkeypatch.setattr(machine.os, "access", lambda path, _: Path(path) != own / store.folder)
+    assert main(["check", "own.yaml", "reference.cache_dir=store"]) == 0
 
 
 def test_a_run_that_has_checkpoints_does_not_need_the_one_it_went_on_from(own: Path) -> None:

@@ -315,6 +315,19 @@ def test_a_hub_blob_is_known_by_its_name_without_being_read(tmp_path: Path, read
     assert read_paths == []
 
 
+def test_a_digest_is_known_without_reading_a_file_or_not_at_all(tmp_path: Path, read_paths: list[Path]) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"weights")
+    _settle()
+    assert files.known_sha256(path, tmp_path / "memory") is None
+    assert read_paths == []
+    files.remembered_sha256(path, tmp_path / "memory")
+    assert files.known_sha256(path, tmp_path / "memory") == _sha256(b"weights")
+    blob = _hub_file(tmp_path / "hub", b"blob", _sha256(b"blob"))
+    assert files.known_sha256(blob, tmp_path / "memory") == _sha256(b"blob")
+    assert read_paths == [path]
+
+
 def test_a_hub_blob_that_was_overwritten_through_its_link_is_read(tmp_path: Path) -> None:
     link = _hub_file(tmp_path, b"weights", _sha256(b"weights"))
     _settle()
