@@ -9,11 +9,13 @@ from pathlib import Path
 
 import sentencepiece
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from dpo_scale.files import write_whole
 
 VOCABULARY = 900
 STEPS = 320
@@ -37,8 +39,9 @@ def make_base_model(corpus: Sequence[str], folder: Path, seed: int, on_step: Cal
     model = _new_model(tokenizer, seed)
     _train(model, rows, on_step)
     model.config.save_pretrained(folder)
-    # Not save_pretrained: that imports DeepSpeed, which has much to say where no GPU is.
-    save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
+    # Not save_pretrained: that imports DeepSpeed, which has much to say where no GPU is. Nor save_file: whatever the
+    # umask, nobody else may read what that writes.
+    write_whole(folder / "model.safetensors", save(model.state_dict(), metadata={"format": "pt"}))
 
 
 def train_tokenizer(corpus: Sequence[str], file: Path) -> sentencepiece.SentencePieceProcessor:

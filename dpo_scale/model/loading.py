@@ -109,10 +109,14 @@ def check_vocabulary(largest_token_id: int, config: Any, setting: str) -> None:
 def stored_elements(folder: Path) -> int | None:
     """Elements of all tensors in a folder's safetensors files, from their headers; None where there are none.
 
-    Raises UserError for a file that is not whole.
+    Raises UserError for a file that is not whole, or may not be read.
     """
     elements = 0
     for path in folder.glob("model*.safetensors"):
+        try:
+            path.open("rb").close()  # of a file that may not be read, safe_open says that it is not there
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}; have it made readable (chmod a+r)") from error
         try:
             with safe_open(path, framework="numpy") as file:
                 names = list(file.keys())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -203,6 +205,22 @@ def test_weights_that_were_cut_short_are_named(own: Path, capsys: pytest.Capture
     weights.write_bytes(weights.read_bytes()[:-100])
     assert main(["check", "own.yaml"]) == 2
     assert "model/model.safetensors: cut short, or no safetensors file" in capsys.readouterr().err
+
+
+def test_weights_that_may_not_be_read_are_named(
+    own: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path_open = Path.open
+
+    def refuse(path: Path, *arguments: Any, **named: Any) -> Any:
+        if path.name == "model.safetensors":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return path_open(path, *arguments, **named)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    assert main(["check", "own.yaml"]) == 2
+    said = "model/model.safetensors: Permission denied; have it made readable (chmod a+r)"
+    assert said in capsys.readouterr().err
 
 
 def test_a_store_that_may_only_be_read_is_no_mistake(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:

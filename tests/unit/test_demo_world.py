@@ -103,6 +103,8 @@ def test_the_base_model_is_a_folder_that_transformers_loads(
     make_base_model(world.corpus, tmp_path, seed=0, on_step=losses.append)
     assert len(losses) == 12
     assert losses[-1] < 0.8 * losses[0]
+    modes = {path.name: path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(set(modes.values())) == 1, "whoever may read the configuration may read the weights"
     model, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]

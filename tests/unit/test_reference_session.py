@@ -81,3 +81,22 @@ def test_a_row_that_recurs_is_announced_once(tmp_path: Path, monkeypatch: pytest
         "Reference, training: 5 rows, 1 cached, 4 to score",
         "Reference, held-out: 2 rows, 1 cached, 1 to score",
     ]
+
+
+def test_a_store_that_holds_every_row_is_not_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = SimpleNamespace(fingerprint=FINGERPRINT, folder=tmp_path, config=None)
+    monkeypatch.setattr(session, "find_reference", lambda *arguments: found)
+    data: Any = SimpleNamespace(train=pairs("ab", "ac"), evaluate=pairs("xx"))
+    runtime: Any = SimpleNamespace(ranks=OneProcess())
+    reference = Reference(recipe_of(tmp_path), runtime, data, Console(is_main=False))
+    both = (reference.train_rows, reference.evaluate_rows)
+    keys = np.concatenate([rows.of(np.arange(len(rows.pairs))) for rows in both])
+    reference.store.append(keys, [np.zeros(1, np.float32)] * len(keys))
+
+    def refuse(*_: object) -> None:
+        raise UserError("not writable")
+
+    for name in ("ensure_writable", "_write_part"):
+        monkeypatch.setattr(reference.store, name, refuse)
+    reference.score_all(*both)
+    assert reference.logps(reference.train_rows, np.arange(2)).shape == (2, 2)
