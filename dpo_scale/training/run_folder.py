@@ -341,7 +341,8 @@ def _commit() -> str | None:
     root = Path(__file__).parent.parent.parent
     if not (root / ".git").exists():
         return None
-    command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+    # Of a checkout that is another user's, git says nothing unless told that it is safe.
+    command = ["git", "-c", f"safe.directory={root.resolve()}", "-C", str(root), "rev-parse", "HEAD"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError:  # no git in this container

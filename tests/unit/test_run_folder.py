@@ -465,6 +465,18 @@ def test_a_checkout_without_git_beside_it_has_no_commit(tmp_path: Path, monkeypa
     assert json.loads((tmp_path / "environment.json").read_text())["commit"] is None
 
 
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_a_checkout_of_another_user_has_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_folder, "__file__", str(tmp_path / "dpo_scale" / "training" / "run_folder.py"))
+    author = ("-c", "user.name=a", "-c", "user.email=a@b")
+    for arguments in (("init", "-q"), (*author, "commit", "-q", "--allow-empty", "-m", "first")):
+        subprocess.run(["git", "-C", str(tmp_path), *arguments], check=True)
+    ours = run_folder._commit()
+    assert ours is not None
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    assert run_folder._commit() == ours
+
+
 def test_the_environment_is_recorded(tmp_path: Path) -> None:
     folder = RunFolder(_recipe(tmp_path))
     folder.write_environment(world_size=4, device="cpu")
