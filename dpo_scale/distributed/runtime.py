@@ -20,6 +20,7 @@ from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs, ProjectCon
 
 from dpo_scale.distributed import launch_environment, zero_config
 from dpo_scale.distributed.build_locks import own_ninja_first, wait_for_builds
+from dpo_scale.distributed.nvme_folders import hold, own_folder
 from dpo_scale.distributed.ops import extensions_folder, leave_out_unused_ops, load_muon_uncompiled, needed_ops
 from dpo_scale.distributed.patience import work_and_wait
 from dpo_scale.errors import RecipeError
@@ -98,12 +99,14 @@ def start(recipe: Recipe, say: Callable[[str], None] = logger.warning) -> Runtim
     policy = zero_config.fit_to_node(
         zero_config.policy_config(zero_config.read_policy_config(policy_path), recipe),
         policy_path,
-        own_folder=zero_config.own_folder(recipe, "policy"),
+        own_folder=own_folder(recipe.run.output_dir, "policy"),
         ranks_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
     )
     reference = zero_config.reference_config(
         zero_config.read_config(shipped_file(zero_config.reference_file(recipe.reference.offload))), recipe
     )
+    for folder in zero_config.nvme_folders(policy, reference):
+        hold(folder.parent)
     if ops := needed_ops(policy, recipe.reference.offload):
         own_ninja_first()
         if os.environ.get("LOCAL_RANK", "0") == "0":

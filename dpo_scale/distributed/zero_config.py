@@ -6,13 +6,13 @@ Pure functions of dicts: a number stated by the file that does not own it is an 
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dpo_scale.console import counted
+from dpo_scale.distributed.nvme_folders import own_folder
 from dpo_scale.distributed.zero_rules import OWNED_BY_THE_RECIPE, TRAINED_WITH, Config, mistakes_in
 from dpo_scale.errors import RecipeError
 from dpo_scale.recipe import Recipe
@@ -34,8 +34,8 @@ def read_policy_config(path: Path) -> Config:
 def fit_to_node(config: Config, path: Path, *, own_folder: str, ranks_per_node: int) -> Config:
     """A policy's configuration with what depends on where it runs; `path` is its file, for messages.
 
-    Its folder on NVMe becomes `own_folder` inside the one it names: DeepSpeed empties it when the engine is built, so
-    no other run or role may use it. A secondary partition (hpZ) of `auto` becomes the ranks of one node. Raises
+    Its folder on NVMe becomes `own_folder` inside the one it names: DeepSpeed writes over what it finds there, so no
+    other run or role may use it. A secondary partition (hpZ) of `auto` becomes the ranks of one node. Raises
     RecipeError for a folder that this node lacks and a partition that does not divide a node.
     """
     config = copy.deepcopy(config)
@@ -64,10 +64,12 @@ def fit_to_node(config: Config, path: Path, *, own_folder: str, ranks_per_node: 
     return config
 
 
-def own_folder(recipe: Recipe, role: str) -> str:
-    """Where a role of a run keeps shards below a node's NVMe folder: the same at each start, and nobody else's."""
-    run = hashlib.sha256(str(Path(recipe.run.output_dir).absolute()).encode()).hexdigest()[:12]
-    return f"dpo_scale-{run}/{role}"
+def nvme_folders(*configs: Config) -> list[Path]:
+    """Where complete configurations keep shards on NVMe."""
+    offloads = [
+        value for config in configs for value in config["zero_optimization"].values() if isinstance(value, dict)
+    ]
+    return [Path(offload["nvme_path"]) for offload in offloads if offload.get("device") == "nvme"]
 
 
 def policy_config(base: Config, recipe: Recipe) -> Config:
@@ -92,7 +94,7 @@ def reference_config(base: Config, recipe: Recipe) -> Config:
     config = copy.deepcopy(base) | _precision(recipe)
     config |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
     if recipe.reference.nvme_path and recipe.reference.offload == "nvme":
-        folder = Path(recipe.reference.nvme_path) / own_folder(recipe, "reference")
+        folder = Path(recipe.reference.nvme_path) / own_folder(recipe.run.output_dir, "reference")
         config["zero_optimization"]["offload_param"]["nvme_path"] = str(folder)
     return config
 

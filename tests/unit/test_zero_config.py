@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
+from dpo_scale.distributed.nvme_folders import own_folder
 from dpo_scale.distributed.ops import needed_ops
 from dpo_scale.distributed.zero_config import (
     fit_to_node,
-    own_folder,
+    nvme_folders,
     pinning_fits,
     policy_config,
     read_config,
@@ -137,9 +138,10 @@ def test_the_references_nvme_folder_is_its_own() -> None:
     before, recipe = copy.deepcopy(REFERENCE), _recipe()
     on_nvme = recipe.reference.model_copy(update={"offload": "nvme", "nvme_path": "/nvme"})
     recipe = recipe.model_copy(update={"reference": on_nvme})
-    own = f"/nvme/{own_folder(recipe, 'reference')}"
+    own = f"/nvme/{own_folder('run', 'reference')}"
     config = reference_config(REFERENCE, recipe)
     assert config["zero_optimization"]["offload_param"] == {"device": "nvme", "nvme_path": own}
+    assert nvme_folders(config, policy_config(BASE, recipe)) == [Path(own)]
     assert before == REFERENCE
 
 
@@ -176,12 +178,11 @@ def test_a_machine_pins_at_most_half_of_its_free_memory() -> None:
 def test_a_policy_on_nvme_gets_a_folder_of_its_own_run_and_role(tmp_path: Path) -> None:
     nvme = {"device": "nvme", "nvme_path": str(tmp_path)}
     base = {"zero_optimization": {"stage": 3, "offload_optimizer": nvme}}
-    folder = own_folder(_recipe(), "policy")
+    folder = own_folder("run", "policy")
     zero = fit_to_node(base, Path("zero.json"), own_folder=folder, ranks_per_node=8)["zero_optimization"]
     assert zero["offload_optimizer"]["nvme_path"] == str(tmp_path / folder)
     assert nvme["nvme_path"] == str(tmp_path)
-    elsewhere = _recipe().model_copy(update={"run": _recipe().run.model_copy(update={"output_dir": "other"})})
-    assert len({folder, own_folder(_recipe(), "reference"), own_folder(elsewhere, "policy")}) == 3
+    assert nvme_folders({"zero_optimization": zero}) == [tmp_path / folder]
 
 
 @pytest.mark.parametrize("folder", [{}, {"nvme_path": "/no/such/disk"}])
