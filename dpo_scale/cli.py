@@ -260,8 +260,10 @@ def _status(options: argparse.Namespace) -> int:
 
         compare_with_stored(load_recipe(options.folder_or_recipe, options.overrides))  # else it tells of another run
     if options.count_failure:
-        status.count_failure(folder, options.of, out_of_time=options.out_of_time)
-    found, committed = status.read_status(folder, options.of), status.committed_step(folder)
+        found = status.count_failure(folder, options.of, out_of_time=options.out_of_time)
+    else:
+        found = status.read_status(folder, options.of)
+    committed = status.committed_step(folder)
     alive = found is not None and status.is_alive(folder, options.of, found)
     verdict = status.judge(found, alive=alive, committed=committed)
     print(json.dumps(status.as_json(found, verdict, committed)) if options.json else f"{folder}: {verdict.line}")

@@ -22,6 +22,9 @@ from typing import Any
 from dpo_scale.errors import UserError
 
 _READ_BYTES = 4 << 20
+FULL = (errno.ENOSPC, errno.EDQUOT)
+MAY_PASS = (*FULL, errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
+"""What the same write may not meet a while later: a disk is full, or a file server is away."""
 
 
 def named(error: OSError) -> str:
@@ -61,7 +64,28 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a value as indented JSON, whole or not at all."""
-    write_whole(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_whole(path, _json(value))
+
+
+def write_json_over(path: Path, value: Any) -> None:
+    """Write a value as JSON into the blocks that a file has already: on a full disk there is no room for a second one.
+
+    Not safe in a power cut. Raises OSError where there is no such file, or it is too short.
+    """
+    descriptor = os.open(path, os.O_WRONLY)
+    try:
+        there, content = os.fstat(descriptor), _json(value).encode()
+        if len(content) > max(there.st_size, 512 * there.st_blocks):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        with naming(path):
+            os.pwrite(descriptor, content.ljust(there.st_size), 0)  # blanks end it: in one write, as no truncation is
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
 def make_folder(path: Path) -> None:

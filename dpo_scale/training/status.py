@@ -10,16 +10,18 @@ import json
 import os
 import re
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import psutil
 
 from dpo_scale.errors import USER_ERROR, UserError
-from dpo_scale.files import write_json
+from dpo_scale.files import FULL, MAY_PASS, write_json, write_json_over
 from dpo_scale.locks import is_held_by, this_process
 
 State = Literal["running", "stopped", "failed", "finished"]
@@ -35,6 +37,15 @@ TIME_IS_UP = "run.stop_after"
 
 SECONDS_BETWEEN_STEPS = 15.0
 """Pause between two notes of the step alone: on a network file system a note is not free."""
+
+PATIENCE_OF_A_RANK_S = 20.0
+"""How long a failure is tried to be noted: its launcher kills a rank 30 s after it has asked it to end."""
+PATIENCE_OF_A_SCRIPT_S = 60.0
+"""How long a failure is tried to be counted."""
+
+SECONDS_BETWEEN_TRIES = 1.0
+
+LOST = "its process was killed or lost, without a word"
 
 FILES = {
     "train": ("status.json", ".lock"),
@@ -133,8 +144,14 @@ def record_failure(folder: Path, command: str, reason: str, *, users_mistake: bo
     """Note why a launch failed; any of its ranks may call it, and the first one is believed.
 
     Does nothing where the run is finished, or another launch works in the folder: the failure is then that this one
-    may not.
+    may not. What cannot be written for now is tried again for a while.
     """
+    record = partial(_record_failure, folder, command, reason, users_mistake=users_mistake)
+    with suppress(OSError):  # a full disk, or no folder: it may be what the launch failed over
+        _patiently(record, PATIENCE_OF_A_RANK_S)
+
+
+def _record_failure(folder: Path, command: str, reason: str, *, users_mistake: bool) -> None:
     try:
         before = read_status(folder, command)
     except UserError:  # of another form; it may be what the launch failed over
@@ -147,10 +164,7 @@ def record_failure(folder: Path, command: str, reason: str, *, users_mistake: bo
     if before is None or not own:
         before = replace(before or Status(state="failed"), stage="starting", step=0, process=this_process())
     failed = replace(before, state="failed", reason=reason, users_mistake=users_mistake, launch=_this_launch())
-    try:
-        _write(folder, command, failed)
-    except OSError:  # a full disk, or no folder: it may be what the launch failed over
-        return
+    _write(folder, command, failed)
 
 
 def read_status(folder: Path, command: str) -> Status | None:
@@ -220,7 +234,7 @@ def judge(status: Status | None, *, alive: bool, committed: int | None) -> Verdi
     if status.state == "stopped":
         return Verdict(f"stopped by {status.reason} ({doing}); {kept}; start it again to go on", UNFINISHED)
     if status.state == "running":
-        status = replace(status, reason="its process was killed or lost, without a word")
+        status = replace(status, reason=LOST)
     if status.users_mistake:
         return Verdict(f"failed ({doing}): {status.reason}; mend this first, starting again would not help", USER_ERROR)
     if status.failures > 1 and status.failed_at == committed:
@@ -229,12 +243,13 @@ def judge(status: Status | None, *, alive: bool, committed: int | None) -> Verdi
     return Verdict(f"failed ({doing}): {status.reason}; {kept}; start it again to go on", UNFINISHED)
 
 
-def count_failure(folder: Path, command: str, *, out_of_time: bool = False) -> None:
-    """Count that a launch of this run has failed, for a later verdict on whether another try is worth it.
+def count_failure(folder: Path, command: str, *, out_of_time: bool = False) -> Status | None:
+    """Count that a launch of this run has failed, and return its status with the count, for a verdict on another try.
 
     For a script whose launch has just ended, `out_of_time` if the script asked it to stop for that. Does nothing if the
     run finished, stopped on request or is running; but a stop for want of time that was in vain is a failure.
-    Raises UserError if the folder cannot be written.
+    What cannot be written for now is tried again for a while, then judged as it is known. Raises UserError if the
+    folder cannot be written at all.
     """
     status, committed = read_status(folder, command), committed_step(folder)
     if status is not None and _stopped_in_vain(status, out_of_time):
@@ -244,14 +259,28 @@ def count_failure(folder: Path, command: str, *, out_of_time: bool = False) -> N
         )
         status = replace(status, state="failed", reason=reason)
     if status is not None and (status.state in ("finished", "stopped") or is_alive(folder, command, status)):
-        return
+        return status
     status = status or Status(state="failed", reason="its launch ended before it began")
     again = status.failures > 0 and status.failed_at == committed
     counted = replace(status, failed_at=committed, failures=status.failures + 1 if again else 1)
     try:
-        _write(folder, command, counted)
+        _patiently(partial(_write, folder, command, counted), PATIENCE_OF_A_SCRIPT_S)
     except OSError as error:
-        raise UserError(f"run.output_dir: {folder}: {error.strerror}") from error
+        if error.errno not in MAY_PASS:
+            raise UserError(f"run.output_dir: {folder}: {error.strerror}") from error
+        reason = f"{counted.reason or LOST}; failures cannot be counted: {folder}: {error.strerror}"
+        least = 2 if _was_queued_in_vain(status, committed) else 1
+        return replace(counted, state="failed", reason=reason, failures=max(counted.failures, least))
+    return counted
+
+
+def _was_queued_in_vain(status: Status, committed: int | None) -> bool:
+    """Whether this start of a SLURM job was not its first and has committed nothing, as far as its status tells.
+
+    Where no failure can be counted it is taken for the second one, lest the job is queued again for ever.
+    """
+    start = _slurm_start(_this_launch())
+    return start[1] > 0 and (_slurm_start(status.launch) != start or status.found_step == committed)
 
 
 def _stopped_in_vain(status: Status, out_of_time: bool) -> bool:
@@ -267,7 +296,28 @@ def as_json(status: Status | None, verdict: Verdict, committed: int | None) -> d
 
 
 def _write(folder: Path, command: str, status: Status) -> None:
-    write_json(folder / FILES[command][0], asdict(replace(status, time=_iso(time.time()))))
+    path, values = folder / FILES[command][0], asdict(replace(status, time=_iso(time.time())))
+    try:
+        write_json(path, values)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        try:
+            write_json_over(path, values)
+        except OSError:
+            raise error from None
+
+
+def _patiently(write: Callable[[], None], seconds: float) -> None:
+    """Write; what fails and may pass is tried again for a while. Raises OSError when that has not helped."""
+    give_up = time.monotonic() + seconds
+    while True:
+        try:
+            return write()
+        except OSError as error:
+            if error.errno not in MAY_PASS or time.monotonic() > give_up:
+                raise
+        time.sleep(SECONDS_BETWEEN_TRIES)
 
 
 def _iso(seconds: float) -> str:

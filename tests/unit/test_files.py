@@ -27,6 +27,7 @@ from dpo_scale.files import (
     remembered_sha256,
     sha256_of_file,
     write_json,
+    write_json_over,
     write_whole,
 )
 
@@ -73,6 +74,24 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
         write_whole(path, "new")
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["value"]
+
+
+def test_a_file_is_written_over_only_in_the_room_that_it_has(tmp_path: Path) -> None:
+    path = tmp_path / "value.json"
+    write_json(path, {"reason": "x" * 50})
+    inode, size = path.stat().st_ino, path.stat().st_size
+    for reason in ("", "y" * 60):
+        if size + 10 <= 512 * path.stat().st_blocks or not reason:
+            write_json_over(path, {"reason": reason})
+            assert json.loads(path.read_text()) == {"reason": reason}
+    assert path.stat().st_ino == inode
+    before = path.read_bytes()
+    with pytest.raises(OSError, match="No space left"):
+        write_json_over(path, {"reason": "z" * 10**6})
+    assert path.read_bytes() == before
+    with pytest.raises(FileNotFoundError):
+        write_json_over(tmp_path / "other.json", {})
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_killed_write_leaves_the_old_file_and_a_leftover_that_is_found(tmp_path: Path) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -269,6 +273,85 @@ def test_a_stop_for_want_of_time_is_no_failure_where_something_was_done(tmp_path
 def test_a_launch_that_never_began_is_counted_too(tmp_path: Path) -> None:
     assert _code(tmp_path, "--count-failure") == UNFINISHED
     assert _code(tmp_path, "--count-failure") == FAILED_TWICE
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """What is slept, on a clock that nothing else moves."""
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    monkeypatch.setattr(time, "monotonic", lambda: sum(slept))
+    return slept
+
+
+def _fail(monkeypatch: pytest.MonkeyPatch, number: int, *writers: str, times: int = 10**6) -> None:
+    """Let writers of status files fail, so many times."""
+    for name in writers:
+        write, left = getattr(status, name), [times]
+
+        def fail(path: Path, values: Any, write: Any = write, left: list[int] = left) -> None:
+            left[0] -= 1
+            if left[0] >= 0:
+                raise OSError(number, os.strerror(number), str(path))
+            write(path, values)
+
+        monkeypatch.setattr(status, name, fail)
+
+
+def test_a_full_disk_keeps_neither_a_cause_nor_a_count_from_being_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waits: list[float]
+) -> None:
+    StatusFile(tmp_path, "train").enter("training", 9)
+    _fail(monkeypatch, errno.ENOSPC, "write_json")
+    record_failure(tmp_path, "train", "rank 0: metrics.jsonl: No space left on device")
+    codes = [_code(tmp_path, "--count-failure") for _ in range(2)]
+    assert codes == [UNFINISHED, FAILED_TWICE]
+    noted = read_status(tmp_path, "train")
+    assert noted is not None
+    assert (noted.state, noted.step, noted.reason) == ("failed", 9, "rank 0: metrics.jsonl: No space left on device")
+    assert not waits
+
+
+def test_a_failure_is_noted_once_its_file_server_is_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waits: list[float]
+) -> None:
+    _fail(monkeypatch, errno.ESTALE, "write_json", times=9)
+    record_failure(tmp_path, "train", "CUDA out of memory")
+    _fail(monkeypatch, errno.EIO, "write_json", times=50)
+    assert _code(tmp_path, "--count-failure") == UNFINISHED
+    noted = read_status(tmp_path, "train")
+    assert noted is not None
+    assert (noted.reason, noted.failures) == ("CUDA out of memory", 1)
+    assert len(waits) == 59
+
+
+def test_a_failure_that_cannot_be_noted_for_want_of_rights_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waits: list[float]
+) -> None:
+    _fail(monkeypatch, errno.EACCES, "write_json")
+    record_failure(tmp_path, "train", "CUDA out of memory")
+    assert _code(tmp_path, "--count-failure") == USER_ERROR
+    assert not waits
+
+
+def test_without_a_count_a_job_is_queued_again_only_after_its_first_start_or_a_new_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waits: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    codes = []
+    for restarts, room_to_start, commits in ((0, True, None), (1, True, 4), (2, True, None), (3, False, None)):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restarts))
+        with monkeypatch.context() as full:
+            if room_to_start:
+                StatusFile(tmp_path, "train").enter("training", 9)
+            if commits:
+                _commit(tmp_path, commits)
+            _fail(full, errno.ENOSPC, "write_json", "write_json_over")
+            codes.append(_code(tmp_path, "--count-failure"))
+    assert codes == [UNFINISHED, UNFINISHED, FAILED_TWICE, FAILED_TWICE]
+    assert sum(waits) > 4 * status.PATIENCE_OF_A_SCRIPT_S
+    told = f"killed or lost, without a word; failures cannot be counted: {tmp_path}: No space left on device"
+    assert capsys.readouterr().out.count(told) == 4
 
 
 def test_only_commits_count_as_checkpoints(tmp_path: Path) -> None:
