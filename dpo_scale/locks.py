@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
+
+from dpo_scale.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -62,10 +66,14 @@ def take(path: Path, say: Callable[[str], None] = logger.warning, *, lease_s: fl
             file = _hold_within(lease_s, path)
         if file is None:
             raise HeldError(path)
+    _sign(file)
+    return file
+
+
+def _sign(file: TextIO) -> None:
     file.truncate(0)
     file.write(f"{this_process()}\n")
     file.flush()
-    return file
 
 
 def _hold_within(seconds: float, path: Path) -> TextIO | None:
@@ -86,6 +94,62 @@ def _hold(file: TextIO) -> bool:
         return try_lock(file, fcntl.LOCK_EX)
     except OSError as error:
         raise NoLocksError(error.errno, error.strerror) from error
+
+
+class Lock:
+    """A lock that was taken, and is kept however long that takes."""
+
+    def __init__(self, path: Path, file: TextIO) -> None:
+        """`file` is what `take` returned for `path`."""
+        self._path, self._file = path, file
+
+    def __enter__(self) -> Lock:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of it."""
+        self._file.close()
+
+    def renew(self) -> None:
+        """Keep its file young, which a purge by age leaves alone, and put it back where it was removed all the same.
+
+        What cannot be done for now is left to the next time. Raises UserError where another process has taken the
+        lock since its file was removed.
+        """
+        with suppress(OSError):
+            os.utime(self._file.fileno())
+        with suppress(OSError):
+            if not self._is_in_place():
+                self._put_back()
+
+    def _is_in_place(self) -> bool:
+        try:
+            return os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno()))
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ESTALE):
+                return False
+            raise
+
+    def _put_back(self) -> None:
+        file = _hold_within(PATIENCE_S, self._path)
+        if file is None:
+            holder = HeldError(self._path).holder
+            if holder == this_process():  # its file was there after all
+                return
+            raise UserError(
+                f"{self._path} was removed while this run held it, and {holder} has taken it since: this run ends, for "
+                "two must not write into one folder"
+            )
+        try:
+            _sign(file)
+        except OSError:  # a full disk
+            file.close()
+            raise
+        self._file.close()
+        self._file = file
 
 
 def is_held_by(path: Path, process: str) -> bool:

@@ -33,7 +33,7 @@ def train(recipe: Recipe, console: Console, watch: Watch) -> int:
     if recipe.loss.doubt:
         console.say(recipe.loss.doubt)
     folder = _take_folder(recipe, started.ranks, console)
-    status = StatusFile(folder.path if folder else None, "train")
+    status = folder.open_status() if folder else StatusFile(None, "train")
     code = loop.train(recipe, started, console, folder, status, watch)
     watch.rest()
     if folder is not None:
@@ -50,12 +50,13 @@ def score(recipe: Recipe, console: Console, watch: Watch) -> int:
     watch.outlive_launcher()
     run = Path(recipe.run.output_dir)
     lock = by_main(started.ranks, lambda: take_lock(run / ".score.lock", console.say))
-    status = StatusFile(run if started.ranks.is_main else None, "score")
+    status = StatusFile(run if started.ranks.is_main else None, "score", lock)
     status.enter("preparing data")
     interruption = Interruption(run, None, watch.started)
 
     def between_batches() -> None:
         watch.moved("a micro-batch of scoring")
+        status.go_on()
         heed(interruption, started.ranks)
 
     reference = None

@@ -66,6 +66,7 @@ def train(
 
     def between_batches() -> None:
         watch.moved("a micro-batch of scoring or evaluation")
+        status.go_on()
         heed(interruption, ranks)
 
     status.enter("preparing data")

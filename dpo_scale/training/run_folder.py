@@ -16,7 +16,7 @@ from contextlib import suppress
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -29,7 +29,7 @@ from dpo_scale.reference.fingerprint import (
     explain_difference,
     read_fingerprint,
 )
-from dpo_scale.training.status import committed_step, last_known_commit, read_status
+from dpo_scale.training.status import StatusFile, committed_step, last_known_commit, read_status
 
 if TYPE_CHECKING:
     from dpo_scale.training.checkpoints import Checkpoint
@@ -191,8 +191,8 @@ def _set_aside_unreadable(folder: Path) -> list[str]:
     return moved
 
 
-def take_lock(path: Path, say: Say = locks.logger.warning, *, lease_s: float = locks.LEASE_S) -> TextIO:
-    """Hold a lock in a run's folder until the returned file is closed or this process ends; the folder is made.
+def take_lock(path: Path, say: Say = locks.logger.warning, *, lease_s: float = locks.LEASE_S) -> locks.Lock:
+    """Hold a lock in a run's folder until it is closed or this process ends; the folder is made.
 
     A process on another host is waited for (see `locks.take`).
 
@@ -200,7 +200,7 @@ def take_lock(path: Path, say: Say = locks.logger.warning, *, lease_s: float = l
     """
     folder = path.parent
     try:
-        return locks.take(path, say, lease_s=lease_s)
+        return locks.Lock(path, locks.take(path, say, lease_s=lease_s))
     except locks.HeldError as error:
         in_use = f"run.output_dir: {folder} is in use by {error.holder}; stop that run, or choose another folder"
         raise RecipeError(in_use + error.remedy, may_pass=error.is_elsewhere) from error
@@ -263,6 +263,10 @@ class RunFolder:
         begun = last_known_commit(self.path) is not None or (self.path / "data_report.json").exists()
         if not begun or not (self.path / "recipe.yaml").exists():
             self.note_recipe()
+
+    def open_status(self) -> StatusFile:
+        """The notes of a training in this folder, which keep its lock where it is."""
+        return StatusFile(self.path, "train", self._lock)
 
     def claim(self, reference: ReferenceFingerprint, trajectory: Mapping[str, Any]) -> None:
         """See that the folder is free for what is to be trained, before anything is computed for it.

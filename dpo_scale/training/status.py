@@ -22,7 +22,7 @@ import psutil
 
 from dpo_scale.errors import USER_ERROR, UserError
 from dpo_scale.files import FULL, MAY_PASS, write_json, write_json_over
-from dpo_scale.locks import is_held_by, this_process
+from dpo_scale.locks import Lock, is_held_by, this_process
 
 State = Literal["running", "stopped", "failed", "finished"]
 
@@ -92,10 +92,13 @@ class Verdict:
 
 
 class StatusFile:
-    """The main rank's notes on its run; on other ranks, whose folder is None, every method does nothing."""
+    """The main rank's notes on its run; on other ranks, whose folder is None, every method does nothing.
 
-    def __init__(self, folder: Path | None, command: str) -> None:
-        self._folder, self._command = folder, command
+    Each note renews the run's lock. It raises UserError where that was lost to another process.
+    """
+
+    def __init__(self, folder: Path | None, command: str, lock: Lock | None = None) -> None:
+        self._folder, self._command, self._lock = folder, command, lock
         before = None if folder is None else read_status(folder, command)
         known = None if folder is None else last_known_commit(folder)
         self._status = Status(
@@ -122,6 +125,10 @@ class StatusFile:
         if time.monotonic() - self._wrote > SECONDS_BETWEEN_STEPS:
             self._write(self._status)
 
+    def go_on(self) -> None:
+        """It works on what makes no steps; noted at most as often as they are."""
+        self.advance(self._status.step)
+
     def committed(self, step: int) -> None:
         """A step was committed."""
         self._write(replace(self._status, committed_step=step))
@@ -136,6 +143,8 @@ class StatusFile:
 
     def _write(self, status: Status) -> None:
         self._status, self._wrote = status, time.monotonic()
+        if self._lock is not None:
+            self._lock.renew()
         if self._folder is not None:
             _write(self._folder, self._command, self._status)
 

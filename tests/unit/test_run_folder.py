@@ -154,6 +154,63 @@ def test_a_holder_on_this_host_is_not_waited_for(tmp_path: Path, monkeypatch: py
     assert not said
 
 
+def test_a_lock_that_is_removed_is_put_back_with_the_next_note(tmp_path: Path) -> None:
+    """A purge of old files; the run goes on, and nobody else may come into its folder."""
+    status = RunFolder(_recipe(tmp_path)).open_status()
+    lock = tmp_path / ".lock"
+    for _ in range(2):
+        lock.unlink()
+        status.enter("training")
+        assert locks.is_held_by(lock, locks.this_process())
+    with pytest.raises(RecipeError, match="is in use by process"):
+        take_lock(lock)
+
+
+def test_a_note_keeps_the_lock_young(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dpo_scale.training.status.SECONDS_BETWEEN_STEPS", -1.0)
+    status = StatusFile(tmp_path, "score", take_lock(tmp_path / ".score.lock"))
+    os.utime(tmp_path / ".score.lock", (0, 0))
+    status.go_on()
+    assert (tmp_path / ".score.lock").stat().st_mtime > 0
+
+
+def test_a_run_whose_lock_was_removed_and_taken_by_another_ends_with_its_name_and_notes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locks, "PATIENCE_S", 0.01)
+    status = RunFolder(_recipe(tmp_path)).open_status()
+    before = (tmp_path / "status.json").read_bytes()
+    (tmp_path / ".lock").unlink()
+    with open(tmp_path / ".lock", "w") as other:
+        locks.fcntl.flock(other, locks.fcntl.LOCK_EX)
+        other.write("process 4242 on node17\n")
+        other.flush()
+        with pytest.raises(UserError) as caught:
+            status.enter("training")
+    assert str(caught.value) == (
+        f"{tmp_path / '.lock'} was removed while this run held it, and process 4242 on node17 has taken it since: this "
+        "run ends, for two must not write into one folder"
+    )
+    assert (tmp_path / "status.json").read_bytes() == before
+
+
+def test_a_lock_that_cannot_be_put_back_for_now_is_put_back_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = take_lock(tmp_path / ".lock")
+    (tmp_path / ".lock").unlink()
+
+    def fail(file: TextIO) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr(locks, "_sign", fail)
+        lock.renew()
+    assert not locks.is_held_by(tmp_path / ".lock", locks.this_process())
+    lock.renew()
+    assert locks.is_held_by(tmp_path / ".lock", locks.this_process())
+
+
 def test_the_resolved_recipe_is_written_and_reads_back(tmp_path: Path) -> None:
     recipe = _recipe(tmp_path / "deep" / "run")
     RunFolder(recipe)
