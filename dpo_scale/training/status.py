@@ -9,16 +9,15 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
-
-import psutil
 
 from dpo_scale.errors import USER_ERROR, UserError
 from dpo_scale.files import FULL, MAY_PASS, write_json, write_json_over
@@ -70,7 +69,9 @@ class Status:
     process: str = ""
     """The main rank that wrote it, as it stands in the lock; of a launch that failed before that, the rank that did."""
     launch: str = ""
-    """Which launch it was."""
+    """Which launch it was: a name that a later one may have again."""
+    launcher: str = ""
+    """The launcher of the rank that wrote it; empty in a file of an earlier version."""
     time: str = ""
     """When it was written, in ISO 8601, UTC."""
     failed_at: int | None = None
@@ -105,6 +106,7 @@ class StatusFile:
             state="running",
             process=this_process(),
             launch=_this_launch(),
+            launcher=_launcher(),
             failed_at=before.failed_at if before else None,
             failures=before.failures if before else 0,
             committed_step=known,
@@ -165,13 +167,14 @@ def _record_failure(folder: Path, command: str, reason: str, *, users_mistake: b
         before = read_status(folder, command)
     except UserError:  # of another form; it may be what the launch failed over
         before = None
-    own = before is not None and before.launch == _this_launch() and before.time >= _launched_at()
+    own = before is not None and _is_of_this_launch(before)
     if before is not None and own and before.state != "running":
         return
     if before is not None and not own and (before.state == "finished" or is_alive(folder, command, before)):
         return
     if before is None or not own:
-        before = replace(before or Status(state="failed"), stage="starting", step=0, process=this_process())
+        before = before or Status(state="failed")
+        before = replace(before, stage="starting", step=0, process=this_process(), launcher=_launcher())
     failed = replace(before, state="failed", reason=reason, users_mistake=users_mistake, launch=_this_launch())
     _write(folder, command, failed)
 
@@ -333,15 +336,31 @@ def _iso(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="seconds")
 
 
-def _launched_at() -> str:
-    """When this process's launcher began, as `Status.time` is written; empty where it cannot be seen."""
-    try:
-        return _iso(psutil.Process(os.getppid()).create_time())
-    except psutil.Error:  # outside of this container
-        return ""
-
-
 def _this_launch() -> str:
     """A name that the ranks of one launch share; a later one may have it again, on a port that was given by hand."""
     names = ("MASTER_ADDR", "MASTER_PORT", "SLURM_JOB_ID", "SLURM_RESTART_COUNT")
     return " ".join(os.environ.get(name, "-") for name in names)
+
+
+def _is_of_this_launch(status: Status) -> bool:
+    """Whether a rank of this launch wrote a status.
+
+    Launches of one name differ in their launchers, which a rank knows of its own node alone: of a status from another
+    node the name decides.
+    """
+    if status.launch != _this_launch() or not status.launcher:
+        return False
+    return status.launcher == _launcher() or status.launcher.split()[0] != _launcher().split()[0]
+
+
+@cache
+def _launcher() -> str:
+    """The launcher of this process: its node, its process, and when that began.
+
+    In ticks since the start of the system: the hour at which a process began moves with the clock that is set.
+    """
+    parent, began = os.getppid(), "-"
+    with suppress(OSError):  # outside of this container
+        _, _, fields = Path(f"/proc/{parent}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")
+        began = fields.split()[19]
+    return f"{os.environ.get('GROUP_RANK') or socket.gethostname()} {parent} {began}"

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from dpo_scale import locks
@@ -183,11 +184,47 @@ def test_a_mistaken_start_leaves_a_finished_run_finished(tmp_path: Path, monkeyp
 
 
 def test_a_later_launch_on_the_same_port_is_another_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ports that are given by hand come again; then the time tells launches apart."""
+    """Ports that are given by hand come again; then the launcher tells launches apart."""
     StatusFile(tmp_path, "train").stop("SIGTERM")
     record_failure(tmp_path, "train", "follows from the stop")
     assert _code(tmp_path) == UNFINISHED
-    monkeypatch.setattr(status, "_launched_at", lambda: "9999-01-01T00:00:00+00:00")
+    node, parent, began = status._launcher().split()
+    monkeypatch.setattr(status, "_launcher", lambda: f"{node} {parent} {int(began) + 1}")
+    record_failure(tmp_path, "train", "no such file", users_mistake=True)
+    assert _code(tmp_path) == USER_ERROR
+
+
+def test_a_failure_on_another_node_is_of_the_same_launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    StatusFile(tmp_path, "train").enter("training", 3)
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(status, "_launcher", lambda: "1 4242 77")
+        record_failure(tmp_path, "train", "CUDA out of memory")
+    record_failure(tmp_path, "train", "connection reset by peer")
+    noted = read_status(tmp_path, "train")
+    assert noted is not None
+    assert (noted.reason, noted.step) == ("CUDA out of memory", 3)
+
+
+@pytest.mark.parametrize("hours", [-1, 1])
+def test_a_clock_that_is_set_while_a_run_goes_loses_no_failure(
+    hours: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel tells when a process began as seconds before now."""
+    now, began = time.time, psutil.Process.create_time
+    with locks.take(tmp_path / ".lock"):
+        StatusFile(tmp_path, "train").enter("training", 3)
+        monkeypatch.setattr(time, "time", lambda: now() + 3600 * hours)
+        monkeypatch.setattr(psutil.Process, "create_time", lambda self: began(self) + 3600 * hours)
+        record_failure(tmp_path, "train", "a mistake in row 7", users_mistake=True)
+    assert _code(tmp_path) == USER_ERROR
+
+
+def test_a_status_of_an_earlier_version_is_of_another_launch(tmp_path: Path) -> None:
+    StatusFile(tmp_path, "train").stop("SIGTERM")
+    noted = json.loads((tmp_path / "status.json").read_text())
+    del noted["launcher"]
+    (tmp_path / "status.json").write_text(json.dumps(noted))
+    assert _code(tmp_path) == UNFINISHED
     record_failure(tmp_path, "train", "no such file", users_mistake=True)
     assert _code(tmp_path) == USER_ERROR
 
