@@ -61,7 +61,7 @@ class Interruption:
         """Why to stop, or nothing; the clock is met if what takes `needed_seconds` must not begin any more."""
         if self._signal:
             return self._signal
-        if self._file.exists():
+        if os.path.exists(self._file):  # a file server that is away for a moment ends no run
             return "the STOP file"
         if self._deadline is not None and time.monotonic() + needed_seconds > self._deadline:
             self._deadline = -math.inf  # it stays the reason when it is asked for again and less is needed

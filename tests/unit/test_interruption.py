@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
 import subprocess
 import sys
@@ -107,6 +109,26 @@ def test_the_stop_file_stops_once(tmp_path: Path) -> None:
     assert stopping.reason() == "the STOP file"
     stopping.consume_file()
     assert stopping.reason() == ""
+
+
+@pytest.mark.usefixtures("old_handlers")
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO])
+def test_a_file_server_that_is_away_for_a_moment_ends_no_run(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopping = Interruption(tmp_path, None, time.monotonic())
+    look = os.stat
+
+    def fail(path: Any, **options: Any) -> os.stat_result:
+        if Path(path).name == "STOP":
+            raise OSError(number, os.strerror(number), str(path))
+        return look(path, **options)
+
+    with monkeypatch.context() as away:
+        away.setattr(os, "stat", fail)
+        assert stopping.reason() == ""
+    (tmp_path / "STOP").touch()
+    assert stopping.reason() == "the STOP file"
 
 
 @pytest.mark.usefixtures("old_handlers")
