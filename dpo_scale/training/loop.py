@@ -79,7 +79,7 @@ def train(
         by_main(ranks, lambda: folder.claim(reference.fingerprint, trajectory) if folder else None)
         if folder is not None:
             write_json(folder.path / "data_report.json", data.report)
-            folder.write_environment(ranks.world_size, str(ranks.device))
+            folder.write_environment(ranks.world_size, str(ranks.device), console.say)
             model_files.keep(folder.path / model_files.MODEL_FILES, recipe, data.model_folder)
         if recipe.reference.schedule == "upfront":
             status.enter("scoring")

@@ -11,6 +11,7 @@ from dpo_scale.console import Console, duration
 from dpo_scale.distributed.lockstep import Ranks
 from dpo_scale.training.checkpoints import RunState
 from dpo_scale.training.metrics import MetricsFile, MetricSums, model_flops_utilization, peak_memory_gib
+from dpo_scale.training.run_folder import package_versions
 
 Values = dict[str, Any]
 
@@ -33,7 +34,7 @@ class Records:
     def begin(self, state: RunState) -> None:
         """Note that an attempt starts at a state, and begin the first interval."""
         attempt = {"resumes": state.resumes, "world_size": self._ranks.world_size, "host": socket.gethostname()}
-        self._note(state.step, {"event": "start", **attempt})
+        self._note(state.step, {"event": "start", **attempt, "packages": package_versions()})
         self.restart(state)
 
     def end(self, state: RunState, outcome: str, stage_seconds: Mapping[str, float]) -> None:

@@ -5,6 +5,7 @@ What needs torch is imported where it is used: `dpo-scale status` compares recip
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import socket
@@ -322,22 +323,39 @@ class RunFolder:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
-    def write_environment(self, world_size: int, device: str) -> None:
-        """`environment.json`: what this attempt runs on."""
-        packages = ("torch", "transformers", "deepspeed", "accelerate", "safetensors", "dpo_scale")
-        write_json(
-            self.path / "environment.json",
-            {
-                "python": sys.version.split()[0],
-                "platform": platform.platform(),
-                "packages": {name: metadata.version(name) for name in packages},
-                "commit": _commit(),
-                "world_size": world_size,
-                "device": device,
-                "host": socket.gethostname(),
-                "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
-            },
-        )
+    def write_environment(self, world_size: int, device: str, say: Say = locks.logger.warning) -> None:
+        """`environment.json`: what this attempt runs on. Says which versions are others than at the last start."""
+        path = self.path / "environment.json"
+        environment = {
+            "python": sys.version.split()[0],
+            "platform": platform.platform(),
+            "packages": package_versions(),
+            "commit": _commit(),
+            "world_size": world_size,
+            "device": device,
+            "host": socket.gethostname(),
+            "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
+        }
+        before, after = {}, _versions(environment)
+        with suppress(OSError, ValueError, TypeError, KeyError):  # the first start, or a file that a person changed
+            before = _versions(json.loads(path.read_text(encoding="utf-8")))
+        names = [name for name, version in after.items() if before.get(name, version) != version]
+        if names:
+            changed = ", ".join(f"{name} {before[name]} -> {after[name]}" for name in names)
+            say(f"Changed since the last start: {changed}")
+        write_json(path, environment)
+
+
+def package_versions() -> dict[str, str]:
+    """What a run's numbers depend on."""
+    names = ("torch", "transformers", "deepspeed", "accelerate", "safetensors", "dpo_scale")
+    return {name: metadata.version(name) for name in names}
+
+
+def _versions(environment: Mapping[str, Any]) -> dict[str, str]:
+    """Those in an `environment.json`, by what they are of."""
+    commit = {"dpo_scale's commit": environment["commit"][:12]} if environment["commit"] else {}
+    return {"Python": environment["python"], **environment["packages"], **commit}
 
 
 def _commit() -> str | None:

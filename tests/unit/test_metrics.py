@@ -7,6 +7,7 @@ import json
 import math
 import random
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -176,6 +177,15 @@ def test_lines_reach_the_disk_before_a_checkpoint_does(tmp_path: Path, monkeypat
     events = note_order(monkeypatch)
     file.settle()
     assert events == ["sync metrics.jsonl"]
+
+
+def test_the_start_of_an_attempt_notes_the_versions_that_compute_it(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    records = Records(OneProcess(), Console(io.StringIO()), MetricsFile(path), lambda values, step: None)  # type: ignore[arg-type]
+    records.begin(RunState(step=16, resumes=2))
+    (start,) = map(json.loads, path.read_text().splitlines())
+    assert (start["event"], start["step"], start["resumes"]) == ("start", 16, 2)
+    assert start["packages"]["torch"] == metadata.version("torch")
 
 
 def test_the_end_of_an_attempt_notes_the_counters_of_its_state(tmp_path: Path) -> None:

@@ -543,6 +543,36 @@ def test_the_environment_is_recorded(tmp_path: Path) -> None:
     assert set(written["packages"]) >= {"torch", "deepspeed", "dpo_scale"}
 
 
+def test_other_versions_than_at_the_last_start_are_told_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    folder, versions = RunFolder(_recipe(tmp_path)), {"torch": "2.11.0", "deepspeed": "0.19.8", "transformers": "5.17"}
+
+    def start(commit: str | None, **changed: str) -> None:
+        monkeypatch.setattr(run_folder, "package_versions", lambda: versions | changed)
+        monkeypatch.setattr(run_folder, "_commit", lambda: commit)
+        folder.write_environment(1, "cpu", said.append)
+
+    start("a" * 40)
+    start("a" * 40)
+    assert not said
+    start("b" * 40, torch="2.13.0", deepspeed="0.19.9")
+    start(None, torch="2.13.0", deepspeed="0.19.9")
+    assert said == [
+        "Changed since the last start: torch 2.11.0 -> 2.13.0, deepspeed 0.19.8 -> 0.19.9, "
+        "dpo_scale's commit aaaaaaaaaaaa -> bbbbbbbbbbbb"
+    ]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"python": 3, "packages": null, "commit": 7}'])
+def test_an_environment_that_cannot_be_read_is_written_anew(text: str, tmp_path: Path) -> None:
+    folder = RunFolder(_recipe(tmp_path))
+    (tmp_path / "environment.json").write_text(text)
+    folder.write_environment(world_size=1, device="cpu")
+    assert json.loads((tmp_path / "environment.json").read_text())["world_size"] == 1
+
+
 def test_a_run_with_checkpoints_refuses_a_reference_whose_files_were_replaced(tmp_path: Path) -> None:
     folder = RunFolder(_recipe(tmp_path / "run"))
     folder.keep_reference(_reference())
