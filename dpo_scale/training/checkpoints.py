@@ -21,6 +21,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -328,16 +329,20 @@ def _committed(folder: Path) -> tuple[list[Checkpoint], list[tuple[int, str]]]:
         if not match:
             continue
         try:
-            found = open_checkpoint(path)
+            checkpoints.append(_open_named(path, folder / match["name"]))
         except CheckpointError as error:
             passed_over.append((int(match["step"]), str(error)))
-            continue
-        if match["partial"]:  # the run died between the commit record and the rename
-            found = Checkpoint(folder / match["name"], found.commit)
-            _put_in_place(path, found.path)
-        checkpoints.append(found)
     checkpoints.sort(key=lambda checkpoint: checkpoint.step, reverse=True)
     return checkpoints, sorted(passed_over, reverse=True)
+
+
+def _open_named(path: Path, target: Path) -> Checkpoint:
+    """An open checkpoint, by its name: its run may have died between the commit record and the rename."""
+    found = open_checkpoint(path)
+    if path == target:
+        return found
+    _put_in_place(path, target)
+    return Checkpoint(target, found.commit)
 
 
 # --- retain
@@ -349,7 +354,21 @@ def _prune(folder: Path, step: int, keep_last: int, keep_every: int | None) -> l
     Later steps stay: they exist only if the run was sent back, by hand or by damage.
     """
     try:
-        checkpoints = [(found.step, found.path) for found in _committed(folder)[0] if found.step <= step]
+        superseded = _superseded(folder, step, keep_last, keep_every)
     except OSError as error:
         return [f"Could not look for superseded checkpoints: {error.filename}: {error.strerror}"]
-    return remove_superseded(folder, checkpoints, keep_last, keep_every)
+    return remove_superseded(folder, superseded)
+
+
+def _superseded(folder: Path, step: int, keep_last: int, keep_every: int | None) -> list[Path]:
+    """Checkpoints that may go. Of the others only the last are opened: that takes a look at every rank's file."""
+    kept, superseded = 0, []
+    named = [(int(match["step"]), path, match) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
+    for number, path, match in sorted(named, key=lambda found: found[0], reverse=True):
+        if match["partial"] or (number <= step and kept < keep_last):
+            with suppress(CheckpointError):
+                _open_named(path, folder / match["name"])
+                kept += number <= step
+        elif number <= step and (keep_every is None or number % keep_every) and (path / "commit.json").is_file():
+            superseded.append(path)
+    return superseded

@@ -9,20 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 
-def remove_superseded(
-    folder: Path, committed: Sequence[tuple[int, Path]], keep_last: int, keep_every: int | None
-) -> list[str]:
-    """Remove superseded checkpoints, and what dead runs left half-written; returns what stays, a line each, and why.
-
-    `committed` holds step and folder of each checkpoint that may go, newest first.
-    """
+def remove_superseded(folder: Path, superseded: Sequence[Path]) -> list[str]:
+    """Remove checkpoints, and what dead runs left half-written; returns what stays, a line each, and why."""
     troubles = []
-    for step, path in committed[keep_last:]:
-        if keep_every is None or step % keep_every != 0:
-            try:
-                remove(path)
-            except OSError as error:
-                troubles.append(f"Could not remove {path}: {error.strerror}; keeping it")
+    for path in superseded:
+        try:
+            remove(path)
+        except OSError as error:
+            troubles.append(f"Could not remove {path}: {error.strerror}; keeping it")
     for leftover in folder.glob(".step-*"):
         shutil.rmtree(leftover, ignore_errors=True)
         if leftover.exists():

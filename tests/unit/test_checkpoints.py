@@ -545,6 +545,23 @@ def test_only_the_newest_and_the_multiples_are_kept(tmp_path: Path) -> None:
     assert (tmp_path / "latest").read_text() == "step-00000070\n"
 
 
+def test_a_commit_opens_no_more_checkpoints_the_more_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    look = checkpoints.open_checkpoint
+    for step in range(10, 80, 10):
+        save(tmp_path, make_parameters(SHAPES), step=step, keep_last=2, keep_every=10)
+    monkeypatch.setattr(checkpoints, "open_checkpoint", lambda path: opened.append(path.name) or look(path))
+    save(tmp_path, make_parameters(SHAPES), step=85, keep_last=2, keep_every=20)
+    assert sorted(opened) == ["step-00000070", "step-00000085"]
+    assert names(tmp_path) == ["latest", *(f"step-{step:08d}" for step in (20, 40, 60, 70, 85))]
+
+
+def test_a_later_commit_that_only_lacked_its_name_stays_when_the_run_was_sent_back(tmp_path: Path) -> None:
+    damaged(tmp_path).rename(tmp_path / ".step-00000002.partial")
+    save(tmp_path, make_parameters(SHAPES), step=1)
+    assert names(tmp_path) == ["latest", "step-00000001", "step-00000002"]
+
+
 def test_the_checkpoint_just_written_is_never_the_one_removed(tmp_path: Path) -> None:
     save(tmp_path, make_parameters(SHAPES), step=50)
     save(tmp_path, make_parameters(SHAPES), step=20, keep_last=1)
@@ -597,7 +614,7 @@ def test_checkpoints_that_cannot_be_listed_are_told(tmp_path: Path, monkeypatch:
     def fail(folder: Path) -> Any:
         raise OSError(errno.EIO, "Input/output error", str(folder))
 
-    monkeypatch.setattr(checkpoints, "_committed", fail)
+    monkeypatch.setattr(Path, "iterdir", fail)
     assert checkpoints._prune(tmp_path, 3, 1, None) == [
         f"Could not look for superseded checkpoints: {tmp_path}: Input/output error"
     ]
