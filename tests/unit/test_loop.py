@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,11 +14,12 @@ from test_numerical_faults import FakePolicy, make_run
 from dpo_scale import stages
 from dpo_scale.distributed.lockstep import OneProcess
 from dpo_scale.files import write_json
+from dpo_scale.locks import is_held_by, this_process
 from dpo_scale.training import interruption, loop
 from dpo_scale.training.checkpoints import RunState
 from dpo_scale.training.loop import Run
-from dpo_scale.training.run_folder import RunFolder
-from dpo_scale.training.status import StatusFile, read_status
+from dpo_scale.training.run_folder import RunFolder, take_lock
+from dpo_scale.training.status import FILES, UNFINISHED, StatusFile, read_status
 
 
 def test_a_commit_is_told_to_the_status_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -79,6 +81,46 @@ def test_a_stop_file_that_comes_too_late_goes_with_a_scoring(monkeypatch: pytest
     watch: Any = SimpleNamespace(started=0.0, outlive_launcher=lambda: None)
     assert stages.score(run.recipe, run.console, watch) == 0
     assert not (tmp_path / "STOP").exists()
+
+
+@pytest.mark.usefixtures("_no_signals")
+@pytest.mark.parametrize("stage", ["train", "score"])
+def test_a_lock_that_is_removed_in_a_scoring_of_days_is_put_back(
+    stage: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run: Any = make_run(FakePolicy([]), "float32", monkeypatch, tmp_path)[0]
+    lock = tmp_path / FILES[stage][1]
+    held: list[bool] = []
+
+    def score(between_batches: Callable[[], None]) -> None:
+        lock.unlink()
+        between_batches()
+        held.append(is_held_by(lock, this_process()))
+        raise interruption.StopRequestedError
+
+    def reference(*arguments: Any) -> Any:
+        return SimpleNamespace(
+            train_rows=None,
+            evaluate_rows=None,
+            fingerprint=None,
+            score_all=lambda *rows: score(arguments[-1]),
+            release=lambda: None,
+        )
+
+    monkeypatch.setattr("dpo_scale.training.status.SECONDS_BETWEEN_STEPS", -1.0)
+    monkeypatch.setattr(stages.runtime, "start", lambda *arguments: SimpleNamespace(ranks=OneProcess()))
+    for name in ("prepare_data", "agreed_digest", "_trajectory", "check_budgets"):
+        for module in (loop, stages):
+            monkeypatch.setattr(module, name, lambda *arguments: None, raising=False)
+    for module in (loop, stages):
+        monkeypatch.setattr(module, "Reference", reference)
+    watch: Any = SimpleNamespace(started=0.0, outlive_launcher=lambda: None, moved=lambda what: None)
+    if stage == "score":
+        assert stages.score(run.recipe, run.console, watch) == UNFINISHED
+    else:
+        status = StatusFile(tmp_path, stage, take_lock(lock))
+        assert loop.train(run.recipe, run.runtime, run.console, None, status, watch) == UNFINISHED
+    assert held == [True]
 
 
 def test_only_an_evaluation_ends_with_its_launcher(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
