@@ -125,7 +125,8 @@ class StatusFile:
         """A step is done; noted at most every quarter of a minute, or with what comes next."""
         self._status = replace(self._status, step=step)
         if time.monotonic() - self._wrote > SECONDS_BETWEEN_STEPS:
-            self._write(self._status)
+            with suppress(OSError):  # a disk that is full or away: the next note makes up for this one
+                self._write(self._status)
 
     def go_on(self) -> None:
         """It works on what makes no steps; noted at most as often as they are."""

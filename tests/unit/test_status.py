@@ -428,6 +428,18 @@ def test_steps_alone_are_noted_now_and_then(tmp_path: Path, monkeypatch: pytest.
     assert sorted(set(noted)) == [0, 16, 32]
 
 
+def test_a_note_of_a_step_that_cannot_be_written_for_now_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noted = StatusFile(tmp_path, "train")
+    monkeypatch.setattr(status, "SECONDS_BETWEEN_STEPS", -1.0)
+    _fail(monkeypatch, errno.EIO, "write_json", times=2)
+    noted.advance(1)
+    noted.go_on()
+    noted.advance(3)
+    assert json.loads((tmp_path / "status.json").read_text())["step"] == 3
+
+
 def test_a_commit_is_noted_at_once_and_no_step_lists_the_folder_of_checkpoints(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
