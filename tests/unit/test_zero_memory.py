@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dpo_scale.distributed.parameter_slices import SliceAddress
@@ -74,6 +74,7 @@ def test_a_model_within_the_reuse_distance_is_gathered_once(model: list[list[lis
 
 
 @given(models, st.integers(0, 10**4), st.integers(0, 10**4), st.booleans())
+@example([[[1], [1], [1, 1], [1] * 6]], 0, 4, False)
 def test_no_more_is_gathered_than_there_is(
     model: list[list[list[int]]], reuse: int, prefetch: int, recompute: bool
 ) -> None:
@@ -82,8 +83,10 @@ def test_no_more_is_gathered_than_there_is(
     zero = replace(NOTHING_KEPT, max_reuse_distance=reuse, prefetch_bucket_size=prefetch)
     whole = gathered(units, zero, recompute=recompute, copies=0)
     largest = max(sum(module) for unit in model for module in unit)
-    assert largest <= max(whole.forward) <= 2 * total  # parameters and the buffers that they came in
-    assert largest <= max(whole.backward) <= 2 * total
+    # Parameters, and the buffers that they came in: a buffer that waits for the last of them outlives those of its
+    # parameters that are released, and may be there when they are fetched again.
+    assert largest <= max(whole.forward) <= total + whole.fetched
+    assert largest <= max(whole.backward) <= total + whole.fetched
     assert whole.fetched - whole.fetched_again == total
 
 
