@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -21,7 +22,7 @@ from dpo_scale.errors import USER_ERROR, UserError
 from dpo_scale.files import named
 from dpo_scale.recipe import Recipe, load_recipe
 from dpo_scale.training import status
-from dpo_scale.watch import Watch, died
+from dpo_scale.watch import LOG_SECONDS, Watch, died, within
 
 CRASH = 1
 SECONDS_TO_SEE_ANOTHER_DIE = 1.0
@@ -70,8 +71,7 @@ def _end_of_rank(error: BaseException, rank: str, watch: Watch, words: LastWords
     """Say why a rank fails, unless another died first: then this failure only follows from that one."""
     report = traceback.format_exc()
     if words.has_log:  # at once: while this looks for another's end, the launcher may end this rank
-        with suppress(OSError):  # a full disk
-            print(report, file=sys.stderr)
+        _log(report)
     if gone := watch.gone(within=SECONDS_TO_SEE_ANOTHER_DIE):
         words(died(gone), cause=True)
         return CRASH
@@ -81,6 +81,11 @@ def _end_of_rank(error: BaseException, rank: str, watch: Watch, words: LastWords
         return USER_ERROR
     words(f"rank {rank} failed:\n{report}", cause=True, reason=f"{type(error).__name__}: {_first_line(error)}")
     return CRASH
+
+
+def _log(message: str) -> None:
+    with suppress(OSError):  # a full disk
+        print(message, file=sys.stderr, flush=True)
 
 
 def _first_line(error: BaseException) -> str:
@@ -147,8 +152,7 @@ class LastWords:
         `reason` is its one line for the run's status; the message's first one if there is none.
         """
         if self.has_log:
-            with suppress(OSError):  # a full disk
-                print(message, file=sys.stderr, flush=True)
+            within(LOG_SECONDS, partial(_log, message))  # the launcher and the console are told of a log that hangs
         if cause:
             own = Cause(message, reason or message.splitlines()[0], users_mistake)
             first = self._first_cause(own)

@@ -2,8 +2,8 @@
 too long.
 
 The main thread cannot see to this, for it may sit in a collective of which nothing returns. A rank signs on with a file
-that holds its process id, in a folder that the launcher gives each attempt, and signs off when it ends well: a file
-whose process is gone belongs to a rank that died.
+that holds its process id, in a folder that the launcher gives each attempt, and signs off when it ends well, by
+emptying it: a file with a process that is gone belongs to a rank that died.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from io import FileIO
 from pathlib import Path
 from typing import Protocol
 
@@ -23,6 +26,10 @@ import psutil
 GRACE_SECONDS = 5.0
 """For the main thread to fail by itself, which tells more, and for other ranks to give their account."""
 POLL_SECONDS = 0.25
+LOG_SECONDS = 5.0
+"""For the log to take what is written to it; a server that hangs never does."""
+WORDS_SECONDS = 20.0
+"""For all that is said at one time: in the log, in the status, to the launcher and on the console."""
 
 
 class Say(Protocol):
@@ -45,8 +52,8 @@ class Watch:
         self._moved: tuple[float, str] | None = None
         self._launcher, self._outlives_it = os.getppid(), False
         self._closed = threading.Event()
-        if attempt is not None:
-            _sign(attempt / f"{rank}.pid")
+        self._signed: dict[int, FileIO] = {}
+        self._own = None if attempt is None else _sign(attempt / f"{rank}.pid")
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
 
     def expect(self, seconds: float | None) -> None:
@@ -68,8 +75,8 @@ class Watch:
     def close(self) -> None:
         """Sign off: this rank ends well."""
         self._closed.set()
-        if self._attempt is not None:
-            (self._attempt / f"{self._rank}.pid").unlink(missing_ok=True)
+        if self._own is not None:
+            self._own.truncate(0)
 
     def gone(self, within: float = 0.0) -> dict[int, int]:
         """Rank -> process id of the ranks of this machine that died; waits `within` seconds for one to be found."""
@@ -80,21 +87,25 @@ class Watch:
 
     def _gone(self, *, unnoticed: bool) -> dict[int, int]:
         """`unnoticed` counts ranks whose launcher has not noticed: it may be busy ending others for half a minute."""
+        self._meet()
         found = {}
-        for path in self._attempt.glob("*.pid") if self._attempt is not None else ():
-            try:
-                pid = int(path.read_text())
-            except FileNotFoundError:  # signed off meanwhile
-                continue
-            if _is_gone(pid, unnoticed):
-                found[int(path.stem)] = pid
+        for rank, file in list(self._signed.items()):
+            pid = os.pread(file.fileno(), 20, 0)
+            if pid and _is_gone(int(pid), unnoticed):
+                found[rank] = int(pid)
         return found
+
+    def _meet(self) -> None:
+        """Open the files of ranks that have signed on, for good: what cleans up /tmp may remove them."""
+        for path in self._attempt.glob("*.pid") if self._attempt is not None else ():
+            if int(path.stem) not in self._signed:
+                with suppress(FileNotFoundError):
+                    self._signed[int(path.stem)] = FileIO(path)
 
     def _watch(self) -> None:
         while not self._closed.wait(POLL_SECONDS):
             if not self._outlives_it and os.getppid() != self._launcher:
-                self._say("the launcher ended, and this rank with it; the same command starts again", cause=True)
-                self._end(1)
+                self._give_up("the launcher ended, and this rank with it; the same command starts again")
             if gone := self._gone(unnoticed=True):
                 self._follow(gone)
             moved = self._moved
@@ -105,13 +116,20 @@ class Watch:
         """End this rank after another, unless it does so by itself."""
         if self._closed.wait(GRACE_SECONDS):
             return
-        faulthandler.dump_traceback(sys.stderr)
-        self._say(died(gone), cause=True)
-        self._end(1)
+        within(LOG_SECONDS, _log_stacks)
+        self._give_up(died(gone))
 
     def _report_stall(self, since: float, doing: str) -> None:
+        within(LOG_SECONDS, _log_stacks)
+        within(WORDS_SECONDS, partial(self._give_account, since, doing))
+        # The last ranks to have moved give their account later.
+        self._closed.wait(max(GRACE_SECONDS, self._limit / 10))
+        if self._moved == (since, doing) and not self._closed.is_set():
+            self._give_up(f"stalled since: {doing}; the stack of each rank stands above and in its log")
+
+    def _give_account(self, since: float, doing: str) -> None:
+        """Say where this rank is."""
         minutes = (time.monotonic() - since) / 60
-        faulthandler.dump_traceback(sys.stderr)
         frame = sys._current_frames()[self._main.ident or 0]
         stack = "".join(traceback.format_stack(frame))
         self._say(
@@ -119,11 +137,35 @@ class Watch:
             f"It is at\n{stack}",
             cause=False,
         )
-        # The last ranks to have moved give their account later.
-        self._closed.wait(max(GRACE_SECONDS, self._limit / 10))
-        if self._moved == (since, doing) and not self._closed.is_set():
-            self._say(f"stalled since: {doing}; the stack of each rank stands above and in its log", cause=True)
-            self._end(1)
+
+    def _give_up(self, message: str) -> None:
+        """Say why, as far as it can be said, and end this rank."""
+        within(WORDS_SECONDS, partial(self._say, message, cause=True))
+        self._end(1)
+
+
+def within(seconds: float, write: Callable[[], object]) -> None:
+    """Write to what may hang, and wait no longer than this for it."""
+    writer = threading.Thread(target=write, name="words", daemon=True)
+    try:
+        writer.start()
+    except RuntimeError:  # this process may have no more threads
+        write()
+    else:
+        writer.join(seconds)
+
+
+def _log_stacks() -> None:
+    """Put the stacks of all threads into the log.
+
+    By way of memory: a dump holds up every thread, and one that goes to a log that hangs does so for ever.
+    """
+    with open(os.memfd_create("stacks"), "w+b", buffering=0) as memory:
+        faulthandler.dump_traceback(memory)
+        memory.seek(0)
+        stacks = memory.read().decode(errors="replace")
+    with suppress(OSError):  # a full disk
+        print(stacks, file=sys.stderr, flush=True)
 
 
 def _is_gone(pid: int, unnoticed: bool) -> bool:
@@ -142,7 +184,10 @@ def died(gone: dict[int, int]) -> str:
     )
 
 
-def _sign(path: Path) -> None:
+def _sign(path: Path) -> FileIO:
+    """A file that holds the process id until this rank signs off."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(str(os.getpid()))
+    file = FileIO(temporary, "w")
+    file.write(str(os.getpid()).encode())
     os.replace(temporary, path)  # nobody reads half a number
+    return file

@@ -1,4 +1,4 @@
-"""Small disks that fill up, for those who may mount one; and what reaches a disk in which order."""
+"""Small disks that fill up, for those who may mount one, what reaches a disk in which order, and a log that hangs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,3 +73,14 @@ def small_disk(path: Path, kilobytes: int) -> Iterator[Disk]:
         yield Disk(path)
     finally:
         subprocess.run(["umount", "--lazy", str(path)], check=True)
+
+
+def full_pipe() -> tuple[int, int]:
+    """Both ends of a pipe on which a further write hangs, as on a server that is away."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(writer, b"x" * 4096)
+    os.set_blocking(writer, True)
+    return reader, writer

@@ -11,7 +11,9 @@ from pathlib import Path
 from threading import Barrier, Thread
 
 import pytest
+from disks import full_pipe
 
+from dpo_scale import launched
 from dpo_scale.console import Console
 from dpo_scale.launched import LastWords
 from dpo_scale.training.status import StatusFile, read_status
@@ -60,6 +62,23 @@ def test_a_failure_that_the_main_rank_noted_its_next_stage_over_is_recorded_afte
     found = read_status(tmp_path, "train")
     assert found is not None
     assert (found.state, found.reason, found.users_mistake) == ("failed", "no such kernel", True)
+
+
+def test_a_log_that_hangs_keeps_the_words_from_nobody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = full_pipe()
+    console, error_file = io.StringIO(), tmp_path / "0" / "error.json"
+    error_file.parent.mkdir()
+    monkeypatch.setattr(launched, "LOG_SECONDS", 0.1)
+    monkeypatch.setattr(sys, "stderr", os.fdopen(writer, "w"))
+    words = LastWords(Console(console))
+    words._error_file, words.has_log, words.run = error_file, True, (tmp_path, "train")
+    words("no disk", cause=True)
+    assert console.getvalue() == "no disk\n"
+    assert json.loads(error_file.read_text())["message"] == "no disk"
+    found = read_status(tmp_path, "train")
+    assert found is not None
+    assert found.reason == "no disk"
+    os.close(reader)  # and the thread that writes goes on
 
 
 def test_a_mistake_that_every_rank_finds_is_said_once(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from disks import full_pipe
 
 from dpo_scale import watch
 from dpo_scale.watch import Watch, died
@@ -55,11 +57,11 @@ wait_for_a_collective_that_never_ends()
 """
 
 
-def start(folder: Path, rank: int, what: str) -> subprocess.Popen[str]:
+def start(folder: Path, rank: int, what: str, log: int = subprocess.PIPE) -> subprocess.Popen[str]:
     process = subprocess.Popen(
         [sys.executable, "-c", RANK, str(folder), str(rank), what],
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=log,
         text=True,
     )
     assert process.stdout is not None
@@ -85,6 +87,67 @@ def test_a_rank_ends_after_another_was_killed_and_names_it(tmp_path: Path, waiti
     assert output == f"CAUSE {died({1: other.pid})}\n"
     assert f"rank 1 (process {other.pid}) died without a word" in output
     assert "wait_for_a_collective_that_never_ends" in stacks
+
+
+@pytest.fixture
+def hung_log() -> Iterator[int]:
+    reader, writer = full_pipe()
+    yield writer
+    os.close(reader)
+    os.close(writer)
+
+
+def test_a_rank_that_does_not_move_ends_though_its_log_hangs(tmp_path: Path, hung_log: int) -> None:
+    process = start(tmp_path, 0, "stalls", log=hung_log)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    account, cause = output.split("CAUSE ")
+    assert "in wait_for_a_collective_that_never_ends" in account
+    assert cause.startswith("stalled since: step 7")
+
+
+def test_a_rank_whose_log_hangs_ends_after_another_was_killed(tmp_path: Path, hung_log: int) -> None:
+    process, other = start(tmp_path, 0, "waits", log=hung_log), start(tmp_path, 1, "waits")
+    other.kill()
+    other.wait()
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert output == f"CAUSE {died({1: other.pid})}\n"
+
+
+def test_a_rank_ends_though_what_it_says_reaches_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its status lies on a server that hangs; the threads that wait for it hold up nobody."""
+    monkeypatch.setattr(watch, "GRACE_SECONDS", 0.01)
+    monkeypatch.setattr(watch, "WORDS_SECONDS", 0.01)
+    over = threading.Event()
+    ends: list[int] = []
+
+    def say(message: str, *, cause: bool) -> None:
+        over.wait()
+
+    mine = Watch(tmp_path, 0, say, end=ends.append)
+    mine.moved("step 7")
+    assert mine._moved is not None
+    mine._report_stall(*mine._moved)
+    mine.close()
+    over.set()
+    assert ends == [1]
+
+
+def test_ranks_know_each_other_though_their_files_were_cleaned_away(tmp_path: Path) -> None:
+    mine = Watch(tmp_path, 0, lambda message, *, cause: None, end=lambda code: None)
+    killed, ended = start(tmp_path, 1, "waits"), start(tmp_path, 2, "ends well")
+    listens = start(tmp_path, 3, "waits")
+    assert ended.wait(timeout=20) == 0
+    assert mine.gone() == {}
+    for file in tmp_path.iterdir():
+        file.unlink()
+    killed.kill()
+    killed.wait()
+    assert mine.gone() == {1: killed.pid}
+    mine.close()
+    listens.kill()
+    listens.wait()
 
 
 def test_a_rank_that_ends_well_takes_nobody_along(tmp_path: Path, waiting: subprocess.Popen[str]) -> None:
