@@ -630,8 +630,9 @@ def test_a_worker_that_is_killed_is_named(tmp_path, prepare, monkeypatch):
     path = write(tmp_path / "rows.jsonl", *[row()] * 100)
     use_workers(monkeypatch, after_blocks=1)
     monkeypatch.setattr(preparation, "_work", die)
-    with pytest.raises(DataError, match=r"killed, as happens where the memory is full; lower data\.workers"):
+    with pytest.raises(DataError, match=r"killed, as happens where the memory is full; lower data\.workers") as caught:
         prepare(path, workers=2)
+    assert caught.value.may_pass  # as where a rank is killed
 
 
 def press_ctrl_c(block: Block) -> preparation._Chunk:
