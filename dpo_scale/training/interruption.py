@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -23,6 +24,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 """The last one comes when a terminal is closed; the launcher passes it on even under nohup."""
 ECHO_SECONDS = 3.0
 """One request may arrive twice: SLURM signals every process of a job, and the launcher passes its own copy on."""
+STEPS_OF_LATE = 20
+"""So many tell how long the next one takes: one that the disk or the machine held up must not count for days."""
 
 
 class StopRequestedError(Exception):
@@ -76,20 +79,21 @@ class Interruption:
 
 
 class StopTime:
-    """How long a stop takes, as steps and commits so far tell, beside the time that the launcher grants."""
+    """How long a stop takes, as steps and commits of late tell, beside the time that the launcher grants."""
 
     def __init__(self) -> None:
-        self._step = self._commit = 0.0
+        self._steps: deque[float] = deque(maxlen=STEPS_OF_LATE)
+        self._commit = 0.0
         self._warned = False
         self._committed_at = time.monotonic()
 
     @property
     def seconds(self) -> float:
-        """The longest step and the last commit."""
-        return self._step + self._commit
+        """The longest step of late and the last commit."""
+        return max(self._steps, default=0.0) + self._commit
 
     def step_took(self, seconds: float) -> None:
-        self._step = max(self._step, seconds)
+        self._steps.append(seconds)
 
     def commit_took(self, seconds: float) -> None:
         self._commit, self._committed_at = seconds, time.monotonic()
@@ -99,14 +103,18 @@ class StopTime:
         return every_minutes is not None and time.monotonic() - self._committed_at > 60 * every_minutes
 
     def warning(self) -> str:
-        """Once, if the launcher would kill a run that stops before it has committed; else nothing."""
+        """Once, if the launcher would kill a run that stops before it has committed; else nothing.
+
+        The longest step does not count: a pause of the machine or of its disk is no reason to change a setting.
+        """
         granted = float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30"))
-        if self._warned or self.seconds < granted:
+        seconds = sum(sorted(self._steps)[-2:-1]) + self._commit
+        if self._warned or seconds < granted:
             return ""
         self._warned = True
         return (
-            f"A SIGTERM leaves {granted:.0f} s, and a step with its commit takes {self.seconds:.0f} s: export "
-            f"TORCH_ELASTIC_SHUTDOWN_TIMEOUT={math.ceil(2 * self.seconds)}, or a preemption costs the work since the "
+            f"A SIGTERM leaves {granted:.0f} s, and a step with its commit takes {seconds:.0f} s: export "
+            f"TORCH_ELASTIC_SHUTDOWN_TIMEOUT={math.ceil(2 * seconds)}, or a preemption costs the work since the "
             "last commit"
         )
 

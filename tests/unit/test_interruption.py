@@ -204,7 +204,7 @@ def test_every_rank_knows_why_the_other_stops(tmp_path: Path) -> None:
 def test_a_stop_takes_the_longest_step_and_the_last_commit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", raising=False)
     needed = StopTime()
-    for seconds in (12.0, 3.0):
+    for seconds in (12.0, 3.0, 12.0):
         needed.step_took(seconds)
     for seconds in (40.0, 10.0):
         needed.commit_took(seconds)
@@ -216,6 +216,24 @@ def test_a_stop_takes_the_longest_step_and_the_last_commit(monkeypatch: pytest.M
     monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT")
     assert "leaves 30 s, and a step with its commit takes 32 s" in needed.warning()
     assert needed.warning() == ""  # said once
+
+
+def test_one_step_that_was_held_up_shortens_no_run_for_long_and_changes_no_setting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", raising=False)
+    needed = StopTime()
+    needed.commit_took(1.0)
+    needed.step_took(2.0)
+    needed.step_took(3600.0)
+    assert needed.seconds == 3601.0  # it may be the first of its kind
+    assert needed.warning() == ""
+    for _ in range(interruption.STEPS_OF_LATE):
+        needed.step_took(2.0)
+    assert needed.seconds == 3.0
+    for seconds in (50.0, 40.0):
+        needed.step_took(seconds)
+    assert "a step with its commit takes 41 s" in needed.warning()
 
 
 def test_a_commit_is_due_so_many_minutes_after_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
