@@ -13,7 +13,7 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -46,7 +46,12 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write bytes, or text in UTF-8, whole or not at all.
+    """Write bytes, or text in UTF-8, whole or not at all."""
+    write_parts(path, [content.encode() if isinstance(content, str) else content])
+
+
+def write_parts(path: Path, parts: Iterable[bytes]) -> None:
+    """Write bytes that come in parts, whole or not at all.
 
     Parent folders are made. Safe with several writers of one path: the last rename wins.
     """
@@ -54,7 +59,8 @@ def write_whole(path: Path, content: str | bytes) -> None:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         with naming(path):
-            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+            with open(temporary, "wb") as file:
+                file.writelines(parts)
             _fsync(temporary)  # else a power cut could leave the new name on an empty file
         os.replace(temporary, path)
     finally:

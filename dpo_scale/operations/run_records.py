@@ -200,28 +200,33 @@ def _of_one_set(passes: Sequence[Line], trained_beside: str | None) -> list[Line
 
 def _metrics(path: Path, unreadable: list[str]) -> list[dict[str, Any]]:
     """The objects that have a step; others are counted."""
+    lines, bad, number = [], [], 0
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
+        with open(path, encoding="utf-8", errors="replace") as file:
+            for number, text in enumerate(file, 1):
+                line = _object(text)
+                if math.isfinite(_number(line.get("step"))):
+                    lines.append(line)
+                else:
+                    bad.append(number)
     except OSError as error:
         unreadable.append(f"{path.name}: {error.strerror}")
         return []
-    lines, bad = [], []
-    for number, text_line in enumerate(text.splitlines(), 1):
-        try:
-            line = json.loads(text_line)
-        except ValueError:
-            bad.append(number)
-            continue
-        if isinstance(line, dict) and math.isfinite(_number(line.get("step"))):
-            lines.append(line)
-        else:
-            bad.append(number)
     if bad:
-        torn = " (the last one, cut off by a kill)" if bad == [len(text.splitlines())] else ""
+        torn = " (the last one, cut off by a kill)" if bad == [number] else ""
         unreadable.append(f"{path.name}: {len(bad)} of {len(bad) + len(lines)} lines cannot be read{torn}")
     if not lines and not bad:
         unreadable.append(f"{path.name}: empty")
     return lines
+
+
+def _object(text: str) -> dict[str, Any]:
+    """A JSON object; empty where it is none or cannot be read."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def _attempts(lines: Sequence[Line]) -> tuple[Attempt, ...]:

@@ -9,14 +9,14 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from dpo_scale.distributed.lockstep import Ranks
-from dpo_scale.files import naming, write_whole
+from dpo_scale.files import naming, write_parts
 from dpo_scale.objectives import PairLogProbs, implicit_reward, preference_accuracy
 
 AVERAGES = (
@@ -128,9 +128,8 @@ class MetricsFile:
     def __init__(self, path: Path) -> None:
         """Open the file to add to it; what is no logged line goes, as one that was cut off by a kill."""
         self._path = path
-        self.unreadable = sum(math.isinf(_step_of(line)) for line in _lines(path))
+        self.unreadable = self._keep(math.isfinite)
         """How many lines went."""
-        self._keep(math.isfinite)
 
     def go_back_to(self, step: int) -> None:
         """Drop what a run that was killed logged after the checkpoint it now goes on from.
@@ -141,9 +140,12 @@ class MetricsFile:
             os.replace(self._path, self._path.with_name(f"{self._path.name}.before-{time.strftime('%Y%m%d-%H%M%S')}"))
         self._keep(lambda logged: step > 0 and logged <= step)
 
-    def _keep(self, wanted: Callable[[float], bool]) -> None:
-        text = "".join(line + "\n" for line in _lines(self._path) if wanted(_step_of(line)))
-        write_whole(self._path, text)
+    def _keep(self, wanted: Callable[[float], bool]) -> int:
+        """Keep the lines of the steps that are wanted; returns how many went."""
+        went = sum(not wanted(_step_of(line)) for line in _lines(self._path))
+        if went or not self._path.exists():
+            write_parts(self._path, (line.encode() for line in _lines(self._path) if wanted(_step_of(line))))
+        return went
 
     def write(self, values: Mapping[str, float]) -> None:
         with naming(self._path), open(self._path, "a", encoding="utf-8") as file:
@@ -155,12 +157,22 @@ class MetricsFile:
             os.fsync(file.fileno())
 
 
-def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+def _lines(path: Path) -> Iterator[str]:
+    """The lines with their ends, one at a time: there may be a million."""
+    if path.exists():
+        with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
+            yield from file
+
+
+_BEGINNING = re.compile(r'\{"step": (\d+), ')
 
 
 def _step_of(line: str) -> float:
     """The step of a logged line; infinity for one that was cut off by a kill or is damaged."""
+    if not line.endswith("\n"):
+        return math.inf
+    if line.endswith("}\n") and line.count("{") == 1 and (beginning := _BEGINNING.match(line)):
+        return float(beginning[1])  # not parsed to the end: of a million lines that takes long
     try:
         step = float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +28,7 @@ from dpo_scale.files import (
     sha256_of_file,
     write_json,
     write_json_over,
+    write_parts,
     write_whole,
 )
 
@@ -59,19 +60,16 @@ def read_paths(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     return paths
 
 
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "value"
     path.write_text("old")
 
-    def fail_halfway(temporary: Path, data: bytes) -> None:
-        temporary.write_text("ne")
+    def fail_halfway() -> Iterator[bytes]:
+        yield b"ne"
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", fail_halfway)
     with pytest.raises(OSError, match="No space left"):
-        write_whole(path, "new")
+        write_parts(path, fail_halfway())
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["value"]
 
@@ -99,15 +97,14 @@ def test_a_killed_write_leaves_the_old_file_and_a_leftover_that_is_found(tmp_pat
     path.write_text("old")
     program = (
         "import os, signal, sys; from pathlib import Path\n"
-        "from dpo_scale.files import write_whole\n"
-        "def die(p, _):\n    p.write_text('ne'); os.kill(os.getpid(), signal.SIGKILL)\n"
-        "Path.write_bytes = die\n"
-        "write_whole(Path(sys.argv[1]), 'new')"
+        "from dpo_scale.files import write_parts\n"
+        "def die_halfway():\n    yield b'ne' * 10**6; os.kill(os.getpid(), signal.SIGKILL)\n"
+        "write_parts(Path(sys.argv[1]), die_halfway())"
     )
     done = subprocess.run([sys.executable, "-c", program, str(path)], check=False)
     assert done.returncode == -signal.SIGKILL
     assert path.read_text() == "old"
-    assert [p.read_text() for p in leftovers(tmp_path, older_than_s=-1)] == ["ne"]
+    assert [p.read_text()[:2] for p in leftovers(tmp_path, older_than_s=-1)] == ["ne"]
     assert leftovers(tmp_path, older_than_s=60) == []
 
 

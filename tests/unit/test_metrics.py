@@ -6,6 +6,7 @@ import io
 import json
 import math
 import random
+import tracemalloc
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -154,13 +155,43 @@ def test_lines_that_a_kill_tore_are_dropped(torn: str, tmp_path: Path) -> None:
     assert _steps(path) == [10, 30]
 
 
-@pytest.mark.parametrize("damage", [b'{"step": 20, "lo\xff', b'{"step\xff": 20}', b'{"step": "x"}', b'{"step": NaN}'])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b'{"step": 20, "lo\xff',
+        b'{"step": 20, "lo{"step": 30, "loss": 1}',
+        b'{"step\xff": 20}',
+        b'{"step": "x"}',
+        b'{"step": NaN}',
+    ],
+)
 def test_a_damaged_line_costs_that_line_and_is_counted(damage: bytes, tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 10}\n' + damage + b'\n{"step": 30, "host": "n\xff"}\n')
     assert MetricsFile(path).unreadable == 1
     assert _steps(path) == [10, 30]
     assert MetricsFile(path).unreadable == 0
+
+
+def test_a_file_of_which_nothing_goes_is_not_written_again(tmp_path: Path) -> None:
+    """Of a run of weeks it is large."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 0.5}\n{"step": 1, "event": "end", "stage_seconds": {"Training": 1.5}}\n')
+    before = path.stat()
+    MetricsFile(path).go_back_to(1)
+    assert path.stat().st_ino == before.st_ino
+    assert path.stat().st_mtime_ns == before.st_mtime_ns
+
+
+def test_what_goes_takes_no_memory(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(f'{{"step": {step}, "loss": 0.5}}\n' for step in range(1, 100_001)))
+    tracemalloc.start()
+    MetricsFile(path).go_back_to(99_999)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert _steps(path) == list(range(1, 100_000))
+    assert peak < path.stat().st_size / 4
 
 
 def test_damaged_lines_are_told(tmp_path: Path) -> None:
