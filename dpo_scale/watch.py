@@ -103,13 +103,18 @@ class Watch:
                     self._signed[int(path.stem)] = FileIO(path)
 
     def _watch(self) -> None:
+        looked = awake_since = time.monotonic()
         while not self._closed.wait(POLL_SECONDS):
+            now = time.monotonic()
+            if now - looked > POLL_SECONDS + GRACE_SECONDS:  # this process was stopped, as a job that is suspended
+                awake_since = now
+            looked = now
             if not self._outlives_it and os.getppid() != self._launcher:
                 self._give_up("the launcher ended, and this rank with it; the same command starts again")
             if gone := self._gone(unnoticed=True):
                 self._follow(gone)
             moved = self._moved
-            if moved is not None and 0 < self._limit < time.monotonic() - moved[0]:
+            if moved is not None and 0 < self._limit < now - max(moved[0], awake_since):
                 self._report_stall(*moved)
 
     def _follow(self, gone: dict[int, int]) -> None:

@@ -202,6 +202,32 @@ def test_a_rank_ends_only_if_nothing_moved_while_others_gave_their_account(
     assert causes == ["stalled since: step 7; the stack of each rank stands above and in its log"] * stalled
 
 
+def test_time_in_which_the_process_was_stopped_is_no_stall(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by a scheduler that suspends the job: a step that is under way goes on where it was."""
+    monkeypatch.setattr(watch, "POLL_SECONDS", 0.01)
+    now, pauses = [1000.0], iter([0.0, 3600.0])
+    monkeypatch.setattr(watch.time, "monotonic", lambda: now[0])
+    stalled = threading.Event()
+    stalled_at: list[float] = []
+
+    def look(*, unnoticed: bool) -> dict[int, int]:
+        now[0] += next(pauses, 2.0) if mine._limit else 0.0
+        return {}
+
+    def report(since: float, doing: str) -> None:
+        stalled_at.append(now[0])
+        stalled.set()
+
+    mine = Watch(None, 0, lambda message, *, cause: None)
+    monkeypatch.setattr(mine, "_gone", look)
+    monkeypatch.setattr(mine, "_report_stall", report)
+    mine.moved("step 7")
+    mine.expect(60.0)
+    assert stalled.wait(60)
+    mine.close()
+    assert 4660 < stalled_at[0] < 4670
+
+
 def test_no_progress_is_expected_of_a_rank_that_rests(tmp_path: Path) -> None:
     process = start(tmp_path, 0, "rests")
     time.sleep(2.0)
