@@ -60,8 +60,8 @@ def _rows(run: RunRecords, stage_seconds: Mapping[str, float]) -> Iterator[tuple
     if run.held_out:
         parts = []
         for key, name in (("loss", "loss"), ("rewards/margin", "margin"), ("rewards/accuracy", "accuracy")):
-            values = [f"{value:.3f}" for value in run.held_out_values(key)] or ["?"]
-            parts.append(f"{name} {' to '.join(dict.fromkeys((values[0], values[-1])))}")
+            values = [f"{value:.3f}" for value in run.held_out_change(key)] or ["?"]
+            parts.append(f"{name} {' to '.join(dict.fromkeys(values))}")
         yield "Held out", ", ".join(parts)
     if run.about_other_passes:
         yield "", run.about_other_passes

@@ -108,7 +108,7 @@ def _tiles(run: RunRecords) -> Iterator[dict[str, str]]:
         epoch = last.get("epoch")
         yield _tile("steps", f"{run.last_step:,}", f"{epoch:.2f} epochs" if isinstance(epoch, float) else "")
     for key, name in (("loss", "held-out loss"), ("rewards/accuracy", "held-out accuracy")):
-        values = run.held_out_values(key)
+        values = run.held_out_change(key)
         if values:
             yield _tile(name, f"{values[-1]:.4g}", f"from {values[0]:.4g}" if len(values) > 1 else "")
     if "rewards/margin" in last:

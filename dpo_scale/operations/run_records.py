@@ -87,18 +87,15 @@ class RunRecords:
         noted = "eval/data" in line
         return f"{line.get('eval/pairs')} pairs ({line['eval/data']})" if noted else "pairs that were not noted"
 
-    def held_out_values(self, key: str) -> list[float]:
-        """A metric of the held-out passes, where it is a number.
+    def held_out_change(self, key: str) -> list[float]:
+        """A metric's first and last value in the held-out passes, as far as they are numbers; of one pass its value.
 
-        Not an accuracy before the first step where another is known: of a policy that equals its reference it is
-        rounding.
+        Of an accuracy the last alone where policy and reference begin equal, for then the first is rounding.
         """
-        values = column(self.held_out, f"eval/{key}")
-        pairs = zip(self.held_out, values.tolist(), strict=True)
-        by_step = {line["step"]: value for line, value in pairs if math.isfinite(value)}
-        if key == "rewards/accuracy" and self.recipe.get("reference", {}).get("path") is None and len(by_step) > 1:
-            by_step.pop(0, None)
-        return list(by_step.values())
+        values = [value for value in column(self.held_out, f"eval/{key}").tolist() if math.isfinite(value)]
+        begin_equal = self.recipe.get("reference", {}).get("path") is None
+        has_first = len(values) > 1 and not (key == "rewards/accuracy" and begin_equal)
+        return [*values[:1], values[-1]] if has_first else values[-1:]
 
     @property
     def about_other_passes(self) -> str:
