@@ -309,8 +309,9 @@ def _export(options: argparse.Namespace) -> int:
     for kept in (run / "recipe.yaml", run / MODEL_FILES):
         if not kept.exists():
             raise UserError(
-                f"{kept} is missing, which an export takes from the checkpoint's run; export from RUN/checkpoints/, or "
-                f"copy RUN/recipe.yaml and RUN/{MODEL_FILES} to {run}"
+                f"{kept} is missing, which an export takes from the checkpoint's run; export from RUN/checkpoints/, "
+                f"copy RUN/recipe.yaml and RUN/{MODEL_FILES} to {run}, or start the run's training once more, which "
+                "writes both"
             )
     recipe, commit = load_recipe(run / "recipe.yaml"), open_checkpoint(checkpoint).commit
     dtype = getattr(torch, options.dtype) if options.dtype else None

@@ -284,7 +284,7 @@ def _page_of_several(runs: Sequence[RunRecords]) -> dict[str, Any]:
     remarks = [
         {"severity": severity, "text": f"{run.name}: {text}"} for run in runs for severity, text in _remarks(run)
     ]
-    pairs = {run.name: run.held_out_pairs for run in runs if run.held_out}
+    pairs = {run.name: run.held_out_pairs for run in runs if run.held_out_pairs}
     if len(set(pairs.values())) > 1:
         each = "; ".join(f"{name}: {held_out}" for name, held_out in pairs.items())
         text = f"Held-out figures are not of the same pairs in the same tokens, and do not compare. {each}."

@@ -80,12 +80,9 @@ class RunRecords:
 
     @property
     def held_out_pairs(self) -> str:
-        """Which pairs the held-out lines are of, in words; empty without such lines."""
-        if not self.held_out:
-            return ""
-        line = self.held_out[-1]
-        noted = "eval/data" in line
-        return f"{line.get('eval/pairs')} pairs ({line['eval/data']})" if noted else "pairs that were not noted"
+        """Which pairs the held-out lines are of, in words; empty where none says so."""
+        noted = [line for line in self.held_out if "eval/data" in line]
+        return f"{noted[-1].get('eval/pairs')} pairs ({noted[-1]['eval/data']})" if noted else ""
 
     def held_out_change(self, key: str) -> list[float]:
         """A metric's first and last value in the held-out passes, as far as they are numbers; of one pass its value.
@@ -102,8 +99,8 @@ class RunRecords:
         """A sentence on the held-out passes that are left out; empty where none is."""
         if not self.other_passes:
             return ""
-        shown = f"those shown are of {self.held_out_pairs}"
-        return f"Held-out passes over other pairs are left out ({self.other_passes}); {shown}."
+        shown = f"; those shown are of {self.held_out_pairs}" if self.held_out_pairs else ""
+        return f"Held-out passes over other pairs are left out ({self.other_passes}){shown}."
 
     @property
     def last_step(self) -> int:
@@ -188,11 +185,11 @@ def _is_alive(folder: Path) -> bool:
 def _of_one_set(passes: Sequence[Line], trained_beside: str | None) -> list[Line]:
     """The held-out passes over the pairs that the run was trained beside; if there is none, over those of the newest.
 
-    Passes that do not say of which pairs they are, as older versions wrote them, count as a set of their own.
+    Passes of earlier versions do not say of which pairs they are, and stay.
     """
     sets = [line.get("eval/data") for line in passes]
     shown = trained_beside if trained_beside in sets else sets[-1] if sets else None
-    return [line for line, pairs in zip(passes, sets, strict=True) if pairs == shown]
+    return [line for line, pairs in zip(passes, sets, strict=True) if pairs in (shown, None)]
 
 
 def _metrics(path: Path, unreadable: list[str]) -> list[dict[str, Any]]:

@@ -38,6 +38,7 @@ PEAK_FLOPS = {
     "H200": 989e12,
     "GH200": 989e12,
     "A100": 312e12,
+    "A100X": 312e12,
     "B200": 2250e12,
 }
 """Dense bf16 peak of a GPU, from NVIDIA's data sheets, by words of its name; the first whose words are all in it."""

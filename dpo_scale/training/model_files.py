@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from dpo_scale.data.tokenization import DEFAULT_TEMPLATE, chat_templates
+from dpo_scale.errors import UserError
 from dpo_scale.files import fsync_folder, write_json, write_whole
 from dpo_scale.model.tokenizer import load_tokenizer, save_tokenizer, tokenizer_files
 from dpo_scale.recipe import Recipe
@@ -31,7 +32,7 @@ def keep(folder: Path, recipe: Recipe, source: Path) -> None:
     shutil.rmtree(hidden, ignore_errors=True)
     hidden.mkdir(parents=True)
     for pattern in _FILES:
-        for file in source.glob(pattern):
+        for file in filter(Path.is_file, source.glob(pattern)):
             shutil.copyfile(file, hidden / file.name)
     path, template = recipe.model.tokenizer or str(source), recipe.data.chat_template
     tokenizer = load_tokenizer(path, trust_remote_code=recipe.model.trust_remote_code)
@@ -44,9 +45,14 @@ def keep(folder: Path, recipe: Recipe, source: Path) -> None:
 
 
 def copy(folder: Path, target: Path) -> None:
-    """Copy to an export what `keep` has left, but for the configuration, in which an export changes values."""
-    files = {file for pattern in _FILES[1:] for file in folder.glob(pattern)} | set(tokenizer_files(folder))
-    for file in files:
+    """Copy to an export what `keep` has left, but for the configuration, in which an export changes values.
+
+    Raises UserError where the tokenizer is gone.
+    """
+    tokenizer = tokenizer_files(folder)
+    if not tokenizer:
+        raise UserError(f"{folder}: the tokenizer is gone; start the run's training once more, which writes it again")
+    for file in {*tokenizer, *(file for pattern in _FILES[1:] for file in folder.glob(pattern))}:
         write_whole(target / file.relative_to(folder), file.read_bytes())
 
 

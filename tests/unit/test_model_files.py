@@ -11,6 +11,7 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
+from dpo_scale.errors import UserError
 from dpo_scale.recipe import Recipe
 from dpo_scale.training import model_files
 from dpo_scale.training.provenance import provenance
@@ -45,6 +46,8 @@ def source(tmp_path: Path) -> Path:
     make_tokenizer(folder)
     for name in ("model.safetensors", "generation_config.json", "modeling_own.py", "LICENSE.txt"):
         (folder / name).write_text("{}")
+    (folder / "LICENSES").mkdir()
+    (folder / "NOTICE").symlink_to(folder / "gone")
     return folder
 
 
@@ -59,6 +62,10 @@ def test_all_but_weights_is_kept_whatever_becomes_of_the_source(source: Path, tm
     model_files.copy(kept, out)
     assert {path.name for path in out.iterdir()} == names - {"config.json"}
     assert AutoTokenizer.from_pretrained(out).encode("a") == [0]
+    for path in kept.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(UserError, match="the tokenizer is gone"):
+        model_files.copy(kept, tmp_path / "another")
 
 
 def test_a_later_start_keeps_its_own(source: Path, tmp_path: Path) -> None:

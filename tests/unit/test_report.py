@@ -207,10 +207,13 @@ def test_a_sweep_says_at_which_step_its_held_out_figures_were_taken(tmp_path: Pa
     assert rows == [["a", "finished", "8", "8", "0.6112"], ["b", "unfinished", "3", "0", "0.6931"]]
 
 
-@pytest.mark.parametrize(("others", "told"), [("b" * 12, True), ("a" * 12, False)])
-def test_runs_with_other_held_out_pairs_are_told_apart(tmp_path: Path, others: str, told: bool) -> None:
+@pytest.mark.parametrize(("others", "told"), [("b" * 12, True), ("a" * 12, False), (None, False)])
+def test_runs_with_other_held_out_pairs_are_told_apart(tmp_path: Path, others: str | None, told: bool) -> None:
     folders = [
-        make_run(tmp_path / name, [training_line(1, random.Random(0)), held_out_line(1, **of_pairs(pairs))])
+        make_run(
+            tmp_path / name,
+            [training_line(1, random.Random(0)), held_out_line(1, **(of_pairs(pairs) if pairs else {}))],
+        )
         for name, pairs in (("one", "a" * 12), ("two", others))
     ]
     text = without_scripts(render([read_run(folder) for folder in folders]))

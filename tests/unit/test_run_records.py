@@ -164,7 +164,8 @@ def test_what_evaluate_adds_after_a_kill_belongs_to_no_attempt(tmp_path: Path) -
         (["a", "a", "b"], "b", [2]),  # resumed with others
         (["a", "a", "b"], "c", [2]),  # resumed with others, and no pass made yet
         ([None, None, "a"], None, [0, 1]),  # `evaluate` of this version in the folder of an older one
-        ([None, None, "a"], "a", [2]),
+        ([None, None, "a"], "a", [0, 1, 2]),  # a run of an older version, resumed
+        ([None, "b", "a"], "a", [0, 2]),
         ([None, None], None, [0, 1]),
     ],
 )
@@ -177,5 +178,5 @@ def test_held_out_lines_are_of_one_set_of_pairs(
     run = read_run(make_run(tmp_path / "run", lines, data_report=data))
     assert [line["step"] for line in run.held_out] == expected
     assert run.other_passes == len(passes) - len(expected)
-    told = f"Held-out passes over other pairs are left out ({run.other_passes}); those shown are of"
+    told = f"Held-out passes over other pairs are left out ({run.other_passes})"
     assert run.about_other_passes.startswith(told) == bool(run.other_passes)
