@@ -11,6 +11,7 @@ from __future__ import annotations
 import faulthandler
 import os
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -19,7 +20,7 @@ from contextlib import suppress
 from functools import partial
 from io import FileIO
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Protocol
 
 import psutil
 
@@ -165,12 +166,18 @@ def _log_stacks() -> None:
 
     By way of memory: a dump holds up every thread, and one that goes to a log that hangs does so for ever.
     """
-    with open(os.memfd_create("stacks"), "w+b", buffering=0) as memory:
+    with _memory() as memory:
         faulthandler.dump_traceback(memory)
         memory.seek(0)
         stacks = memory.read().decode(errors="replace")
     with suppress(OSError):  # a full disk
         print(stacks, file=sys.stderr, flush=True)
+
+
+def _memory() -> IO[bytes]:
+    if hasattr(os, "memfd_create"):
+        return open(os.memfd_create("stacks"), "w+b", buffering=0)
+    return tempfile.TemporaryFile(buffering=0)  # builds of Python for older systems
 
 
 def _is_gone(pid: int, unnoticed: bool) -> bool:

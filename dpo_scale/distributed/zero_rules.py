@@ -152,6 +152,8 @@ def _refused_by_deepspeed(zero: Config) -> Iterator[str]:
             DeepSpeedZeroConfig(stage=3, **{key: value for key, value in zero.items() if key not in old})
         except ValidationError as error:
             yield from (_explain(item, DeepSpeedZeroConfig) for item in error.errors())
+        except TypeError as error:  # its checks of leaf_module take it for what it should be
+            yield f"zero_optimization: {error}"
 
 
 @contextmanager

@@ -19,7 +19,7 @@ import torch
 import yaml
 from packaging.requirements import Requirement
 
-from dpo_scale.distributed.launch_environment import check_launcher, environment_of
+from dpo_scale.distributed.launch_environment import OUT_OF_PLACE, check_launcher, environment_of
 from dpo_scale.distributed.ops import extensions_folder, needed_ops, probe_ops
 from dpo_scale.distributed.runtime import default_launch_file, missing_trackers
 from dpo_scale.distributed.zero_config import read_policy_config
@@ -67,7 +67,7 @@ def gather_facts(recipe: Recipe | None, config_file: str | None, nodes: int) -> 
         shared_memory_bytes=shutil.disk_usage("/dev/shm").free if Path("/dev/shm").exists() else 0,
         links=_links(_lines("nvidia-smi", "topo", "-m")),
         folders=tuple(_folders(recipe)),
-        accelerate_variables={name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")},
+        accelerate_variables={name: os.environ[name] for name in OUT_OF_PLACE if name in os.environ},
         dtype=recipe.model.dtype if recipe else "",
         missing_trackers=tuple(missing_trackers(recipe.track.to)) if recipe else (),
         nodes=nodes,

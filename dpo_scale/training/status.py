@@ -37,8 +37,8 @@ TIME_IS_UP = "run.stop_after"
 SECONDS_BETWEEN_STEPS = 15.0
 """Pause between two notes of the step alone: on a network file system a note is not free."""
 
-PATIENCE_OF_A_RANK_S = 20.0
-"""How long a failure is tried to be noted: its launcher kills a rank 30 s after it has asked it to end."""
+PATIENCE_OF_A_RANK_S = 10.0
+"""How long a failure is tried to be noted: the console hears of it afterwards, and all words have 20 s (`watch`)."""
 PATIENCE_OF_A_SCRIPT_S = 60.0
 """How long a failure is tried to be counted."""
 

@@ -55,7 +55,7 @@ def test_a_disk_that_fills_up_ends_the_run_with_its_message_and_keeps_what_was_c
     ours, _, launchers = output.partition("ChildFailedError")
     assert ours.count(failed) == 1, output  # whatever the ranks
     assert failed in launchers.partition("Root Cause")[2], output
-    assert "CommitError" not in output  # no traceback of ours: a full disk is the user's to mend
+    assert "CheckpointError" not in output  # no traceback of ours: a full disk is the user's to mend
     status = read_status(cramped.disk.path, "train")
     assert status is not None
     assert (status.state, status.users_mistake) == ("failed", False)  # a batch script tries once more

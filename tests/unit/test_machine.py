@@ -16,6 +16,7 @@ import torch.distributed as dist
 import yaml
 
 from dpo_scale.cli import main
+from dpo_scale.distributed import launch_environment
 from dpo_scale.distributed import nodes as nodes_module
 from dpo_scale.distributed.nodes import Nodes
 from dpo_scale.errors import UserError
@@ -108,6 +109,13 @@ def test_doctor_refuses_a_stage_that_is_not_3(tmp_path: Path, capsys: pytest.Cap
     assert main(["doctor", "--config_file", str(tmp_path / "accelerate.yaml")]) == 1
     said = " ".join(capsys.readouterr().out.split())
     assert "Training would not start" in said
+
+
+def test_doctor_looks_at_all_that_a_start_refuses_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in launch_environment.OUT_OF_PLACE:
+        monkeypatch.setenv(name, "2")
+    seen = machine.gather_facts(None, None, nodes=1).accelerate_variables
+    assert len(launch_environment.out_of_place(seen)) == len(launch_environment.OUT_OF_PLACE)
 
 
 def test_doctor_looks_at_the_recipes_attention(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,7 @@ import pytest
 from disks import full_pipe
 
 from dpo_scale import watch
+from dpo_scale.training import status
 from dpo_scale.watch import Watch, died
 
 RANK = """
@@ -132,6 +133,18 @@ def test_a_rank_ends_though_what_it_says_reaches_nobody(tmp_path: Path, monkeypa
     mine.close()
     over.set()
     assert ends == [1]
+
+
+def test_stacks_reach_the_log_where_python_has_no_files_in_memory(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delattr(os, "memfd_create")
+    watch._log_stacks()
+    assert "in test_stacks_reach_the_log_where_python_has_no_files_in_memory" in capsys.readouterr().err
+
+
+def test_a_failure_that_cannot_be_noted_leaves_time_to_say_it() -> None:
+    assert watch.LOG_SECONDS + status.PATIENCE_OF_A_RANK_S < watch.WORDS_SECONDS
 
 
 def test_ranks_know_each_other_though_their_files_were_cleaned_away(tmp_path: Path) -> None:

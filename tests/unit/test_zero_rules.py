@@ -89,6 +89,7 @@ def test_a_harmless_key_has_its_type(top: dict[str, Any], said: str) -> None:
             "device, nvme_path, buffer_count, buffer_size, max_in_cpu, pin_memory",
         ),
         ({"reduce_bucket_size": -5}, "reduce_bucket_size is -5; it should be greater than 0"),
+        ({"leaf_module": 3}, "leaf_module configuration must be a mapping"),
         ({"cpu_offload": True}, "cpu_offload is an old name; use offload_optimizer"),
         (
             {"zenflow": {"topk_ratio": 0.1}},
@@ -103,7 +104,7 @@ def test_a_harmless_key_has_its_type(top: dict[str, Any], said: str) -> None:
 )
 def test_what_deepspeed_cannot_do_is_told_before_it_is_asked(zero: dict[str, Any], said: str) -> None:
     (mistake,) = _mistakes(zero)
-    assert mistake.startswith(f"zero_optimization.{said}")
+    assert mistake.removeprefix("zero_optimization").lstrip(".: ").startswith(said)
 
 
 def test_a_section_that_is_no_object_is_told_of() -> None:
