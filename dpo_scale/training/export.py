@@ -246,6 +246,7 @@ def _reserve(out: Path) -> TextIO:
 
 
 def _prepare(hidden: Path, out: Path, folder: ModelFolder) -> None:
+    model_files.check(folder.files)
     check_replaceable(out, folder.trajectory_digest)
     _check_removable(_replaced(out))
     if hidden.exists():

@@ -44,15 +44,15 @@ def keep(folder: Path, recipe: Recipe, source: Path) -> None:
     fsync_folder(folder.parent)
 
 
-def copy(folder: Path, target: Path) -> None:
-    """Copy to an export what `keep` has left, but for the configuration, in which an export changes values.
-
-    Raises UserError where the tokenizer is gone.
-    """
-    tokenizer = tokenizer_files(folder)
-    if not tokenizer:
+def check(folder: Path) -> None:
+    """Raise UserError where the tokenizer is gone: asked before an export writes weights, which may take long."""
+    if not tokenizer_files(folder):
         raise UserError(f"{folder}: the tokenizer is gone; start the run's training once more, which writes it again")
-    for file in {*tokenizer, *(file for pattern in _FILES[1:] for file in folder.glob(pattern))}:
+
+
+def copy(folder: Path, target: Path) -> None:
+    """Copy to an export what `keep` has left, but for the configuration, in which an export changes values."""
+    for file in {*tokenizer_files(folder), *(file for pattern in _FILES[1:] for file in folder.glob(pattern))}:
         write_whole(target / file.relative_to(folder), file.read_bytes())
 
 

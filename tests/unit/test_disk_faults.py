@@ -66,6 +66,7 @@ def test_an_export_that_does_not_fit_leaves_nothing_behind(disk: Disk, tmp_path:
     source = tmp_path / "source"
     source.mkdir()
     (source / "config.json").write_text("{}")
+    (source / "tokenizer_config.json").write_text("{}")
     checkpoint = save(tmp_path / "checkpoints", make_parameters(MATRIX), buffers={}, architecture="Unknown")[0]
     disk.fill(leave_kilobytes=100)
     with pytest.raises(ExportError, match=r"model: model not written\n.*No space left on device"):

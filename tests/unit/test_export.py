@@ -265,6 +265,18 @@ def test_a_source_that_names_its_file_of_weights_exports_to_one_that_loads(
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()), logits(model))
 
 
+def test_an_export_without_a_tokenizer_is_refused_before_it_writes_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export, "write_tensors", lambda *arguments: pytest.fail("weights are written"))
+    model = llama()
+    source = source_folder(model, tmp_path / "source")
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        (source / name).unlink()
+    with pytest.raises(ExportError, match="the tokenizer is gone"):
+        export_checkpoint(checkpoint_of(model, tmp_path / "checkpoints"), tmp_path / "model", beside(source))
+
+
 def test_only_an_export_of_the_same_run_is_replaced(tmp_path: Path) -> None:
     model = llama()
     out = exported(model, tmp_path)
