@@ -38,6 +38,7 @@ LEFT_TO_THE_FILE: dict[str, tuple[type | tuple[type, ...], str]] = {
     **dict.fromkeys(("wall_clock_breakdown", "memory_breakdown", "dump_state"), (bool, "true or false")),
     "steps_per_print": ((int, float), "a number"),
     "log_level": (str, "a string"),
+    "prescale_gradients": (bool, "true or false"),
 }
 """What may stand in the file as its author likes -> the type of its value, and how that is called."""
 
@@ -50,7 +51,6 @@ TRAINED_WITH = {
     "zero_force_ds_cpu_optimizer": False,
     # Without reduce_scatter, stage 3 divides by the factor and never multiplies by it again.
     "gradient_predivide_factor": 1.0,
-    "prescale_gradients": False,
 }
 """Top-level keys that have one value here, which a file may repeat."""
 
@@ -78,7 +78,10 @@ def mistakes_in(config: Config) -> list[str]:
     stated = {key: value for key, value in config.items() if value is not None}
     zero = stated.get("zero_optimization")
     zero = {key: value for key, value in zero.items() if value is not None} if isinstance(zero, dict) else {}
-    return [*_top_level(stated), *_not_as_trained(stated, TRAINED_WITH), *_zero(zero)]
+    mistakes = [*_top_level(stated), *_not_as_trained(stated, TRAINED_WITH), *_zero(zero)]
+    if stated.get("prescale_gradients") is True and zero.get("reduce_scatter") is not False:
+        mistakes.append("prescale_gradients is true, for which zero_optimization.reduce_scatter must be false")
+    return mistakes
 
 
 def _top_level(stated: Config) -> Iterator[str]:
@@ -93,7 +96,7 @@ def _top_level(stated: Config) -> Iterator[str]:
             for name in _autos(value, key):
                 yield f'{name} is "auto", which nobody fills in; name a value, or remove it'
         elif key not in OWNED_BY_THE_RECIPE and key not in TRAINED_WITH:
-            near = difflib.get_close_matches(key, LEFT_TO_THE_FILE, n=1, cutoff=0.8)
+            near = difflib.get_close_matches(key, LEFT_TO_THE_FILE, n=1, cutoff=0.9)
             yield f"{key!r} has no place here; {f'did you mean {near[0]!r}?' if near else 'remove it'}"
 
 

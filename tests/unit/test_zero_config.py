@@ -163,9 +163,9 @@ def test_all_mistakes_of_a_file_are_told_together_each_with_its_path(tmp_path: P
     with pytest.raises(RecipeError) as caught:
         read_policy_config(path)
     assert str(caught.value).splitlines() == [
-        f"{path}: prescale_gradients is true, and this trainer runs with false; remove it here",
         f'{path}: zero_optimization.stage is "3"; this trainer runs stage 3',
         f"{path}: zero_optimization.overlap_com: DeepSpeed has no such key; did you mean 'overlap_comm'?",
+        f"{path}: prescale_gradients is true, for which zero_optimization.reduce_scatter must be false",
     ]
 
 
