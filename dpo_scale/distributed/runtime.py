@@ -118,6 +118,7 @@ def start(recipe: Recipe, say: Callable[[str], None] = logger.warning) -> Runtim
     if backend == "gloo":
         _keep_one_heap()
         _ask_for_huge_pages()
+        _keep_few_kernels()
     launch_environment.forget(os.environ)
     accelerator = Accelerator(
         deepspeed_plugins={
@@ -165,6 +166,16 @@ def _ask_for_huge_pages() -> None:
     reads this once, at the first tensor on the CPU.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
+def _keep_few_kernels() -> None:
+    """Have oneDNN keep the kernels of a layer or two, unless the environment says otherwise.
+
+    It keeps 1,024 by default, a kernel for each shape, and every micro-batch has another number of tokens: nobody comes
+    back to them. In 40 steps (six layers of 256, two ranks) they cost a rank 270 MiB, and no step was quicker.
+    """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, "16")
 
 
 def default_launch_file() -> str | None:

@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dpo_scale.model import products
+
 Forward = Callable[[Any, Tensor], Tensor]
 """What a module computes of hidden states [..., H]."""
 
@@ -200,28 +202,20 @@ class Projection(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _linear(x, weight, bias)
+        return products.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         (grad,) = grad_outputs
         x, weight = ctx.saved_tensors
         grad_weight, grad_bias = _weight_and_bias_grads(grad, x, ctx.needs_input_grad[2])
-        return grad.matmul(weight), grad_weight, grad_bias
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if bias is None:
-        return x.matmul(weight.t())
-    output = x.new_empty(*x.shape[:-1], len(weight))  # no view: a model may change it in place
-    torch.addmm(bias, _rows(x), weight.t(), out=output.view(-1, len(weight)))
-    return output
+        return products.matmul(grad, weight), grad_weight, grad_bias
 
 
 def _weight_and_bias_grads(grad: Tensor, x: Tensor, has_bias: bool) -> tuple[Tensor, Tensor | None]:
     """Of a projection, from the gradient of what it gave and what it took."""
     grad_TO = _rows(grad)
-    return grad_TO.t().matmul(_rows(x)), grad_TO.sum(0) if has_bias else None
+    return products.matmul(grad_TO.t(), _rows(x)), grad_TO.sum(0) if has_bias else None
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -273,11 +267,11 @@ class FeedForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *operands: Any) -> Tensor:
         gate_weight, gate_bias, up_weight, up_bias, down_weight, down_bias = operands
-        gate, up = _linear(x, gate_weight, gate_bias), _linear(x, up_weight, up_bias)
+        gate, up = products.linear(x, gate_weight, gate_bias), products.linear(x, up_weight, up_bias)
         ctx.save_for_backward(x, gate, up, gate_weight, up_weight, down_weight)
         kernels = kernels_for(gate)
         gated = kernels.swiglu(gate, up) if kernels else F.silu(gate).mul_(up)
-        return _linear(gated, down_weight, down_bias)
+        return products.linear(gated, down_weight, down_bias)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
@@ -286,13 +280,13 @@ class FeedForward(torch.autograd.Function):
         _, _, has_gate_bias, _, has_up_bias, _, has_down_bias = ctx.needs_input_grad
         kernels = kernels_for(gate)
         backward = kernels.swiglu_backward if kernels else _swiglu_backward
-        gated, grad_gate, grad_up = backward(grad.matmul(down_weight), gate, up)
+        gated, grad_gate, grad_up = backward(products.matmul(grad, down_weight), gate, up)
         of_down = _weight_and_bias_grads(grad, gated, has_down_bias)
         del gated
         of_gate = _weight_and_bias_grads(grad_gate, x, has_gate_bias)
         of_up = _weight_and_bias_grads(grad_up, x, has_up_bias)
-        grad_x = _rows(grad_up).matmul(up_weight)
-        grad_x.addmm_(_rows(grad_gate), gate_weight)
+        grad_x = products.matmul(_rows(grad_up), up_weight)
+        products.add_matmul_(grad_x, _rows(grad_gate), gate_weight)
         return grad_x.view_as(x), *of_gate, *of_up, *of_down
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo_scale.data.layouts import MicroBatch
+from dpo_scale.model import products
 from dpo_scale.model.fused import fuse, kernels_for, library_code
 from dpo_scale.model.last_layer import skip_unread_positions
 
@@ -201,12 +202,12 @@ class _Head:
         if self._native:
             torch.addmm(total_VH, residual_cV.t(), hidden_cH, out_dtype=total_VH.dtype, out=total_VH)
         else:
-            total_VH.addmm_(residual_cV.t(), hidden_cH)
+            products.add_matmul_(total_VH, residual_cV.t(), hidden_cH)
 
     def _product(self, left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
         if self._native:
             return torch.mm(left, right, out_dtype=torch.float32, out=out)
-        return torch.mm(_at_least_fp32(left), right, out=out)
+        return products.matmul(_at_least_fp32(left), right, out)
 
 
 def _at_least_fp32(values: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from tiny_models import COMMON, SERVED
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import dpo_scale.model.products
 from dpo_scale.data.layouts import Layout, MicroBatch, PromptCompletions, collate
 from dpo_scale.model.attention import ATTENTION, register
 from dpo_scale.model.fused import fuse
@@ -21,6 +22,12 @@ from dpo_scale.operations.memory_trace import build_meta_model, micro_batch_shap
 from dpo_scale.operations.zero_memory import ZeroSettings, parameters_of
 
 WIDE = {**COMMON, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3}
+
+
+@pytest.fixture(autouse=True)
+def _products_as_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan is of GPUs: it leaves out the slices and transposed copies of oneDNN's products."""
+    monkeypatch.setattr(dpo_scale.model.products, "_onednn", lambda: None)
 
 
 def batch_of(layout: Layout, pairs: int = 6, size: int = 40) -> MicroBatch:
