@@ -96,7 +96,7 @@ def _top_level(stated: Config) -> Iterator[str]:
             for name in _autos(value, key):
                 yield f'{name} is "auto", which nobody fills in; name a value, or remove it'
         elif key not in OWNED_BY_THE_RECIPE and key not in TRAINED_WITH:
-            near = difflib.get_close_matches(key, LEFT_TO_THE_FILE, n=1, cutoff=0.9)
+            near = difflib.get_close_matches(key, LEFT_TO_THE_FILE, n=1, cutoff=0.85)
             yield f"{key!r} has no place here; {f'did you mean {near[0]!r}?' if near else 'remove it'}"
 
 

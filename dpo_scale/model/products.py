@@ -1,8 +1,8 @@
 """Matrix products in fp32 on CPUs, by oneDNN where MKL would leave half of the processor idle.
 
 torch multiplies fp32 matrices by MKL, which takes its AVX-512 kernels on Intel's processors alone: a core of an EPYC of
-the fifth generation gives 119 GFLOP/s by MKL and 265 by oneDNN, at the same precision. torch has oneDNN's product of
-fp32 only as an operation of its compiler, so it is tried before it is used. Everything else is torch's own product.
+the fifth generation gives 119 GFLOP/s by MKL and 265 by oneDNN, at the same precision. torch has that product for plain
+tensors only as an operation of its compiler, so it is tried before it is used. Everything else is torch's own product.
 
 Shape suffixes: M, N and K as in the product [M, N] of [M, K] and [K, N].
 """
@@ -79,7 +79,10 @@ def _onednn() -> Linear | None:
         return None
     try:
         random = torch.Generator().manual_seed(0)
-        x, weight, bias = (torch.randn(size, generator=random, device="cpu") for size in ((3, 7, 96), (80, 96), (80,)))
+        x, weight, bias = (
+            torch.randn(size, generator=random, device="cpu", dtype=torch.float32)
+            for size in ((3, 7, 96), (80, 96), (80,))
+        )
         exact = x.double() @ weight.double().t() + bias.double()
         laid_out_twice = weight, weight.t().contiguous().t()
         agrees = all(torch.allclose(_pointwise(x, each, bias).double(), exact, atol=1e-5) for each in laid_out_twice)
@@ -89,8 +92,14 @@ def _onednn() -> Linear | None:
 
 
 def _pointwise(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
-    output: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight_NK, bias_N, "none", [], "")
-    return output
+    if not (weight_NK.is_contiguous() or weight_NK.t().is_contiguous()):
+        weight_NK = weight_NK.contiguous()  # other strides take a hundred times as long
+    if bias_N is not None:
+        bias_N = bias_N.contiguous()  # its stride is not looked at
+    output = torch.ops.mkldnn._linear_pointwise(x.reshape(-1, x.shape[-1]), weight_NK, bias_N, "none", [], "")
+    # No view, which the operation itself gives where x is no matrix: a model may change it in place.
+    shaped: Tensor = torch.ops.aten._unsafe_view(output, [*x.shape[:-1], len(weight_NK)])
+    return shaped
 
 
 def _is_intel() -> bool:

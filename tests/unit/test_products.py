@@ -79,6 +79,42 @@ def test_products_are_exact_to_fp32(rows: tuple[int, ...], transposed: bool) -> 
 
 @needs_onednn
 @pytest.mark.usefixtures("onednn")
+def test_operands_may_have_any_strides() -> None:
+    """Operands of other strides are copied: the operation misreads such a bias and takes a detour for such a weight."""
+    x, weight, bias = _random(2, 37, 48)[..., ::2], _random(30, 48)[:, ::2], _random(60)[::2]
+    laid_out = []
+
+    def operation(x: Tensor, weight: Tensor, bias: Tensor, *rest: Any) -> Tensor:
+        laid_out.extend([weight.is_contiguous(), bias.is_contiguous()])
+        return torch.addmm(bias, x, weight.t())
+
+    _assert_fp32_exact(products.linear(x, weight, bias), x.double() @ weight.double().t() + bias.double())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.ops.mkldnn, "_linear_pointwise", operation)
+        products.linear(x, weight, bias)
+    assert laid_out == [True, True]
+
+
+@needs_onednn
+@pytest.mark.usefixtures("onednn")
+@pytest.mark.parametrize("rows", [(24,), (37, 24), (2, 37, 24)])
+def test_what_is_given_may_be_changed_in_place(rows: tuple[int, ...]) -> None:
+    """As OLMo clamps its queries."""
+    hidden = _random(*rows).requires_grad_()
+    weight = nn.Parameter(_random(30, 24))
+    outputs = [Projection.apply(hidden, weight, None)]  # type: ignore[no-untyped-call]
+    if len(rows) > 1:
+        operands = [operand for size in ((30, 24), (30, 24), (24, 30)) for operand in (_random(*size), None)]
+        outputs.append(FeedForward.apply(hidden, *operands))  # type: ignore[no-untyped-call]
+    for output in outputs:
+        assert not output._is_view()
+        output.clamp_(-4, 4)
+        (grad,) = torch.autograd.grad(output.sum(), hidden)
+        assert grad.abs().sum() > 0
+
+
+@needs_onednn
+@pytest.mark.usefixtures("onednn")
 @pytest.mark.parametrize("transposed", [False, True])
 def test_products_go_into_memory_that_is_there_slice_by_slice(transposed: bool) -> None:
     left, right = _random(24, 37).t() if transposed else _random(37, 24), _random(24, 30)
