@@ -64,10 +64,13 @@ def _sums_and_gradients(
     return sums_S.detach(), gradients
 
 
+@pytest.mark.parametrize("products", ["torch", "onednn"])
 @pytest.mark.parametrize("model_type", SERVED)
 def test_every_layout_gives_the_plain_sums_and_gradients(
-    model_type: str, hh_pairs: list[PromptCompletions], tmp_path: Path
+    model_type: str, products: str, hh_pairs: list[PromptCompletions], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
+    if products == "onednn":
+        request.getfixturevalue("onednn")
     register("sdpa")
     size = {"vocab_size": VOCABULARY, "max_position_embeddings": LONGEST, "n_positions": LONGEST}
     folder = save_tiny_model(tmp_path, model_type, initializer_range=0.1, **size)

@@ -37,14 +37,6 @@ class Operations(TorchDispatchMode):
 
 
 @pytest.fixture
-def onednn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every product by oneDNN, whatever the processor, a few columns or rows at a time."""
-    monkeypatch.setattr(products, "_onednn", lambda: products._pointwise)
-    monkeypatch.setattr(products, "WORTH_IT", 1)
-    monkeypatch.setattr(products, "SLICE", 200)
-
-
-@pytest.fixture
 def amd(monkeypatch: pytest.MonkeyPatch) -> None:
     """A processor whose AVX-512 MKL does not take."""
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
@@ -62,7 +54,6 @@ def _assert_fp32_exact(actual: Tensor, exact: Tensor) -> None:
     torch.testing.assert_close(actual.double(), exact, rtol=1e-5, atol=1e-5)
 
 
-@needs_onednn
 @pytest.mark.usefixtures("onednn")
 @pytest.mark.parametrize("rows", [(1,), (37,), (2, 37)])
 @pytest.mark.parametrize("transposed", [False, True])
@@ -77,7 +68,6 @@ def test_products_are_exact_to_fp32(rows: tuple[int, ...], transposed: bool) -> 
     assert operations.by_onednn == 3
 
 
-@needs_onednn
 @pytest.mark.usefixtures("onednn")
 def test_operands_may_have_any_strides() -> None:
     """Operands of other strides are copied: the operation misreads such a bias and takes a detour for such a weight."""
@@ -95,7 +85,6 @@ def test_operands_may_have_any_strides() -> None:
     assert laid_out == [True, True]
 
 
-@needs_onednn
 @pytest.mark.usefixtures("onednn")
 @pytest.mark.parametrize("rows", [(24,), (37, 24), (2, 37, 24)])
 def test_what_is_given_may_be_changed_in_place(rows: tuple[int, ...]) -> None:
@@ -113,7 +102,6 @@ def test_what_is_given_may_be_changed_in_place(rows: tuple[int, ...]) -> None:
         assert grad.abs().sum() > 0
 
 
-@needs_onednn
 @pytest.mark.usefixtures("onednn")
 @pytest.mark.parametrize("transposed", [False, True])
 def test_products_go_into_memory_that_is_there_slice_by_slice(transposed: bool) -> None:
