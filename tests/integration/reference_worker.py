@@ -13,6 +13,7 @@ import os
 import sys
 import weakref
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -307,6 +308,12 @@ def asks_for_huge_pages(recipe: Recipe, runtime: Runtime, data: Data, folder: Pa
     raise AssertionError("no mapping of this process holds the tensor")
 
 
+def threads(recipe: Recipe, runtime: Runtime, data: Data, folder: Path) -> list[int]:
+    """Threads of operations in the thread that computes, and in another."""
+    with ThreadPoolExecutor(1) as other:
+        return [torch.get_num_threads(), other.submit(torch.get_num_threads).result()]
+
+
 SCENARIOS: dict[str, Sequence[Any]] = {
     "two_ranks": (
         settings_and_data,
@@ -321,13 +328,13 @@ SCENARIOS: dict[str, Sequence[Any]] = {
         heaps,
         asks_for_huge_pages,
     ),
-    "one_rank": (other_world, memory, not_finite),
+    "one_rank": (other_world, memory, not_finite, threads),
 }
 
 
 def main() -> None:
     scenario, recipe, folder = sys.argv[1], load_recipe(sys.argv[2]), Path(sys.argv[3])
-    torch.set_num_threads(1)
+    torch.set_num_threads(2 // int(os.environ["WORLD_SIZE"]))
     runtime = start(recipe)
     data = prepare_data(recipe, runtime.ranks, Console(io.StringIO()))  # type: ignore[arg-type]
     found = {action.__name__: action(recipe, runtime, data, folder) for action in SCENARIOS[scenario]}

@@ -145,6 +145,10 @@ def test_ranks_on_cpus_ask_for_huge_pages(two_ranks: list[dict[str, Any]]) -> No
     assert [rank["asks_for_huge_pages"] for rank in two_ranks] == [True, True]
 
 
+def test_threads_beside_the_one_that_computes_take_no_cores_from_it(one_rank: dict[str, Any]) -> None:
+    assert one_rank["threads"] == [2, 1]
+
+
 def test_only_rows_that_were_never_scored_are_scored(two_ranks: list[dict[str, Any]]) -> None:
     """Learning rate, folder, epochs, seed, batch, layout, loss, schedule, offload and order are not in the key."""
     for rank in two_ranks:

@@ -160,7 +160,8 @@ def test_a_start_heeds_its_launcher(
     def reached(**_: object) -> None:
         raise _ReachedError
 
-    for name in ("leave_out_unused_ops", "load_muon_uncompiled", "_keep_one_heap", "_ask_for_huge_pages"):
+    process_wide = ("_keep_one_heap", "_ask_for_huge_pages", "_compute_in_parallel_only_here")
+    for name in ("leave_out_unused_ops", "load_muon_uncompiled", *process_wide):
         monkeypatch.setattr(runtime, name, lambda: None)
     monkeypatch.setattr(runtime, "Accelerator", reached)
     monkeypatch.setattr(os, "environ", dict(os.environ) | LAUNCHED | brought)
