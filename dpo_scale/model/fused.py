@@ -286,7 +286,7 @@ class FeedForward(torch.autograd.Function):
         of_gate = _weight_and_bias_grads(grad_gate, x, has_gate_bias)
         of_up = _weight_and_bias_grads(grad_up, x, has_up_bias)
         grad_x = products.matmul(_rows(grad_up), up_weight)
-        products.add_matmul_(grad_x, _rows(grad_gate), gate_weight)
+        products.matmul_into(grad_x, _rows(grad_gate), gate_weight, add=True)
         return grad_x.view_as(x), *of_gate, *of_up, *of_down
 
 

@@ -80,11 +80,11 @@ class ChunkedLogProbs(torch.autograd.Function):
         lse_C = torch.empty_like(logps_C)
         head = _Head(weight_VH, bias_V, transform)
         kernels = head.kernels
-        chunks = _chunks(len(targets_C), len(weight_VH), hidden_CH.device)
-        chunk_cV = head.empty_chunk(chunks)
-        highest_c: Tensor | None = None
-        for rows in chunks:
+        # All chunks share the memory of the first: fresh memory for each costs a CPU a tenth of the time.
+        chunk_cV, highest_c = None, None
+        for rows in _chunks(len(targets_C), len(weight_VH), hidden_CH.device):
             values_cV = head.logits(hidden_CH[rows], chunk_cV)
+            chunk_cV = values_cV if chunk_cV is None else chunk_cV
             if kernels is not None:
                 logps_C[rows], lse_C[rows] = kernels.log_softmax_at(values_cV, targets_C[rows])
                 continue
@@ -110,19 +110,19 @@ class ChunkedLogProbs(torch.autograd.Function):
         hidden_CH, weight_VH, bias_V, targets_C, lse_C = ctx.saved_tensors
         head = _Head(weight_VH, bias_V, ctx.transform)
         grad_hidden_CH = torch.empty_like(hidden_CH)
+        chunks = _chunks(len(targets_C), len(weight_VH), hidden_CH.device)
         wants_weight = ctx.needs_input_grad[1]
         # fp32 over all chunks: sums of bf16 chunks would lose what small gradients add
-        grad_weight_VH = torch.zeros_like(weight_VH, dtype=grad_C.dtype) if wants_weight else None
+        empty = torch.empty_like if chunks else torch.zeros_like
+        grad_weight_VH = empty(weight_VH, dtype=grad_C.dtype) if wants_weight else None
         grad_bias_V = None if bias_V is None else torch.zeros_like(bias_V, dtype=grad_C.dtype)
-        chunks = _chunks(len(targets_C), len(weight_VH), hidden_CH.device)
         chunk_cV, highest_c = ctx.last_chunk
         ctx.last_chunk = None, None  # its gradient takes its place: another backward pass computes it anew
         is_kept = chunk_cV is not None
-        if chunk_cV is None:
-            chunk_cV = head.empty_chunk(chunks)
-        for rows in reversed(chunks):
+        for number, rows in enumerate(chunks[::-1] if is_kept else chunks):  # without the last, the largest comes first
             hidden_cH = hidden_CH[rows]
             values_cV = chunk_cV[: len(hidden_cH)] if is_kept else head.logits(hidden_cH, chunk_cV)
+            chunk_cV = values_cV if chunk_cV is None else chunk_cV
             # d logp / d logits = one_hot(target) - softmax(logits) = -scale_c * residual_cV. Factors of whole rows are
             # applied to hidden states, of which there are fewer than logits.
             if head.kernels is not None:
@@ -136,7 +136,7 @@ class ChunkedLogProbs(torch.autograd.Function):
             residual_cV = head.operand(residual_cV)
             grad_hidden_CH[rows] = head.back_to_hidden(residual_cV).mul_(factor_c[:, None])
             if grad_weight_VH is not None:
-                head.add_weight_grad(grad_weight_VH, residual_cV, factor_c[:, None] * hidden_cH)
+                head.add_weight_grad(grad_weight_VH, residual_cV, factor_c[:, None] * hidden_cH, is_first=number == 0)
             del residual_cV  # else a GPU's, in the model's dtype, would lie beside the next chunk's
             is_kept, highest_c = False, None
         return grad_hidden_CH, grad_weight_VH, grad_bias_V, None, None
@@ -176,16 +176,10 @@ class _Head:
         self.kernels: ModuleType | None = kernels_for(weight_VH) if one_pass else None
         """What goes over the logits in one pass, where it can."""
 
-    def empty_chunk(self, chunks: list[slice]) -> Tensor:
-        """Room for one chunk's logits. All chunks share it: fresh memory for each costs a CPU a tenth of the time."""
-        most_tokens = chunks[0].stop if chunks else 0
-        dtype = torch.promote_types(self._weight_VH.dtype, torch.float32)
-        return self._weight_VH.new_empty(most_tokens, len(self._weight_VH), dtype=dtype)
-
-    def logits(self, hidden_cH: Tensor, chunk_cV: Tensor) -> Tensor:
-        """Logits, in the first rows of the chunk."""
-        logits_cV = chunk_cV[: len(hidden_cH)]
-        self._product(hidden_cH, self._weight_VH.t(), logits_cV)
+    def logits(self, hidden_cH: Tensor, chunk_cV: Tensor | None) -> Tensor:
+        """Logits, in the first rows of the chunk, where there is one."""
+        out_cV = None if chunk_cV is None else chunk_cV[: len(hidden_cH)]
+        logits_cV = self._product(hidden_cH, self._weight_VH.t(), out_cV)
         if self._bias_V is not None:
             logits_cV += self._bias_V
         return self.transform.forward(logits_cV)
@@ -197,17 +191,23 @@ class _Head:
     def back_to_hidden(self, residual_cV: Tensor) -> Tensor:
         return self._product(residual_cV, self._weight_VH)
 
-    def add_weight_grad(self, total_VH: Tensor, residual_cV: Tensor, hidden_cH: Tensor) -> None:
+    def add_weight_grad(self, total_VH: Tensor, residual_cV: Tensor, hidden_cH: Tensor, *, is_first: bool) -> None:
+        """Add a chunk's gradient to the total, which the first one begins."""
         hidden_cH = self.operand(hidden_cH)
-        if self._native:
+        if is_first:
+            self._product(residual_cV.t(), hidden_cH, total_VH)
+        elif self._native:
             torch.addmm(total_VH, residual_cV.t(), hidden_cH, out_dtype=total_VH.dtype, out=total_VH)
         else:
-            products.add_matmul_(total_VH, residual_cV.t(), hidden_cH)
+            products.matmul_into(total_VH, residual_cV.t(), hidden_cH, add=True)
 
     def _product(self, left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
         if self._native:
             return torch.mm(left, right, out_dtype=torch.float32, out=out)
-        return products.matmul(_at_least_fp32(left), right, out)
+        if out is None:
+            return products.matmul(_at_least_fp32(left), right)
+        products.matmul_into(out, _at_least_fp32(left), right)
+        return out
 
 
 def _at_least_fp32(values: Tensor) -> Tensor:

@@ -38,26 +38,26 @@ def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
     return output
 
 
-def matmul(left: Tensor, right_KN: Tensor, out: Tensor | None = None) -> Tensor:
-    """The product [..., N] of left [..., K] and right; that of two matrices goes to `out` [M, N], where given."""
-    onednn = _onednn_for(left, right_KN)
-    if onednn is None:
-        return torch.matmul(left, right_KN, out=out)
-    if out is None:
+def matmul(left: Tensor, right_KN: Tensor) -> Tensor:
+    """The product [..., N] of left [..., K] and right, in memory of its own."""
+    if onednn := _onednn_for(left, right_KN):
         return onednn(left, right_KN.t(), None)
-    for columns in _slices(right_KN.shape[1], len(left)):
-        out[:, columns] = onednn(left, right_KN[:, columns].t(), None)
-    return out
+    return left.matmul(right_KN)
 
 
-def add_matmul_(total_MN: Tensor, left_MK: Tensor, right_KN: Tensor) -> None:
-    """Add the product of two matrices to the total, in place."""
+def matmul_into(out_MN: Tensor, left_MK: Tensor, right_KN: Tensor, *, add: bool = False) -> None:
+    """Write the product of two matrices into memory that is there, or `add` it to what that holds."""
     onednn = _onednn_for(left_MK, right_KN)
     if onednn is None:
-        total_MN.addmm_(left_MK, right_KN)
+        out_MN.addmm_(left_MK, right_KN, beta=int(add))  # with 0 nothing is read of what is there
         return
-    for rows in _slices(len(left_MK), right_KN.shape[1]):
-        total_MN[rows] += onednn(left_MK[rows], right_KN.t(), None)
+    by_rows = len(out_MN) > out_MN.shape[1]
+    for part in _slices(*out_MN.shape) if by_rows else _slices(*out_MN.t().shape):
+        if by_rows:
+            out, product = out_MN[part], onednn(left_MK[part], right_KN.t(), None)
+        else:
+            out, product = out_MN[:, part], onednn(left_MK, right_KN[:, part].t(), None)
+        out.add_(product) if add else out.copy_(product)
 
 
 def _slices(length: int, width: int) -> Iterator[slice]:

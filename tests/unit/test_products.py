@@ -103,18 +103,26 @@ def test_what_is_given_may_be_changed_in_place(rows: tuple[int, ...]) -> None:
 
 @pytest.mark.usefixtures("onednn")
 @pytest.mark.parametrize("transposed", [False, True])
-def test_products_go_into_memory_that_is_there_slice_by_slice(transposed: bool) -> None:
-    left, right = _random(24, 37).t() if transposed else _random(37, 24), _random(24, 30)
+@pytest.mark.parametrize(("rows", "columns", "slices"), [(37, 30, 7), (30, 37, 7)], ids=["of rows", "of columns"])
+def test_products_go_into_memory_that_is_there_slice_by_slice(
+    rows: int, columns: int, slices: int, transposed: bool
+) -> None:
+    left, right = _random(24, rows).t() if transposed else _random(rows, 24), _random(24, columns)
     exact = left.double() @ right.double()
-    out, total = torch.full((40, 30), torch.nan), torch.ones(37, 30)
+    out, total = torch.full((40, columns), torch.nan), torch.ones(rows, columns)
     with Operations() as operations:
-        given = products.matmul(left, right, out[:37])
-        products.add_matmul_(total, left, right)
-    assert given.data_ptr() == out.data_ptr()
-    assert operations.by_onednn == 6 + 7  # of 5 columns, and of 6 rows
-    _assert_fp32_exact(out[:37], exact)
-    assert out[37:].isnan().all()
+        products.matmul_into(out[:rows], left, right)
+        products.matmul_into(total, left, right, add=True)
+    assert operations.by_onednn == 2 * slices
+    _assert_fp32_exact(out[:rows], exact)
+    assert out[rows:].isnan().all()
     _assert_fp32_exact(total, 1 + exact)
+
+
+def test_torchs_own_product_reads_nothing_of_the_memory_that_it_goes_into() -> None:
+    out, left, right = torch.full((37, 30), torch.nan), _random(37, 24), _random(24, 30)
+    products.matmul_into(out, left, right)
+    _assert_fp32_exact(out, left.double() @ right.double())
 
 
 @pytest.mark.usefixtures("amd")
