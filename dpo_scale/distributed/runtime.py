@@ -185,7 +185,7 @@ def _compute_in_parallel_only_here() -> None:
 
     OpenMP gives each thread that computes a team of its own. Once a process has more threads in teams than there are
     cores, GNU's lets a team sleep after every operation instead of waiting for the next: gloo's threads and the one
-    that reads ahead made a step of one process with two threads take 15 to 20% longer (six layers of 256). A thread
+    that reads ahead made a step of one process with two threads take 15 to 17% longer (six layers of 256). A thread
     takes torch's number at its first operation, so set it by a thread that leaves, after this one has taken its own.
     """
     torch.get_num_threads()
