@@ -19,7 +19,7 @@ from accelerate.commands.config.config_args import default_config_file
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs, ProjectConfiguration
 
-from dpo_scale.distributed import launch_environment, zero_config
+from dpo_scale.distributed import exchange, launch_environment, zero_config
 from dpo_scale.distributed.build_locks import own_ninja_first, wait_for_builds
 from dpo_scale.distributed.nvme_folders import hold, own_folder
 from dpo_scale.distributed.ops import extensions_folder, leave_out_unused_ops, load_muon_uncompiled, needed_ops
@@ -135,6 +135,8 @@ def start(recipe: Recipe, say: Callable[[str], None] = logger.warning) -> Runtim
         ),
     )
     assert accelerator.num_processes == dist.get_world_size(), "Accelerate and torch disagree"
+    if backend == "gloo":
+        exchange.use_for_zero()
     _check_precision(recipe)
     ranks = Ranks(
         rank=dist.get_rank(),

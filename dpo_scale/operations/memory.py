@@ -69,19 +69,14 @@ class Device:
     name: str
     chunk_elements: int
     """Logits that exist at once, see `model.log_probs.CHUNK_ELEMENTS`."""
-    gather_copies: int
-    """Copies that a gather takes of its output."""
-    reduce_copies: int
-    """Copies that a reduction takes of its input."""
 
     @property
     def is_cpu(self) -> bool:
         return self.name == "cpu"
 
 
-GPU = Device("gpu", chunk_elements=CHUNK_ELEMENTS["cuda"], gather_copies=0, reduce_copies=0)
-CPU = Device("cpu", chunk_elements=CHUNK_ELEMENTS["cpu"], gather_copies=1, reduce_copies=1)
-"""gloo, which CPU processes use, works on a copy of its own: measured, once the size of the whole tensor for both."""
+GPU = Device("gpu", chunk_elements=CHUNK_ELEMENTS["cuda"])
+CPU = Device("cpu", chunk_elements=CHUNK_ELEMENTS["cpu"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,9 +152,9 @@ def training_moments(
     """Every moment of a training step that may be the peak of a rank, in order."""
     parameters: list[Parameter] = parameters_of(units)
     resting = sum(states(parameters, zero, ranks, dtype_bytes, cpu=device.is_cpu).device.values())
-    whole = gathered(units, zero, recompute=checkpointing, copies=device.gather_copies)
+    whole = gathered(units, zero, recompute=checkpointing)
     element_bytes = _gathered_element_bytes(zero, ranks, dtype_bytes)
-    gradients = gradient_bytes(units, zero, ranks, dtype_bytes, copies=device.reduce_copies)
+    gradients = gradient_bytes(units, zero, ranks, dtype_bytes)
     head = head_memory(shape.head, dtype_bytes, device)
     check = layout_check_bytes(shape.checked_tokens, shape.head.vocabulary, dtype_bytes)
     last = len(units) - 1
@@ -196,7 +191,7 @@ def scoring_moments(
     parameters = parameters_of(units)
     held = states(parameters, zero, ranks, dtype_bytes, cpu=device.is_cpu).device
     resting = sum(held.get(name, 0) for name in ("weights", "small weights, kept whole", "cuBLAS workspaces"))
-    whole = gathered(units, zero, recompute=False, copies=device.gather_copies)
+    whole = gathered(units, zero, recompute=False)
     head = head_memory(shape.head, dtype_bytes, device)
     check = layout_check_bytes(shape.checked_tokens, shape.head.vocabulary, dtype_bytes)
     element_bytes = _gathered_element_bytes(zero, ranks, dtype_bytes)

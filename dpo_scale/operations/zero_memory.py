@@ -189,7 +189,7 @@ class _Gather:
     """Whether the parameters have left the buffer."""
 
 
-def gathered(units: Sequence[Unit], zero: ZeroSettings, *, recompute: bool, copies: int = 0) -> Gathered:
+def gathered(units: Sequence[Unit], zero: ZeroSettings, *, recompute: bool) -> Gathered:
     """Follow DeepSpeed's fetches, prefetches and releases through a micro-batch whose trace is complete.
 
     What is gathered together arrives in one buffer, which stays until the last of its parameters is used, beside the
@@ -198,7 +198,6 @@ def gathered(units: Sequence[Unit], zero: ZeroSettings, *, recompute: bool, copi
 
     Args:
         recompute: activations are checkpointed.
-        copies: how often the communication copies what it gathers.
     """
     threshold = zero.param_persistence_threshold
     steps = [
@@ -238,7 +237,6 @@ def gathered(units: Sequence[Unit], zero: ZeroSettings, *, recompute: bool, copi
                 available[p.key], in_flight[p.key] = p.elements, gather
                 again += p.elements * (p.key in seen)
                 seen.add(p.key)
-        arriving = sum(p.elements for p in (*now, *ahead))
         done = 0
         for p in module:
             if (waited := in_flight.pop(p.key, None)) is not None:
@@ -246,7 +244,7 @@ def gathered(units: Sequence[Unit], zero: ZeroSettings, *, recompute: bool, copi
                 waited.copied = True
                 waited.unused -= 1
                 done += 0 if waited.unused else waited.elements
-        peaks[phase][unit] = max(peaks[phase][unit], live + buffers, live + buffers + (copies * arriving if now else 0))
+        peaks[phase][unit] = max(peaks[phase][unit], live + buffers)
         buffers -= done
         for p in module:
             following = next((at for at in later_uses[p.key] if at > step), None)
@@ -266,15 +264,10 @@ def _module_order(units: Sequence[Unit], recompute: bool) -> Iterator[tuple[str,
         yield from (("backward", number, module) for module in reversed(unit.modules))
 
 
-def gradient_bytes(
-    units: Sequence[Unit], zero: ZeroSettings, ranks: int, dtype_bytes: int, *, copies: int = 0
-) -> tuple[int, ...]:
+def gradient_bytes(units: Sequence[Unit], zero: ZeroSettings, ranks: int, dtype_bytes: int) -> tuple[int, ...]:
     """Most bytes of whole gradients on a rank beside the reduce bucket, while each unit's backward runs.
 
     A gradient that is larger than the bucket waits on its own for the next one to arrive.
-
-    Args:
-        copies: how often a reduction copies its input beyond that.
     """
     uses_left: dict[int, int] = {}
     for unit in units:
@@ -297,24 +290,24 @@ def gradient_bytes(
                     peaks[number] = max(peaks[number], (tied + waiting) * dtype_bytes)
                     continue
                 if bucket and sum(bucket) + p.elements > zero.reduce_bucket_size:
-                    copied = _reduction_bytes(bucket, zero, ranks, dtype_bytes, copies)
+                    copied = _reduction_bytes(bucket, zero, ranks, dtype_bytes)
                     peaks[number] = max(peaks[number], (tied + waiting + arriving + p.elements) * dtype_bytes + copied)
                     bucket, waiting = [], 0
                 if sum(bucket) + p.elements > zero.reduce_bucket_size:
                     waiting += p.elements
                 bucket.append(p.elements)
                 peaks[number] = max(peaks[number], (tied + waiting) * dtype_bytes)
-    last = _reduction_bytes(bucket, zero, ranks, dtype_bytes, copies)
+    last = _reduction_bytes(bucket, zero, ranks, dtype_bytes)
     peaks[0] = max(peaks[0], (tied + waiting) * dtype_bytes + last)
     return tuple(peaks)
 
 
-def _reduction_bytes(bucket: Sequence[int], zero: ZeroSettings, ranks: int, dtype_bytes: int, copies: int) -> int:
+def _reduction_bytes(bucket: Sequence[int], zero: ZeroSettings, ranks: int, dtype_bytes: int) -> int:
     """What reducing gradients of these elements takes: a copy of them, unless it is a single one, and fp32 slices."""
     size = sum(bucket)
     if not zero.reduce_scatter and size <= zero.reduce_bucket_size:
         return 0
-    return size * (copies + (len(bucket) > 1)) * dtype_bytes + -(-size // ranks) * GRADIENT_BYTES
+    return size * (len(bucket) > 1) * dtype_bytes + -(-size // ranks) * GRADIENT_BYTES
 
 
 def optimizer_step_bytes(parameters: Sequence[Parameter], zero: ZeroSettings, ranks: int) -> int:

@@ -25,6 +25,9 @@ from rich.table import Table
 
 HERE = Path(__file__).resolve().parent
 PACKAGES = ("dpo_scale", "torch", "transformers", "accelerate", "deepspeed", "trl", "datasets")
+TURN_STEPS = 4
+"""Steps that a side takes before the next one does: the first finds the memory that it had freed gone to others, which
+no run of its own would."""
 console = Console(width=150, highlight=False)
 
 
@@ -195,7 +198,7 @@ def profile(side: Side, machine: Machine, folder: Path) -> None:
 
 
 def train_in_turns(sides: Sequence[Side], machine: Machine) -> dict[str, Block]:
-    """All sides are loaded and take their first step at once, and from then on step by step in turns: A B A B.
+    """All sides are loaded and take their first step at once, and from then on a few steps each in turns: A B A B.
 
     A slow spell of the machine then meets all sides alike.
     """
@@ -203,10 +206,11 @@ def train_in_turns(sides: Sequence[Side], machine: Machine) -> dict[str, Block]:
     try:
         for one in running:
             one.wait_for_step()
-        for _ in range(1, sides[0].job.steps):
+        for first in range(1, sides[0].job.steps, TURN_STEPS):
             for one in running:
-                one.give_turn()
-                one.wait_for_step()
+                for _ in range(first, min(first + TURN_STEPS, sides[0].job.steps)):
+                    one.give_turn()
+                    one.wait_for_step()
         for one in running:
             one.give_turn()
         return {one.side.name: one.finish() for one in running}

@@ -23,6 +23,8 @@ from measuring import Job, Measured, memory_mib, peak_memory_mib
 from transformers import AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
+from dpo_scale.distributed import exchange
+
 
 class Clock(TrainerCallback):  # type: ignore[misc]
     def __init__(self, measured: Measured) -> None:
@@ -61,6 +63,7 @@ def main(stage: str, job: Job, results: Path) -> None:
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
         PartialState(backend="gloo", timeout=timedelta(minutes=60))
         assert PartialState().num_processes == int(os.environ["WORLD_SIZE"])
+        exchange.use_for_zero()  # the same engine on both sides, down to its collectives
     trainer = Timed(
         model=job.model,
         args=_settings(job),

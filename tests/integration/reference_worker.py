@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import numpy as np
 import torch
 
@@ -25,6 +26,7 @@ from dpo_scale.console import Console
 from dpo_scale.data.layouts import PromptCompletions, collate
 from dpo_scale.data.planning import Schedule
 from dpo_scale.data.token_pairs import TokenPairs
+from dpo_scale.distributed import exchange
 from dpo_scale.distributed.engines import PolicyEngine, ReferenceEngine, loading_for, pin_where_it_fits
 from dpo_scale.distributed.runtime import Runtime, start
 from dpo_scale.errors import UserError
@@ -314,6 +316,15 @@ def threads(recipe: Recipe, runtime: Runtime, data: Data, folder: Path) -> list[
         return [torch.get_num_threads(), other.submit(torch.get_num_threads).result()]
 
 
+def exchanges(recipe: Recipe, runtime: Runtime, data: Data, folder: Path) -> list[bool]:
+    """Whether DeepSpeed's engines gather, and reduce, by exchanges between ranks."""
+    backend = deepspeed.comm.comm.cdb
+    return [
+        backend.all_gather_function is exchange.all_gather,
+        backend.reduce_scatter_function is exchange.reduce_scatter,
+    ]
+
+
 SCENARIOS: dict[str, Sequence[Any]] = {
     "two_ranks": (
         settings_and_data,
@@ -327,6 +338,7 @@ SCENARIOS: dict[str, Sequence[Any]] = {
         loaded_in_vain,
         heaps,
         asks_for_huge_pages,
+        exchanges,
     ),
     "one_rank": (other_world, memory, not_finite, threads),
 }

@@ -20,7 +20,7 @@ from launching import ON_CPUS, Launched, Launcher, make_model
 from safetensors.torch import load_file, save_file
 
 from dpo_scale.cli import main
-from dpo_scale.reference.cache import ReferenceStore
+from dpo_scale.reference.cache import ReferenceStore, store_folder, store_folders
 from dpo_scale.reference.fingerprint import read_fingerprint
 from dpo_scale.reference.parts import Keys, Part
 
@@ -145,6 +145,10 @@ def test_ranks_on_cpus_ask_for_huge_pages(two_ranks: list[dict[str, Any]]) -> No
     assert [rank["asks_for_huge_pages"] for rank in two_ranks] == [True, True]
 
 
+def test_engines_gather_and_reduce_by_exchanges_on_cpus(two_ranks: list[dict[str, Any]]) -> None:
+    assert [rank["exchanges"] for rank in two_ranks] == [[True, True]] * 2
+
+
 def test_threads_beside_the_one_that_computes_take_no_cores_from_it(one_rank: dict[str, Any]) -> None:
     assert one_rank["threads"] == [2, 1]
 
@@ -256,9 +260,21 @@ def test_rows_of_a_step_are_readable_at_once_and_written_together(two_ranks: lis
         assert found["said"].count("Reference, training: 90 rows, 0 cached, 90 to score") == 1
 
 
-def stored_rows(cache_dir: Path) -> dict[bytes, np.ndarray]:
-    """All rows of the only store in a folder, read part by part."""
-    (store,) = (path.parent for path in cache_dir.glob("*/reference.json"))
+def only_store(cache_dir: Path) -> Path:
+    (store,) = store_folders(cache_dir)
+    return store
+
+
+@pytest.fixture(scope="module")
+def shared_store(launcher: Launcher, undisturbed: Launched) -> Path:
+    """The store of the undisturbed run, in a folder where launches of other references have theirs."""
+    fingerprint = read_fingerprint(undisturbed.folder)
+    assert fingerprint is not None
+    return store_folder(launcher.workspace / "cache", fingerprint)
+
+
+def stored_rows(store: Path) -> dict[bytes, np.ndarray]:
+    """All rows of a store, read part by part."""
     rows: dict[bytes, np.ndarray] = {}
     for path in sorted(store.glob("part-*")):
         part = Part(path, None)
@@ -287,27 +303,29 @@ def standalone(launcher: Launcher) -> Path:
     return cache
 
 
-def test_all_schedules_store_the_same_values(launcher: Launcher, undisturbed: Launched, standalone: Path) -> None:
-    upfront = stored_rows(launcher.workspace / "cache")
+def test_all_schedules_store_the_same_values(
+    launcher: Launcher, undisturbed: Launched, shared_store: Path, standalone: Path
+) -> None:
+    upfront = stored_rows(shared_store)
     assert len(upfront) == 2 * (NUM_PAIRS + NUM_HELD_OUT)
-    assert_same_rows(stored_rows(standalone), upfront)
+    assert_same_rows(stored_rows(only_store(standalone)), upfront)
     cache = launcher.workspace / "per_batch_cache"
     overrides = ["reference.schedule=per_batch", f"reference.cache_dir={cache}", "run.epochs=1"]
     run = launcher("per_batch", overrides)
     assert run.returncode == 0, run.output
     assert "Reference, training: 90 rows, 0 cached, 90 to score" in run.output
-    assert_same_rows(stored_rows(cache), upfront)
+    assert_same_rows(stored_rows(only_store(cache)), upfront)
     expected = undisturbed.training_lines()[0]
     assert run.training_lines()[0]["rewards/margin"] == pytest.approx(expected["rewards/margin"], abs=1e-6)
 
 
 def test_equal_micro_batches_give_equal_bits_in_every_schedule(
-    launcher: Launcher, folder: Path, undisturbed: Launched, two_ranks: list[dict[str, Any]]
+    folder: Path, shared_store: Path, two_ranks: list[dict[str, Any]]
 ) -> None:
     """Two ranks each: upfront inside training, a pass of its own, and a step that holds every pair."""
-    upfront = stored_rows(launcher.workspace / "cache")
+    upfront = stored_rows(shared_store)
     for schedule in ("whole", "one_step"):
-        actual = stored_rows(folder / schedule)
+        actual = stored_rows(only_store(folder / schedule))
         common = actual.keys() & upfront.keys()
         assert len(common) == 2 * NUM_PAIRS
         assert all(np.array_equal(actual[key], upfront[key]) for key in common), schedule
@@ -343,19 +361,18 @@ def test_a_full_store_needs_no_weight_of_the_reference(launcher: Launcher, stand
     assert "Reference, training: 20 rows, 20 cached, 0 to score" in run.output
 
 
-def poison(cache_dir: Path, poisoned: Path) -> None:
+def poison(store: Path, poisoned: Path) -> None:
     """The same rows in the same store, each log-prob 2 nats lower."""
-    (source,) = (path.parent for path in cache_dir.glob("*/reference.json"))
-    fingerprint = read_fingerprint(source)
+    fingerprint = read_fingerprint(store)
     assert fingerprint is not None
-    rows = stored_rows(cache_dir)
+    rows = stored_rows(store)
     keys: Keys = np.frombuffer(b"".join(rows), np.uint8).reshape(len(rows), -1)
     ReferenceStore.open(poisoned, fingerprint).append(keys, [row - np.float32(2) for row in rows.values()])
 
 
-def test_wrong_values_in_the_store_stop_the_run_at_its_first_step(launcher: Launcher, undisturbed: Launched) -> None:
+def test_wrong_values_in_the_store_stop_the_run_at_its_first_step(launcher: Launcher, shared_store: Path) -> None:
     poisoned = launcher.workspace / "poisoned_cache"
-    poison(launcher.workspace / "cache", poisoned)
+    poison(shared_store, poisoned)
     run = launcher("poisoned", [f"reference.cache_dir={poisoned}", "evaluate.at_start=false"])
     assert run.returncode != 0
     assert "step 1: policy and reference start from" in run.output
@@ -364,16 +381,15 @@ def test_wrong_values_in_the_store_stop_the_run_at_its_first_step(launcher: Laun
 
 
 def test_verify_rescores_rows_and_finds_wrong_ones(
-    launcher: Launcher, undisturbed: Launched, capsys: pytest.CaptureFixture[str]
+    launcher: Launcher, shared_store: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = str(launcher.workspace / "undisturbed.yaml")
-    cache = launcher.workspace / "cache"
-    (store,) = (path.parent.name for path in cache.glob("*/reference.json"))
-    assert main(["cache", "--dir", str(cache), "verify", store, "--recipe", recipe, "--rows", "25"]) == 0
+    cache, store = str(shared_store.parent), shared_store.name
+    assert main(["cache", "--dir", cache, "verify", store, "--recipe", recipe, "--rows", "25"]) == 0
     assert "25 rows" in capsys.readouterr().out
     poisoned = launcher.workspace / "poisoned_cache_to_verify"
-    poison(cache, poisoned)
+    poison(shared_store, poisoned)
     assert main(["cache", "--dir", str(poisoned), "verify", store, "--recipe", recipe, "--rows", "25"]) == 1
     assert "largest gap 2" in capsys.readouterr().out
-    assert main(["cache", "--dir", str(cache), "verify", store, "--recipe", recipe, "model.dtype=bfloat16"]) == 2
+    assert main(["cache", "--dir", cache, "verify", store, "--recipe", recipe, "model.dtype=bfloat16"]) == 2
     assert "precision bfloat16, store has float32" in capsys.readouterr().err

@@ -51,7 +51,7 @@ def test_the_ranks_shards_are_the_slices_that_checkpoints_hold(model: list[list[
 def test_without_reuse_and_prefetch_one_module_is_whole_at_a_time(model: list[list[list[int]]]) -> None:
     units = units_of(model)
     total = sum(p.elements for p in parameters_of(units))
-    whole = gathered(units, NOTHING_KEPT, recompute=False, copies=0)
+    whole = gathered(units, NOTHING_KEPT, recompute=False)
     # and the buffer that they came in, until they are used
     expected_peaks = tuple(2 * max(sum(module) for module in unit) for unit in model)
     # the last module of the forward is the first of the backward: its parameters are still there
@@ -67,7 +67,7 @@ def test_a_model_within_the_reuse_distance_is_gathered_once(model: list[list[lis
     units = units_of(model)
     total = sum(p.elements for p in parameters_of(units))
     keep = replace(NOTHING_KEPT, max_reuse_distance=10**9)
-    whole = gathered(units, keep, recompute=False, copies=0)
+    whole = gathered(units, keep, recompute=False)
     assert whole.fetched == total
     assert whole.fetched_again == 0
     assert total < max(whole.forward) <= 2 * total
@@ -81,7 +81,7 @@ def test_no_more_is_gathered_than_there_is(
     units = units_of(model)
     total = sum(p.elements for p in parameters_of(units))
     zero = replace(NOTHING_KEPT, max_reuse_distance=reuse, prefetch_bucket_size=prefetch)
-    whole = gathered(units, zero, recompute=recompute, copies=0)
+    whole = gathered(units, zero, recompute=recompute)
     largest = max(sum(module) for unit in model for module in unit)
     # Parameters, and the buffers that they came in: a buffer that waits for the last of them outlives those of its
     # parameters that are released, and may be there when they are fetched again.
@@ -93,7 +93,7 @@ def test_no_more_is_gathered_than_there_is(
 def test_small_parameters_stay_whole_and_are_not_gathered() -> None:
     units = units_of([[[100, 5]], [[50]]])
     zero = replace(NOTHING_KEPT, param_persistence_threshold=50)
-    assert gathered(units, zero, recompute=False, copies=0).fetched == 2 * 100
+    assert gathered(units, zero, recompute=False).fetched == 2 * 100
     assert states(parameters_of(units), zero, 4, 2, cpu=False).device["small weights, kept whole"] == 2 * 55
 
 
