@@ -12,18 +12,24 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
+_on_their_way: set[Exchange] = set()
+"""Those that nobody has waited for yet: gloo's connection ends where the memory of a message is gone before it."""
+
 
 class Exchange:
-    """Messages on their way, like the Work that torch's collectives return."""
+    """Messages on their way, with the `wait` of the Work that torch's collectives return."""
 
     def __init__(self, messages: Sequence[dist.Work | None]) -> None:
         self._messages = messages
+        _on_their_way.add(self)
 
     def wait(self) -> None:
         """Return once all have been sent and received."""
-        for message in self._messages:
+        messages, self._messages = self._messages, ()  # gloo would wait for a message anew
+        for message in messages:
             assert message is not None, "this rank is outside of the group"
             message.wait()
+        _on_their_way.discard(self)
 
 
 def use_for_zero() -> None:
@@ -42,7 +48,7 @@ def all_gather(
 ) -> Exchange | None:
     """torch.distributed.all_gather_into_tensor; the input may be this rank's part of the output.
 
-    Raises ValueError unless the output holds exactly one input a rank.
+    Raises ValueError unless the output holds exactly one input a rank, of the same dtype.
     """
     rank, parts = _parts(output_tensor, input_tensor, group)
     messages = []
@@ -68,7 +74,7 @@ def reduce_scatter(
     """torch.distributed.reduce_scatter_tensor of sums; the output may be this rank's part of the input.
 
     It is done when it returns, also with async_op. Raises ValueError for another op, and unless the input holds exactly
-    one output a rank.
+    one output a rank, of the same dtype.
     """
     if op != dist.ReduceOp.SUM:
         raise ValueError(f"reduce_scatter on CPUs sums, and cannot take {op}")
@@ -89,8 +95,10 @@ def _parts(
 ) -> tuple[int, tuple[torch.Tensor, ...]]:
     """This rank in the group, and each rank's part of the whole, flat."""
     ranks = dist.get_world_size(group)
-    if whole.numel() != ranks * part.numel():
-        raise ValueError(f"{whole.numel()} elements are not {ranks} parts of {part.numel()}")
+    if whole.numel() != ranks * part.numel() or whole.dtype != part.dtype:
+        raise ValueError(
+            f"{whole.numel()} elements of {whole.dtype} are not {ranks} parts of {part.numel()} of {part.dtype}"
+        )
     return dist.get_rank(group), whole.view(ranks, -1).unbind()
 
 

@@ -303,11 +303,16 @@ def gradient_bytes(units: Sequence[Unit], zero: ZeroSettings, ranks: int, dtype_
 
 
 def _reduction_bytes(bucket: Sequence[int], zero: ZeroSettings, ranks: int, dtype_bytes: int) -> int:
-    """What reducing gradients of these elements takes: a copy of them, unless it is a single one, and fp32 slices."""
+    """What reducing gradients of these elements takes: a copy of them, and this rank's slices.
+
+    A single one that all ranks have an equal part of is not copied. The slices are fp32 ones that the sums are turned
+    into; where these are fp32 themselves, on CPUs, it is as much that arrives from another rank.
+    """
     size = sum(bucket)
+    is_copied = len(bucket) > 1 or size % ranks > 0
     if not zero.reduce_scatter and size <= zero.reduce_bucket_size:
         return 0
-    return size * (len(bucket) > 1) * dtype_bytes + -(-size // ranks) * GRADIENT_BYTES
+    return size * is_copied * dtype_bytes + -(-size // ranks) * GRADIENT_BYTES
 
 
 def optimizer_step_bytes(parameters: Sequence[Parameter], zero: ZeroSettings, ranks: int) -> int:

@@ -1,4 +1,4 @@
-"""Runs sides in turn, A B A B, each time in fresh processes; medians, spread, tables and JSON."""
+"""Runs sides in turns, A B A B, each time in fresh processes; medians, spread, tables and JSON."""
 
 from __future__ import annotations
 

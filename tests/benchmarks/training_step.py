@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from comparison import (
+    TURN_STEPS,
     Block,
     Machine,
     Side,
@@ -79,7 +80,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common_arguments(parser)
     parser.add_argument("--steps", type=int, default=12, help="measured steps in a repeat")
-    parser.add_argument("--warm-up", type=int, default=3, help="steps before those")
+    parser.add_argument("--warm-up", type=int, default=1 + TURN_STEPS, help="steps before those")
     parser.add_argument("--step-pairs", type=int, default=4)
     parser.add_argument("--sides", nargs="+", choices=[*OURS, "trl"], default=[*OURS, "trl"])
     parser.add_argument("--apart", action="store_true", help="one side after the other, where memory holds only one")

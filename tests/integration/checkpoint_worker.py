@@ -25,7 +25,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 
-from dpo_scale.distributed import engine_state
+from dpo_scale.distributed import engine_state, exchange
 from dpo_scale.distributed.ops import leave_out_unused_ops
 from dpo_scale.distributed.runtime import Ranks
 from dpo_scale.errors import UserError
@@ -349,6 +349,7 @@ def main() -> None:
     leave_out_unused_ops()
     stand_in_where_libaio_is_absent()
     deepspeed.init_distributed("gloo")
+    exchange.use_for_zero()
     ranks = Ranks(dist.get_rank(), dist.get_world_size(), dist.get_rank(), torch.device("cpu"))
     for variant in variants:
         report = run(variant, root, ranks)

@@ -22,7 +22,7 @@ from plain_async_io import stand_in_where_libaio_is_absent
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 
-from dpo_scale.distributed import zero_config
+from dpo_scale.distributed import exchange, zero_config
 from dpo_scale.distributed.engines import check_buffers, mark_leaves
 from dpo_scale.distributed.ops import leave_out_unused_ops
 from dpo_scale.model.fused import fuse
@@ -91,6 +91,7 @@ def main() -> None:
     leave_out_unused_ops()
     stand_in_where_libaio_is_absent()
     deepspeed.init_distributed("gloo")
+    exchange.use_for_zero()
     source = result.parent / "source"
     if dist.get_rank() == 0:
         make_source(source)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 def _rank(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(str(folder / "store"), RANKS)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
+    timeout = timedelta(seconds=20)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS, timeout=timeout)
     found = {name: check() for name, check in CHECKS.items()}
     (folder / f"{rank}.json").write_text(json.dumps(found))
     dist.barrier()
@@ -78,6 +81,21 @@ def keeps_gathers_apart_that_overlap() -> bool:
     return all(same)
 
 
+def survives_a_gather_that_nobody_waits_for() -> bool:
+    """One that is late on a rank while the others have forgotten theirs; and one that is waited for twice."""
+    part, gathered = _values(2_000_000), torch.empty(RANKS * 2_000_000)
+    if dist.get_rank() == 0:
+        time.sleep(0.5)
+    all_gather(gathered, part, async_op=True)
+    exchange = all_gather(gathered, part, async_op=True)
+    assert exchange is not None
+    exchange.wait()
+    exchange.wait()
+    expected = torch.empty_like(gathered)
+    dist.all_gather_into_tensor(expected, part)
+    return torch.equal(gathered, expected)
+
+
 def reduces() -> bool:
     whole = _values(RANKS * PART[0], PART[1])
     before = whole.clone()
@@ -119,6 +137,7 @@ def refusals() -> list[str]:
     for refused in (
         lambda: all_gather(torch.empty(10), torch.empty(3)),
         lambda: reduce_scatter(torch.empty(3), torch.empty(10)),
+        lambda: all_gather(torch.empty(9), torch.empty(3, dtype=torch.bfloat16)),
         lambda: reduce_scatter(torch.empty(3), torch.empty(9), op=dist.ReduceOp.MAX),
     ):
         try:
@@ -134,6 +153,7 @@ CHECKS = {
         gathers,
         gathers_where_the_parts_lie,
         keeps_gathers_apart_that_overlap,
+        survives_a_gather_that_nobody_waits_for,
         reduces,
         reduces_where_the_values_lie,
         works_in_a_group,
@@ -149,6 +169,7 @@ def test_it_gives_what_the_collective_of_torch_gives(found: list[dict[str, Any]]
 
 def test_what_it_cannot_do_is_refused(found: list[dict[str, Any]]) -> None:
     for rank in found:
-        sizes, other_sizes, op = rank["refusals"]
-        assert sizes == other_sizes == "10 elements are not 3 parts of 3"
+        sizes, other_sizes, dtypes, op = rank["refusals"]
+        assert sizes == other_sizes == "10 elements of torch.float32 are not 3 parts of 3 of torch.float32"
+        assert dtypes == "9 elements of torch.float32 are not 3 parts of 3 of torch.bfloat16"
         assert "MAX" in op

@@ -116,6 +116,10 @@ def test_a_bucket_that_is_reduced_where_it_lies_takes_no_copy() -> None:
     # the last bucket, of 60 and 30: a copy and fp32 halves beside it, or nothing
     assert gradient_bytes(units, copying, 2, 2)[0] == 2 * 90 + 4 * 45
     assert gradient_bytes(units, in_place, 2, 2)[0] == 2 * 60
+    # three ranks have no equal parts of a single one
+    alone = [Unit("embedding", ((Parameter(0, 1000),),))]
+    assert gradient_bytes(alone, copying, 2, 2)[0] == 2 * 1000 + 4 * 500
+    assert gradient_bytes(alone, copying, 3, 2)[0] == 2 * 2000 + 4 * 334
     # one that is larger than the bucket goes the other way in any case
     assert gradient_bytes(units, in_place, 2, 2)[1] == gradient_bytes(units, copying, 2, 2)[1] == 2 * 1030 + 4 * 500
 
