@@ -317,12 +317,15 @@ def threads(recipe: Recipe, runtime: Runtime, data: Data, folder: Path) -> list[
 
 
 def exchanges(recipe: Recipe, runtime: Runtime, data: Data, folder: Path) -> list[bool]:
-    """Whether DeepSpeed's engines gather, and reduce, by exchanges between ranks."""
-    backend = deepspeed.comm.comm.cdb
-    return [
-        backend.all_gather_function is exchange.all_gather,
-        backend.reduce_scatter_function is exchange.reduce_scatter,
-    ]
+    """Whether the functions by which DeepSpeed's engines gather, and reduce, exchange between ranks."""
+    whole, part = torch.ones(runtime.ranks.world_size), torch.ones(1)
+    works = (
+        deepspeed.comm.allgather_fn(whole, part, async_op=True),
+        deepspeed.comm.reduce_scatter_fn(part, whole, async_op=True),
+    )
+    for work in works:
+        work.wait()
+    return [isinstance(work, exchange.Exchange) for work in works]
 
 
 SCENARIOS: dict[str, Sequence[Any]] = {
